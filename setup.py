@@ -1,0 +1,36 @@
+"""Everything about the package is declared once, in `settings.ini`."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+parser = ConfigParser(delimiters=["="], interpolation=None)
+parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "torch", "release", "dev")}
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    keywords=cfg["keywords"],
+    long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=["mlserve", "mlserve.*"]) + ["mlserve.pipelines"],
+    package_dir={"mlserve.pipelines": "nbs/pipelines"},  # the pipeline notebooks travel in the wheel
+    package_data={"mlserve.pipelines": ["*.ipynb"]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={
+        "serving": wings["serving"],
+        "torch": wings["torch"],
+        "release": wings["release"],
+        "dev": wings["serving"] + wings["torch"] + wings["release"] + wings["dev"],
+    },
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    zip_safe=False,
+)
