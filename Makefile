@@ -1,0 +1,63 @@
+# One list of commands, for people and for CI. All that a run leaves lies under state/ and .venv/.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+ENGINE := bash docker/engine.sh
+WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
+EXAMPLE := nbs/examples/digits.ipynb
+
+.PHONY: help setup release test check-generated export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+setup: .venv/.installed ## the environment, in .venv
+
+.venv/.installed: settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'mlserve needs Python 3.11 or later; set PYTHON=...' >&2; exit 7; }
+	@echo 'setup: installing into .venv (a minute or two)' >&2
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel 2> >(grep -v '^WARNING: Location' >&2)
+	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
+	@touch $@
+
+release: setup engine-start ## the main job: train, build, record, check and promote the example
+	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote
+
+test: setup engine-start ## every test, with a real release in a container
+	@$(WITH_ENGINE) pytest -q
+
+export: setup ## package, README and Dockerfile from the notebooks
+	@$(BIN)/nbdev_export
+	@$(MAKE) -s readme dockerfile
+
+readme: setup
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+
+dockerfile: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" mlserve dockerfile $(EXAMPLE) > docker/Dockerfile
+
+docs: setup ## the documentation site, in _docs
+	@rm -rf _proc _docs
+	@$(BIN)/python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
+	@$(BIN)/smalldocs render
+
+docs-serve: docs ## the site on http://127.0.0.1:8000
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
+
+lab: setup ## JupyterLab on the notebooks
+	@$(WITH_ENGINE) jupyter lab --notebook-dir nbs
+
+engine-start: ## a Docker Engine, a registry and a base image, where there are none
+	@$(ENGINE) start
+
+engine-stop: ## end what engine-start started
+	@$(ENGINE) stop
+
+engine-env: ## NAME=value lines a shell can export
+	@$(ENGINE) env
+
+clean: engine-stop ## remove everything a run left
+	@rm -rf state _docs _proc build dist *.egg-info

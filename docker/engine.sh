@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# A Docker Engine, a registry on loopback and a base image, for a machine that has none of them.
+#   engine.sh start   use the engine that answers (DOCKER_HOST, context), else install and start a private one
+#   engine.sh stop    end what `start` started, by pid
+#   engine.sh env     print NAME=value lines a shell can export
+# What it starts keeps its data under state/ of this project and leaves the host's firewall alone.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/.." && pwd)
+state=${MLSERVE_STATE:-$here/state}
+dir=$state/engine
+run=/run/mlserve-$(printf %s "$dir" | sha256sum | cut -c1-8) # short: a socket's path may have 107 bytes
+log=$dir/dockerd.log
+
+say() { printf '%s\n' "engine: $*" >&2; }
+fail() { # message, mend
+  say "$1 $2"
+  printf '{"code": 7, "step": "engine", "error": "%s %s", "resume": "make engine-start"}\n' "$1" "$2" >&2
+  exit 7
+}
+client() { # Debian's own client drives the engine's BuildKit; another one may stand earlier on PATH
+  if [ -x /usr/bin/docker ]; then /usr/bin/docker "$@"; else docker "$@"; fi
+}
+alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+free_port() { python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])'; }
+answers() { timeout 10 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
+
+install_packages() {
+  local missing=()
+  [ -x /usr/sbin/dockerd ] || missing+=(docker.io)
+  [ -x /usr/bin/docker-registry ] || missing+=(docker-registry)
+  [ -x /usr/bin/mmdebstrap ] || missing+=(mmdebstrap)
+  [ ${#missing[@]} -eq 0 ] && return
+  say "installing ${missing[*]} with apt-get"
+  apt-get update -qq >"$dir/apt.log" 2>&1 || fail "apt-get update failed." "Read $dir/apt.log."
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >>"$dir/apt.log" 2>&1 \
+    || fail "apt-get could not install ${missing[*]}." "Read $dir/apt.log."
+}
+
+start_dockerd() {
+  alive "$dir/dockerd.pid" && [ -S "$run/docker.sock" ] && return
+  say "starting dockerd, data under $dir/data"
+  mkdir -p "$dir/data" "$run"
+  rm -f "$run/docker.pid" "$run/docker.sock"
+  # its own session, so that it outlives this shell; loopback publishing needs no firewall rule
+  setsid dockerd --data-root "$dir/data" --exec-root "$run/exec" --pidfile "$run/docker.pid" -H "unix://$run/docker.sock" \
+    --bridge none --iptables=false --ip-forward=false --ip-masq=false \
+    >"$log" 2>&1 </dev/null &
+  echo $! >"$dir/dockerd.pid"
+  for _ in $(seq 120); do
+    client -H "unix://$run/docker.sock" info >/dev/null 2>&1 && return
+    alive "$dir/dockerd.pid" || fail "dockerd ended while starting." "Read $log."
+    sleep 0.5
+  done
+  fail "dockerd did not answer in 60 s." "Read $log."
+}
+
+start_registry() {
+  if alive "$dir/registry.pid" && [ -s "$dir/registry.port" ]; then return; fi
+  [ -s "$dir/registry.port" ] || free_port >"$dir/registry.port"
+  local port; port=$(cat "$dir/registry.port")
+  say "starting a registry on 127.0.0.1:$port, data under $state/registry"
+  mkdir -p "$state/registry"
+  printf '%s\n' 'version: 0.1' 'log: {level: warn}' "storage: {filesystem: {rootdirectory: $state/registry}, delete: {enabled: true}}" \
+    "http: {addr: 127.0.0.1:$port}" >"$dir/registry.yml"
+  setsid docker-registry serve "$dir/registry.yml" >"$dir/registry.log" 2>&1 </dev/null &
+  echo $! >"$dir/registry.pid"
+  for _ in $(seq 40); do
+    python3 -c "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:$port/v2/',timeout=2)" 2>/dev/null && return
+    sleep 0.25
+  done
+  fail "The registry did not answer on 127.0.0.1:$port." "Read $dir/registry.log."
+}
+
+start_base() { # the official slim image where a registry can be reached, else one from Debian's packages
+  [ -s "$dir/base" ] && return
+  local registry official=python:3.11-slim-bookworm ref
+  registry=127.0.0.1:$(cat "$dir/registry.port")
+  say "looking for the base image $official"
+  if timeout 60 "${docker[@]}" pull -q "$official" >/dev/null 2>&1; then
+    "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$official" >"$dir/base"; return
+  fi
+  say "no registry serves it here; making a base image from Debian's packages"
+  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$dir/base.tar" \
+    >"$dir/base.log" 2>&1 || fail "mmdebstrap failed." "Read $dir/base.log."
+  ref=$registry/mlserve/base
+  "${docker[@]}" import "$dir/base.tar" "$ref:bookworm" >/dev/null
+  "${docker[@]}" push -q "$ref:bookworm" >/dev/null || fail "The base image could not be pushed to $registry." "Read $dir/registry.log."
+  rm -f "$dir/base.tar"
+  "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" >"$dir/base"
+}
+
+start() {
+  mkdir -p "$dir"
+  docker=(docker)
+  local theirs=
+  if [ -z "${MLSERVE_PRIVATE_ENGINE:-}" ] && ! alive "$dir/dockerd.pid" && answers; then
+    theirs=yes; say "using the Docker Engine that answers"
+    [ -n "${MLSERVE_REGISTRY:-}" ] && [ -n "${MLSERVE_BASE:-}" ] && return
+  fi
+  if [ -z "$theirs" ] || [ -z "${MLSERVE_REGISTRY:-}" ]; then
+    [ -f /etc/debian_version ] || fail "No Docker Engine answers, and this is not Debian or Ubuntu." "Install Docker Engine, start it, and set DOCKER_HOST or a docker context."
+    [ "$(id -u)" = 0 ] || fail "No Docker Engine answers, and installing one needs root." "Start Docker Engine and add yourself to the docker group, or run make as root."
+    install_packages
+    [ -n "$theirs" ] || { start_dockerd; docker=(client -H "unix://$run/docker.sock"); }
+    start_registry
+  fi
+  start_base
+  say "ready: $(cat "$dir/base")"
+}
+
+stop_one() { # name: TERM, then KILL after 15 s
+  local pid
+  [ -s "$dir/$1.pid" ] || return 0
+  pid=$(cat "$dir/$1.pid")
+  if kill -TERM "$pid" 2>/dev/null; then
+    for _ in $(seq 60); do kill -0 "$pid" 2>/dev/null || break; sleep 0.25; done
+    kill -KILL "$pid" 2>/dev/null || true
+    say "stopped $1 ($pid)"
+  fi
+  rm -f "$dir/$1.pid"
+}
+
+env_lines() {
+  [ -S "$run/docker.sock" ] && alive "$dir/dockerd.pid" && echo "DOCKER_HOST=unix://$run/docker.sock"
+  [ -n "${MLSERVE_REGISTRY:-}" ] && echo "MLSERVE_REGISTRY=$MLSERVE_REGISTRY" \
+    || { [ -s "$dir/registry.port" ] && echo "MLSERVE_REGISTRY=127.0.0.1:$(cat "$dir/registry.port")"; }
+  [ -n "${MLSERVE_BASE:-}" ] && echo "MLSERVE_BASE=$MLSERVE_BASE" || { [ -s "$dir/base" ] && echo "MLSERVE_BASE=$(cat "$dir/base")"; }
+  echo "MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$state/mlflow/mlflow.db}"
+}
+
+case "${1:-}" in
+  start) start; env_lines >"$dir/env" ;;
+  stop) stop_one dockerd; stop_one registry; rm -rf "$run" ;;
+  env) env_lines ;;
+  *) sed -n '2,6p' "$0"; exit 2 ;;
+esac

@@ -1,0 +1,82 @@
+"""What the tests share: the project's folder, and one real release that many of them read."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
+
+
+def run(*command, env=None, timeout=600, cwd=ROOT):
+    "Run a command; its exit code, stdout and stderr"
+    values = {k: v for k, v in {**os.environ, **(env or {})}.items() if v is not None}
+    return subprocess.run([str(c) for c in command], env=values, cwd=cwd, timeout=timeout, capture_output=True, text=True)
+
+
+def mlserve(*arguments, **kwargs):
+    "Run the command line as a user does"
+    return run(sys.executable, "-m", "mlserve.cli", *arguments, **kwargs)
+
+
+def last_json(stderr):
+    "The object on the last line of stderr"
+    return json.loads(stderr.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def state(tmp_path_factory):
+    "A state folder of the tests' own, so that they never touch a developer's"
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="session")
+def tracking(state):
+    "A real MLflow server over HTTP"
+    import socket
+    import time
+
+    import httpx
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    store = state / "mlflow"
+    store.mkdir()
+    log = open(state / "mlflow.log", "w")
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+               "--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store / "artifacts")]
+    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=store, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                if httpx.get(url + "/health", trust_env=False).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            assert process.poll() is None, (state / "mlflow.log").read_text()
+            time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def environment(state, tracking):
+    "The environment every command of the tests runs in"
+    assert os.environ.get("MLSERVE_BASE"), "Run the tests with `make test`: it starts an engine and names the base image."
+    return {"MLSERVE_STATE": str(state), "MLFLOW_TRACKING_URI": tracking}
+
+
+@pytest.fixture(scope="session")
+def release(environment, state):
+    "The main job, once: the example from notebook to promoted pair"
+    done = mlserve("release", EXAMPLE, "--promote", "--json", env=environment, timeout=1200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout)
+    assert result == json.loads((state / "release.json").read_text())
+    return result

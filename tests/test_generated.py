@@ -1,0 +1,72 @@
+"""Everything generated is what the notebooks generate: package, README, Dockerfile; and every page runs and renders."""
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import EXAMPLE, ROOT, mlserve, run
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "The tracked files, elsewhere"
+    to = tmp_path_factory.mktemp("copy") / "mlserve"
+    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, files.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, to / name)
+    return to
+
+
+def differences(copy, *names):
+    return [str(p.relative_to(copy)) for name in names for p in sorted((copy / name).rglob("*") if (copy / name).is_dir() else [copy / name])
+            if p.is_file() and "__pycache__" not in p.parts and p.read_bytes() != (ROOT / p.relative_to(copy)).read_bytes()]
+
+
+def test_clean_changes_nothing(copy):
+    assert run(BIN / "nbdev_clean", cwd=copy).returncode == 0
+    assert differences(copy, "nbs") == []
+
+
+def test_export_changes_nothing(copy):
+    for path in (copy / "mlserve").rglob("*.py"):
+        path.write_text("")
+    assert run(BIN / "nbdev_export", cwd=copy).returncode == 0
+    assert differences(copy, "mlserve") == []
+
+
+def test_readme_is_its_notebook(copy):
+    done = run(BIN / "jupyter", "nbconvert", "--to", "markdown", "--output-dir", copy, "--output", "again", "nbs/index.ipynb")
+    assert done.returncode == 0, done.stderr
+    assert (copy / "again.md").read_text() == (ROOT / "README.md").read_text()
+    assert len((ROOT / "README.md").read_text().split()) <= 550
+
+
+def test_dockerfile_is_the_generated_one():
+    assert mlserve("dockerfile", EXAMPLE).stdout == (ROOT / "docker/Dockerfile").read_text()
+
+
+def test_hadolint_has_no_finding():
+    done = run(BIN / "hadolint", ROOT / "docker/Dockerfile")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_page_runs(copy):
+    "nbdev's tests, each notebook in its own process; the package under test is this one"
+    done = run(BIN / "nbdev_test", "--n_workers", "2", "--timing", cwd=ROOT, timeout=1200, env={"MLSERVE_STATE": str(copy.parent / "state"), "MLFLOW_TRACKING_URI": None})
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+def test_every_page_renders(copy):
+    code = "from nbdev.serve import proc_nbs; proc_nbs()"
+    assert run(sys.executable, "-c", code, cwd=copy).returncode == 0
+    done = run(BIN / "smalldocs", "render", cwd=copy)
+    assert done.returncode == 0, done.stderr
+    pages = {p.stem for p in (copy / "_docs").rglob("*.html")}
+    missing = [p.stem for p in (copy / "nbs").rglob("*.ipynb") if not {p.stem, p.stem.split("_", 1)[-1]} & pages]
+    assert not missing, f"no page for {missing}; there are {sorted(pages)}"

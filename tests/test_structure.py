@@ -1,0 +1,101 @@
+"""The rules of the house, read from the source: imports go downward, the wings stay apart, pages keep their size."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith((".", "_")) for s in p.relative_to(ROOT).parts))
+PIPELINES = [p for p in NOTEBOOKS if p.parent.name == "pipelines"]
+EXPORT = re.compile(r"^#\|\s*exporti?\b", re.M)
+
+
+def cells(path, kind="code"):
+    return [c | {"source": "".join(c["source"])} for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
+
+
+def exported(path):
+    return [c["source"] for c in cells(path) if EXPORT.search(c["source"])]
+
+
+def room(path):
+    "The module a notebook exports, as `serving.model`; None for a page that exports nothing"
+    for cell in cells(path):
+        if found := re.search(r"^#\|\s*default_exp\s+(\S+)", cell["source"], re.M):
+            return found[1]
+
+
+def floor(name):
+    "Where a room stands: ground floor, then the wings, then doctor and cli"
+    if name in ("doctor", "cli"):
+        return "top"
+    return name.split(".")[0] if "." in name else "ground"
+
+
+ROOMS = {room(p): p for p in NOTEBOOKS if room(p)}
+ORDER = [*[r for r in ROOMS if floor(r) == "ground"], *[r for r in ROOMS if floor(r) == "serving"],
+         *[r for r in ROOMS if floor(r) == "release"], *[r for r in ROOMS if floor(r) == "top"]]
+
+
+def imports(name):
+    "The rooms that a room imports, wherever in its source"
+    tree = ast.parse((ROOT / "mlserve" / (name.replace(".", "/") + ".py")).read_text())
+    package = ["mlserve", *name.split(".")][:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            target = ".".join([*base, *([node.module] if node.module else [])])
+            names = [target] + [f"{target}.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        else:
+            continue
+        yield from {n.removeprefix("mlserve.") for n in names if n.removeprefix("mlserve.") in ROOMS}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_imports_go_downward_and_the_wings_stay_apart(name):
+    for other in imports(name):
+        assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}, which stands above it"
+        assert {floor(name), floor(other)} != {"serving", "release"}, f"{name} imports {other} from the other wing"
+
+
+def test_the_import_reader_sees_imports():
+    assert "errors" in set(imports("settings"))
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda p: p.stem)
+def test_a_pipeline_has_one_parameters_cell_and_a_language(path):
+    tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    assert json.loads(path.read_text())["metadata"]["kernelspec"]["language"] == "python"
+    assert not exported(path)
+
+
+def test_skip_exec_only_in_pipelines():
+    for path in set(NOTEBOOKS) - set(PIPELINES):
+        assert not any("skip_exec" in c["source"] for c in cells(path, "raw")), path
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_the_size_of_a_page(name, record_property):
+    sizes = [len([l for l in s.splitlines() if l.strip() and not l.lstrip().startswith("#|")]) for s in exported(ROOMS[name])]
+    words = sum(len(c["source"].split()) for c in cells(ROOMS[name], "markdown"))
+    record_property("exported_lines", sum(sizes))
+    print(f"{name}: {sum(sizes)} exported lines, longest cell {max(sizes)}, {words / sum(sizes):.1f} words a line")
+    assert sum(sizes) <= 250, f"{name} exports {sum(sizes)} lines: split it by noun"
+    assert max(sizes) <= 40, f"{name} has an exported cell of {max(sizes)} lines"
+
+
+def test_pages_open_with_a_title_and_a_sentence():
+    for name, path in ROOMS.items():
+        first = cells(path, "markdown")[0]["source"].splitlines()
+        assert first[0] == f"# {name.split('.')[-1]}" and first[2].startswith("> "), path
+
+
+def test_serving_needs_nothing_of_a_notebook():
+    for path in (ROOT / "mlserve").rglob("*.py"):
+        if path.name != "_modidx.py":
+            assert not re.search(r"^\s*(from|import) (fastcore|nbdev)\b", path.read_text(), re.M), path
