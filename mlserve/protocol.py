@@ -35,7 +35,7 @@ def _unique(pairs):
     key = next(k for k,_ in pairs if k in seen or seen.add(k))
     raise InvalidInput(f"The key '{key[:80]}' comes twice in one JSON object; each may come once.")
 
-# %% ../nbs/02_protocol.ipynb #8b2a2480
+# %% ../nbs/02_protocol.ipynb #f1dcdc04
 def _object(
     body:bytes, # what came
     allowed:tuple, # keys an object of this format may have
@@ -44,9 +44,9 @@ def _object(
     try: o = orjson.loads(body)
     except orjson.JSONDecodeError as e: raise InvalidInput(f'The body is not JSON: {e}.') from None
     if type(o) is not dict: raise InvalidInput(f'The body is a JSON {type(o).__name__}; allowed is an object with {allowed[0]!r}.')
-    if body.count(b':') != _keys(o):
-        try: json.loads(body, object_pairs_hook=_unique)
-        except (RecursionError, ValueError): raise InvalidInput('The body is nested too deeply, or has a number too long to read.') from None
+    try:
+        if body.count(b':') != _keys(o): json.loads(body, object_pairs_hook=_unique)
+    except (RecursionError, ValueError): raise InvalidInput('The body is nested too deeply, or has a number too long to read.') from None
     _allowed(o, allowed, 'The body')
     return o
 
@@ -129,11 +129,13 @@ def _entries(o, key, allowed):
         found[e['name']] = e
     return found
 
-# %% ../nbs/02_protocol.ipynb #c420b2b6
+# %% ../nbs/02_protocol.ipynb #b7136a2f
+def _short(v): return repr(v[:40]) if type(v) is str else type(v).__name__
+
 def _infer_array(entry, spec, limit):
     "One input of a V2 request"
     if entry.get('datatype') != spec.datatype:
-        raise InvalidInput(f"Input '{spec.name}' has datatype {str(entry.get('datatype'))[:40]!r}; the model takes {spec.datatype}.")
+        raise InvalidInput(f"Input '{spec.name}' has datatype {_short(entry.get('datatype'))}; the model takes {spec.datatype}.")
     if spec.datatype == 'FP16': raise InvalidInput(f"Input '{spec.name}' is FP16, which has no JSON form in V2; use /predict.")
     for k in ('shape', 'data'):
         if k not in entry: raise InvalidInput(f"Input '{spec.name}' has no {k!r}; tensors are sent as JSON, not binary.")

@@ -18,13 +18,14 @@ DATATYPES = {k: np.dtype(v) for k,v in dict(BOOL='?', UINT8='u1', UINT16='u2', U
     INT8='i1', INT16='i2', INT32='i4', INT64='i8', FP16='f2', FP32='f4', FP64='f8').items()}
 _names = {v: k for k,v in DATATYPES.items()}
 
-# %% ../nbs/01_tensors.ipynb #115a84e5
+# %% ../nbs/01_tensors.ipynb #81bd5d7a
 def dtype_of(
     datatype:str, # a name such as `FP32`
 )->np.dtype: # NumPy's type for it
     "The NumPy type behind a datatype's name"
+    shown = datatype[:40] if isinstance(datatype, str) else type(datatype).__name__
     found = DATATYPES.get(datatype) if isinstance(datatype, str) else None
-    if found is None: raise InvalidInput(f"Datatype {str(datatype)[:40]!r} is not served; allowed are {', '.join(DATATYPES)}.")
+    if found is None: raise InvalidInput(f"Datatype {shown!r} is not served; allowed are {', '.join(DATATYPES)}.")
     return found
 
 def datatype_of(
@@ -90,14 +91,13 @@ def _flatten(data, spec, limit, rank):
         level = list(chain.from_iterable(level))
     return level,tuple(shape)
 
-# %% ../nbs/01_tensors.ipynb #2d747fe4
+# %% ../nbs/01_tensors.ipynb #a0d177ff
 def _refuse(spec, flat, shape, bad, why):
     "Raise for the first value in `flat` for which `bad` holds"
     i = next(i for i,v in enumerate(flat) if bad(v))
     at = ', '.join(str(int(n)) for n in np.unravel_index(i, shape))
-    try: shown = f'{type(flat[i]).__name__} {str(flat[i])[:40]}'
-    except ValueError: shown = 'int of thousands of digits'
-    if isinstance(flat[i], (list, dict)): shown = type(flat[i]).__name__
+    shown = type(flat[i]).__name__
+    if isinstance(flat[i], (bool, float, str)) or (isinstance(flat[i], int) and abs(flat[i]) < 2**128): shown += f' {str(flat[i])[:40]}'
     raise InvalidInput(f"Input '{spec.name}'[{at}] is {shown}; {why}.")
 
 # %% ../nbs/01_tensors.ipynb #f8536541

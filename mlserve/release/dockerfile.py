@@ -65,11 +65,11 @@ def _copies(spec):
     stages = ['builder'] + (['weights'] if spec.delivery == 'baked' else []) + ['code']
     return [f'COPY --from={s} /out/ /' for s in stages] + ['ARG PACKAGE_DIGEST', _environment(spec)]
 
-# %% ../../nbs/release/02_dockerfile.ipynb #aa7a220a
+# %% ../../nbs/release/02_dockerfile.ipynb #842b28be
 def _images(spec):
     health = f'HEALTHCHECK --interval=5s --timeout=5s --start-period=60s \\\n    CMD ["/opt/venv/bin/python","-c","{_probe}"]'
     return [['# The same layers with a shell, for a look inside', 'FROM ${DEBUG_BASE} AS debug', *_copies(spec),
-             'USER 0:0', 'ENTRYPOINT ["/bin/sh"]'],
+             '# hadolint ignore=DL3002', 'USER 0:0', 'ENTRYPOINT ["/bin/sh"]'],
         ['# What is released', 'FROM ${BASE} AS production', *_copies(spec), f'EXPOSE {spec.port}', 'STOPSIGNAL SIGTERM',
              'USER 10001:10001', health, 'ENTRYPOINT ["/opt/venv/bin/python","-m","mlserve.serving.server"]']]
 

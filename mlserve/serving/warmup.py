@@ -58,7 +58,7 @@ def warm(
         for _ in range(3): _timed(model, tile(inputs, n))
     return WarmupReport(sizes, first, _timed(model, tile(inputs, 1)))
 
-# %% ../../nbs/serving/03_warmup.ipynb #98fbecd9
+# %% ../../nbs/serving/03_warmup.ipynb #d5cb2cc3
 def prove(
     model, # a loaded, warm model
     package, # the package with the golden inputs and outputs
