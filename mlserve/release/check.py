@@ -108,7 +108,7 @@ def _remove(container):
     try: container.remove(force=True, v=True)
     except docker.errors.DockerException: pass
 
-# %% ../../nbs/release/06_check.ipynb #8f7776e6
+# %% ../../nbs/release/06_check.ipynb #3617fd32
 def exit_error(
     code:int, # of the container
     log:str, # its output
@@ -124,7 +124,7 @@ def by_code(
     code:int, # an exit code
 )->type: # a class of the family; `CheckFailed` when no class has it
     "The failure that an exit code names"
-    return {c.code: c for c in (errors.NotebookFailed, errors.UsageError, errors.Conflict, errors.IntegrityError, errors.RemoteUnavailable,
+    return {c.code: c for c in (errors.UsageError, errors.Conflict, errors.IntegrityError, errors.RemoteUnavailable,
         errors.LocalResource, errors.Refused, errors.GpuRefused)}.get(code, CheckFailed)
 
 # %% ../../nbs/release/06_check.ipynb #cea0f5ca

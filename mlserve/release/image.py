@@ -125,7 +125,7 @@ def base_target(
     except Exception as e: raise Refused(f'The base {ref} cannot run python3: {str(e)[:200]}.', mend='Take a base with Python 3.') from None
     finally: box.remove(force=True)
 
-# %% ../../nbs/release/03_image.ipynb #e4091da8
+# %% ../../nbs/release/03_image.ipynb #f408a14a
 def _link(source, dest): # copies where it cannot link
     try: os.link(source, dest)
     except OSError: shutil.copyfile(source, dest)
@@ -137,9 +137,8 @@ def stage_code(
     "The modules a serving image needs: the ground floor and `serving`, nothing else"
     source = Path(source or __file__).resolve()
     source = source if source.is_dir() else source.parents[1]
-    ground = ['__init__', 'errors', 'tensors', 'protocol', 'settings', 'package', 'client']
-    for f in [source / f'{g}.py' for g in ground] + sorted((source / 'serving').glob('*.py')):
-        if not f.exists(): continue
+    above = {'cli', 'doctor', '_modidx'} # these stand over both wings
+    for f in sorted([f for f in source.glob('*.py') if f.stem not in above] + [*(source / 'serving').glob('*.py')]):
         to = folder / 'mlserve' / f.relative_to(source)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(f, to)
@@ -180,13 +179,14 @@ def labels_of(
     named = {f'org.opencontainers.image.{k}':v for k,v in oci.items()} | {f'io.mlserve.{k}':v for k,v in ours.items()}
     return {k:v for k,v in named.items() if v}
 
-# %% ../../nbs/release/03_image.ipynb #fbfab57d
+# %% ../../nbs/release/03_image.ipynb #8fc1f640
 def build_failure(
     lines:list, # the last lines of the build
 )->Exception: # what to raise
     "The error that a failed build amounts to"
     text = '\n'.join(lines)
-    said = next((l for l in reversed(lines) if re.search(r'(?i)error', l)), lines[-1] if lines else 'it printed nothing')[-400:]
+    printed = [l for l in lines if re.match(r'#\d+ \d+\.\d+ .*(?i:error|not found|denied)', l)] # by the step that failed
+    said = (printed or [l for l in lines if 'error' in l.lower()] or lines or ['it printed nothing'])[-1][:300]
     if re.search(r'no space left', text): return LocalResource(f'The disk is full: {said}', mend='Free some space (`docker builder prune`) and repeat.')
     if re.search(r'(?i)cannot connect to the docker daemon|error during connect', text): return LocalResource(f'No Docker Engine answers: {said}', mend='Start one, or set DOCKER_HOST.')
     if re.search(r'failed to do request|failed to resolve source|pull access denied|failed to authorize|dial tcp', text):

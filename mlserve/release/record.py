@@ -7,13 +7,13 @@ __all__ = ['state_folder', 'tracking_uri', 'ensure_reachable', 'client', 'experi
            'read_logged', 'fetch_package', 'fetch_holdout', 'Pair', 'record', 'read_pair', 'find_pair', 'mark_checked',
            'mark_failed', 'promote', 'aliases']
 
-# %% ../../nbs/release/05_record.ipynb #08c86613
-import json, logging, os, re, tempfile, time, uuid
+# %% ../../nbs/release/05_record.ipynb #693f7f1b
+import json, logging, os, re, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 import httpx
 from ..errors import CheckFailed, Conflict, LocalResource, NotFound, Refused, RemoteUnavailable, UsageError
-from ..package import accuracy, load_package, save_tensors
+from ..package import accuracy, load_package, read_module, run_module, save_tensors
 
 # %% ../../nbs/release/05_record.ipynb #c1a7b428
 def state_folder()->Path: # absolute
@@ -39,7 +39,7 @@ def ensure_reachable(
     if not ok: raise RemoteUnavailable(f'The tracking server {uri} did not answer within {seconds:g} s.',
         mend='Start it, or set MLFLOW_TRACKING_URI to one that runs.')
 
-# %% ../../nbs/release/05_record.ipynb #0d4dc813
+# %% ../../nbs/release/05_record.ipynb #4981fbb9
 def client(
     uri:str|None=None, # of the store; `tracking_uri()` by default
 ): # an `MlflowClient`
@@ -49,10 +49,11 @@ def client(
     for name,value in _quiet.items(): os.environ.setdefault(name, value)
     for name in ('mlflow','alembic'): logging.getLogger(name).setLevel(logging.ERROR)
     if uri.startswith('sqlite:///'): _folder(Path(uri.removeprefix('sqlite:///')).parent)
-    from mlflow import MlflowClient
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    import mlflow
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 _quiet = {'MLFLOW_DISABLE_TELEMETRY':'true', 'MLFLOW_LOGGING_LEVEL':'ERROR', 'MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR':'false',
-    'MLFLOW_HTTP_REQUEST_MAX_RETRIES':'2', 'MLFLOW_HTTP_REQUEST_TIMEOUT':'30', 'MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT':'true'}
+    'MLFLOW_HTTP_REQUEST_MAX_RETRIES':'2', 'MLFLOW_HTTP_REQUEST_TIMEOUT':'30'}
 def _folder(path):
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise LocalResource(f'The folder {path} cannot be made: {e.strerror}.', mend='Set MLSERVE_STATE.') from None
@@ -77,15 +78,14 @@ class Logged:
     model_id: str # the logged model that holds its files
     digest: str # `sha256:…` of the package
 
-# %% ../../nbs/release/05_record.ipynb #fc053ad9
+# %% ../../nbs/release/05_record.ipynb #44aed843
 def _open_run(store, name):
     if run_id := os.environ.get('MLFLOW_RUN_ID'): return run_id,False
-    import sys
-    active = 'mlflow' in sys.modules and sys.modules['mlflow'].active_run()
-    if active: return active.info.run_id,False
+    import mlflow
+    if active := mlflow.active_run(): return active.info.run_id,False
     return store.create_run(experiment(store), run_name=name).info.run_id,True
 
-# %% ../../nbs/release/05_record.ipynb #ead5518e
+# %% ../../nbs/release/05_record.ipynb #9b25f7a4
 def saved_answers(
     package, # a verified package
     inputs:dict, # name → array `[rows, ...]`
@@ -93,16 +93,11 @@ def saved_answers(
 )->dict: # name → array `[rows, ...]`
     "What the saved model answers on this machine, batch by batch"
     if package.format != 'torchscript': raise UsageError(f'Held-back data cannot be replayed with format {package.format!r}.')
-    import torch
-    model,parts = torch.jit.load(str(Path(package.path)/package.file), map_location='cpu').eval(),[]
-    names,total = [s.name for s in package.outputs],len(next(iter(inputs.values())))
-    with torch.inference_mode():
-        for i in range(0, total, rows):
-            out = model(*[torch.from_numpy(inputs[s.name][i:i+rows].copy()) for s in package.inputs])
-            out = out if isinstance(out, (tuple,list)) else [out[n] for n in names] if isinstance(out, dict) else [out]
-            parts.append([o.cpu().numpy() for o in out])
     import numpy as np
-    return {n: np.concatenate([p[j] for p in parts]) for j,n in enumerate(names)}
+    model,names = read_module(Path(package.path)/package.file),[s.name for s in package.outputs]
+    ordered,total = {s.name: inputs[s.name] for s in package.inputs},len(next(iter(inputs.values())))
+    parts = [run_module(model, {k: v[i:i+rows] for k,v in ordered.items()}, names) for i in range(0, total, rows)]
+    return {n: np.concatenate([p[n] for p in parts]) for n in names}
 
 # %% ../../nbs/release/05_record.ipynb #8381a3ee
 def _log_holdout(store, run_id, package, inputs, labels):
@@ -144,7 +139,7 @@ def read_logged(
     if 'mlserve.model_id' not in tags: return None
     return Logged(run_id, tags['mlserve.model_id'], tags['mlserve.package'])
 
-# %% ../../nbs/release/05_record.ipynb #7470f339
+# %% ../../nbs/release/05_record.ipynb #4562a937
 def fetch_package(
     logged, # anything with `model_id`, and `digest` or `package`
     folder:Path, # new, or empty
@@ -153,8 +148,8 @@ def fetch_package(
     "Download a logged package and verify every byte"
     from mlflow.artifacts import download_artifacts
     _folder(Path(folder))
-    client(uri)
-    got = Path(download_artifacts(f'models:/{logged.model_id}', dst_path=str(folder), tracking_uri=uri or tracking_uri()))
+    place = client(uri).get_logged_model(logged.model_id).artifact_location
+    got = Path(download_artifacts(place, dst_path=str(folder), tracking_uri=uri or tracking_uri()))
     (got/'registered_model_meta').unlink(missing_ok=True)
     return load_package(got, digest=getattr(logged, 'digest', None) or logged.package)
 def fetch_holdout(
@@ -225,7 +220,7 @@ def _ensure_model(store, name):
     except MlflowException as e:
         if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
 
-# %% ../../nbs/release/05_record.ipynb #cfeaea46
+# %% ../../nbs/release/05_record.ipynb #5ace7eb1
 def read_pair(
     name:str, # of the registered model
     which:str='candidate', # a version, or an alias
@@ -235,12 +230,12 @@ def read_pair(
     from mlflow.exceptions import MlflowException
     _allow(name)
     store,which = client(uri),str(which)
-    try: v = store.get_model_version(name, which) if which.isdigit() else store.get_model_version_by_alias(name, which)
+    try: found = store.get_model_version(name, which) if which.isdigit() else store.get_model_version_by_alias(name, which)
     except MlflowException as e:
         if e.error_code not in ('RESOURCE_DOES_NOT_EXIST','INVALID_PARAMETER_VALUE'): raise
         kind = 'version' if which.isdigit() else 'alias'
         raise NotFound(f'No {kind} {which!r} is recorded for the model {name!r}.', mend='Release it first.') from None
-    return _pair(store.get_model_version(name, v.version))
+    return _pair(store.get_model_version(name, found.version))
 
 # %% ../../nbs/release/05_record.ipynb #07502eee
 def find_pair(
@@ -253,7 +248,7 @@ def find_pair(
     if not found: raise NotFound(f'No model version is recorded for the image {image}.')
     return _pair(max(found, key=lambda v: v.creation_timestamp))
 
-# %% ../../nbs/release/05_record.ipynb #0577149b
+# %% ../../nbs/release/05_record.ipynb #d1109b1b
 def mark_checked(
     pair:Pair, # as read back
     device:str, # `cpu` or `cuda`
@@ -262,20 +257,24 @@ def mark_checked(
 )->Pair: # read back
     "Write down that a check passed, and move `candidate`"
     if not finding.get('passed'): raise CheckFailed(f'{pair.name} version {pair.version} did not pass its check.')
-    store = client(uri)
-    store.set_model_version_tag(pair.name, pair.version, f"mlserve.check.{device.partition(':')[0]}", json.dumps(finding))
-    store.set_model_version_tag(pair.name, pair.version, 'mlserve.status', 'checked')
-    _move(store, pair, 'candidate')
+    _move(_mark(pair, device, finding, 'checked', uri), pair, 'candidate')
     return read_pair(pair.name, pair.version, uri)
 
-# %% ../../nbs/release/05_record.ipynb #4f757355
+# %% ../../nbs/release/05_record.ipynb #9da5d309
+def _mark(pair, device, finding, status, uri):
+    store,kind = client(uri),device.partition(':')[0]
+    for tag,value in {f'mlserve.check.{kind}': json.dumps(finding), 'mlserve.status': status}.items():
+        store.set_model_version_tag(pair.name, pair.version, tag, value)
+    return store
+
+# %% ../../nbs/release/05_record.ipynb #c2acc17e
 def _move(store, pair, alias):
     store.set_registered_model_alias(pair.name, alias, pair.version)
     now = str(store.get_model_version_by_alias(pair.name, alias).version)
     if now != pair.version:
         raise Conflict(f'The alias {alias!r} of {pair.name} was moved to version {now} while version {pair.version} was being set.')
 
-# %% ../../nbs/release/05_record.ipynb #f8bd09b1
+# %% ../../nbs/release/05_record.ipynb #e8713ad6
 def mark_failed(
     pair:Pair, # as read back
     device:str, # `cpu` or `cuda`
@@ -283,12 +282,10 @@ def mark_failed(
     uri:str|None=None, # of the store
 )->Pair: # read back
     "Write down that a check failed; no alias moves"
-    store = client(uri)
-    store.set_model_version_tag(pair.name, pair.version, f"mlserve.check.{device.partition(':')[0]}", json.dumps({**finding, 'passed': False}))
-    store.set_model_version_tag(pair.name, pair.version, 'mlserve.status', 'failed')
+    _mark(pair, device, {**finding, 'passed': False}, 'failed', uri)
     return read_pair(pair.name, pair.version, uri)
 
-# %% ../../nbs/release/05_record.ipynb #47d26756
+# %% ../../nbs/release/05_record.ipynb #b2a227c8
 def promote(
     name:str, # of the registered model
     version:str|None=None, # the alias `candidate` by default
@@ -305,7 +302,7 @@ def promote(
     _move(client(uri), pair, 'production')
     return pair
 
-# %% ../../nbs/release/05_record.ipynb #9312c799
+# %% ../../nbs/release/05_record.ipynb #b7c698f5
 def aliases(
     pair:Pair, # any
     uri:str|None=None, # of the store

@@ -19,7 +19,7 @@ from .. import __version__
 from ..errors import InvalidInput, MlserveError, ModelFailed, NotFound, TooLarge, Unavailable, UnsupportedMedia, error_body
 from ..protocol import decode_infer, decode_predict, encode_infer, encode_predict, model_metadata
 
-# %% ../../nbs/serving/05_app.ipynb #087b529b
+# %% ../../nbs/serving/05_app.ipynb #54850c18
 @dataclass
 class Lifecycle:
     "What the process and its HTTP face both know; the server writes it, the routes read it"
@@ -32,6 +32,7 @@ class Lifecycle:
     phases: dict = field(default_factory=dict) # seconds of each finished step
     error: MlserveError|None = None # why the start failed
     in_flight: int = 0 # requests being answered
+    stopping: object = None # the drain that is running, held so that it is not collected
     cut: int = 0 # requests whose answer was given up at the end of the grace
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, 'model')) # runs the model
 
@@ -87,7 +88,7 @@ async def read_body(
     except ClientDisconnect: raise InvalidInput('The client went away before the body was complete.') from None
     return bytes(body)
 
-# %% ../../nbs/serving/05_app.ipynb #7167bc0f
+# %% ../../nbs/serving/05_app.ipynb #2e8d5752
 def reply(body, status=200, headers=None):
     "A JSON response from bytes or from something JSON can hold"
     if not isinstance(body, bytes): body = json.dumps(body).encode()
@@ -96,7 +97,8 @@ def refuse(
     error:MlserveError, # what went wrong
 )->Response: # its status and body
     "The response to a failure"
-    headers = {'retry-after': str(error.retry_after)} if isinstance(error, Unavailable) else None
+    headers = {'retry-after': str(error.retry_after)} if isinstance(error, Unavailable) else {}
+    if isinstance(error, TooLarge): headers['connection'] = 'close' # the rest of the body stays unread
     return reply(error_body(error), error.status, headers)
 
 # %% ../../nbs/serving/05_app.ipynb #ef078da2

@@ -44,7 +44,7 @@ def load(
     with step(life, 'golden'): life.golden = prove(model, life.package)
     life.model = model
 
-# %% ../../nbs/serving/06_server.ipynb #d2ed7227
+# %% ../../nbs/serving/06_server.ipynb #bcac0c4f
 async def start(
     life:Lifecycle, # the state to bring to ready or failed
     settings:Settings, # what to serve
@@ -59,7 +59,7 @@ async def start(
         life.state = 'ready'
         log('ready', model=life.package.name, package=life.package.digest, device=life.device.name, phases=life.phases)
 
-# %% ../../nbs/serving/06_server.ipynb #dd091bd3
+# %% ../../nbs/serving/06_server.ipynb #35a6e259
 def listen(
     host:str, # an address of this machine
     port:int, # 0 takes a free one
@@ -70,7 +70,7 @@ def listen(
     except OSError as e:
         raise LocalResource(f'Port {port} of {host} cannot be opened: {e.strerror}.', mend='Set MLSERVE_PORT to a free port.') from None
 
-# %% ../../nbs/serving/06_server.ipynb #f530d9fb
+# %% ../../nbs/serving/06_server.ipynb #b7d10853
 class _Server(uvicorn.Server):
     "uvicorn without its signal handlers"
     @contextlib.contextmanager
@@ -78,15 +78,13 @@ class _Server(uvicorn.Server):
 class _Events(logging.Handler):
     "Warnings of the libraries as one JSON line each"
     def emit(self, record): log('library', logger=record.name, message=record.getMessage())
-
-# %% ../../nbs/serving/06_server.ipynb #4e81429b
 def _web_server(life, settings):
     "uvicorn on uvloop and httptools, quiet"
     logging.getLogger().handlers = [_Events(logging.WARNING)]
     return _Server(uvicorn.Config(create_app(life, settings), loop='uvloop', http='httptools', ws='none', lifespan='off',
         access_log=False, log_config=None, server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=settings.grace))
 
-# %% ../../nbs/serving/06_server.ipynb #72a554f9
+# %% ../../nbs/serving/06_server.ipynb #19553007
 async def drain(
     life:Lifecycle, # becomes `draining`
     server:uvicorn.Server, # told to stop after the delay
@@ -98,7 +96,7 @@ async def drain(
     await asyncio.sleep(seconds)
     server.should_exit = True
 
-# %% ../../nbs/serving/06_server.ipynb #37445e27
+# %% ../../nbs/serving/06_server.ipynb #e5959c73
 def leave(
     code:int, # exit code
 )->None: # never returns
@@ -106,15 +104,13 @@ def leave(
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError): stream.flush()
     os._exit(code)
-
-# %% ../../nbs/serving/06_server.ipynb #918c9486
 def _finish(error, step):
     "Say what went wrong, for people and for machines; the exit code"
     print(f'{error}\n{last_line(error, step)}', file=sys.stderr, flush=True)
     return error.code
-def _cut(n): return Unavailable(f'{n} requests were cut when the server stopped.', mend='Raise MLSERVE_GRACE.')
+def _cut(n): return Unavailable(f"{n} request{'s were' if n > 1 else ' was'} cut when the server stopped.", mend='Raise MLSERVE_GRACE.')
 
-# %% ../../nbs/serving/06_server.ipynb #78cd213a
+# %% ../../nbs/serving/06_server.ipynb #a1b66198
 def on_signal(
     life:Lifecycle, # decides what a signal means
     server:uvicorn.Server, # the one to stop
@@ -127,7 +123,7 @@ def on_signal(
         log('stopped', step=life.phase)
         leave(0)
 
-# %% ../../nbs/serving/06_server.ipynb #3ba90f01
+# %% ../../nbs/serving/06_server.ipynb #1a6bb6da
 async def serve(
     settings:Settings, # all of it
 )->int: # the exit code
@@ -147,7 +143,7 @@ async def serve(
     log('stopped', cut=0)
     return 0
 
-# %% ../../nbs/serving/06_server.ipynb #99e21c89
+# %% ../../nbs/serving/06_server.ipynb #c755f057
 def run(
     settings:Settings, # what a container was told
 )->int: # the exit code
@@ -156,7 +152,7 @@ def run(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(serve(settings))
     except MlserveError as e: return _finish(e, 'listen')
 
-# %% ../../nbs/serving/06_server.ipynb #37ff9ad3
+# %% ../../nbs/serving/06_server.ipynb #91b62ad5
 def main():
     "What `python -m mlserve.serving.server` does"
     for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, lambda *_: leave(0))
@@ -164,7 +160,7 @@ def main():
     except MlserveError as e: leave(_finish(e, 'settings'))
     leave(run(settings))
 
-# %% ../../nbs/serving/06_server.ipynb #a3b5653a
+# %% ../../nbs/serving/06_server.ipynb #d6a747b2
 _classes = {c.code: c for c in (UsageError, CheckFailed, IntegrityError, RemoteUnavailable, LocalResource, Refused, GpuRefused)}
 def error_from(
     text:str, # what the process wrote to stderr
@@ -175,7 +171,7 @@ def error_from(
     except (ValueError, LookupError, TypeError): message = f'The server ended with code {code}: {text[-400:]}'
     return _classes.get(code, MlserveError)(message)
 
-# %% ../../nbs/serving/06_server.ipynb #e42da46a
+# %% ../../nbs/serving/06_server.ipynb #119c2501
 def free_port()->int: # a port that was free a moment ago
     "A free port of the loopback"
     with socket.create_server(('127.0.0.1', 0)) as s: return s.getsockname()[1]
@@ -190,7 +186,7 @@ def start_process(
     return subprocess.Popen([sys.executable, '-m', 'mlserve.serving.server'], env=env, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=stderr)
 
-# %% ../../nbs/serving/06_server.ipynb #5b55121d
+# %% ../../nbs/serving/06_server.ipynb #fadcbc9e
 def _stop(process, seconds):
     "Ask it to stop, then make it"
     process.terminate()
@@ -199,7 +195,7 @@ def _stop(process, seconds):
         process.kill()
         process.wait()
 
-# %% ../../nbs/serving/06_server.ipynb #5ff6f8d7
+# %% ../../nbs/serving/06_server.ipynb #3792d501
 @contextlib.contextmanager
 def serve_local(
     path, # folder of a package
@@ -220,5 +216,5 @@ def serve_local(
             yield url
         finally: _stop(process, s.get('grace', 30) + 5)
 
-# %% ../../nbs/serving/06_server.ipynb #bf5fe92a
+# %% ../../nbs/serving/06_server.ipynb #468022b5
 if __name__ == '__main__' and __spec__: main()
