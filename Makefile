@@ -42,7 +42,9 @@ dockerfile: setup
 docs: setup ## the documentation site, in _docs
 	@rm -rf _proc _docs
 	@$(BIN)/python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
-	@$(BIN)/smalldocs render
+	@sed -i 's#](nbs/#](#g' _proc/index.ipynb # the README is read from the root, the site from nbs/
+	@$(BIN)/smalldocs render -q _proc
+	@mv _proc/_docs _docs
 
 docs-serve: docs ## the site on http://127.0.0.1:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000

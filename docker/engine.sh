@@ -74,7 +74,7 @@ start_registry() {
 start_base() { # the official slim image where a registry can be reached, else one from Debian's packages
   [ -s "$dir/base" ] && return
   local registry official=python:3.11-slim-bookworm ref
-  registry=127.0.0.1:$(cat "$dir/registry.port")
+  registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)}
   say "looking for the base image $official"
   if timeout 60 "${docker[@]}" pull -q "$official" >/dev/null 2>&1; then
     "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$official" >"$dir/base"; return

@@ -10,7 +10,7 @@ __all__ = ['exit_codes', 'MlserveError', 'InvalidInput', 'NotFound', 'TooLarge',
 # %% ../nbs/00_errors.ipynb #f403a808
 import json
 
-# %% ../nbs/00_errors.ipynb #7d56020b
+# %% ../nbs/00_errors.ipynb #d30182be
 class MlserveError(Exception):
     "A failure with a sentence for people, a status for clients and an exit code for machines"
     status = 500 # HTTP status when it happens while serving
@@ -23,7 +23,7 @@ class MlserveError(Exception):
         self.message,self.mend = message,mend
     def __str__(self): return f'{self.message} {self.mend}'.strip()
 
-# %% ../nbs/00_errors.ipynb #ba39a901
+# %% ../nbs/00_errors.ipynb #346f8656
 class InvalidInput(MlserveError):
     "The request is malformed, or its tensors are not the model's"
     status,code = 400,2
@@ -37,7 +37,7 @@ class UnsupportedMedia(MlserveError):
     "The content type or encoding is not one of ours"
     status,code = 415,2
 
-# %% ../nbs/00_errors.ipynb #b4151eea
+# %% ../nbs/00_errors.ipynb #588b7601
 class Unavailable(MlserveError):
     "Loading, draining or full: the same request may pass in a moment"
     status,code = 503,75
@@ -49,7 +49,7 @@ class ModelFailed(MlserveError):
     "The model raised, or answered with something that is not its contract"
     status,code = 500,70
 
-# %% ../nbs/00_errors.ipynb #4c70b1e5
+# %% ../nbs/00_errors.ipynb #80157cf6
 class NotebookFailed(MlserveError):
     "A notebook of the user's raised"
     code = 1
@@ -78,19 +78,19 @@ class GpuRefused(MlserveError):
     "The GPU that was asked for cannot serve; there is no fall-back to the CPU"
     code = 9
 
-# %% ../nbs/00_errors.ipynb #9eb79f73
+# %% ../nbs/00_errors.ipynb #53f39952
 exit_codes = {0: 'done', 1: 'a notebook of the user raised', 2: 'usage', 3: 'a check failed', 4: 'conflict',
     5: 'integrity: a digest differs', 6: 'a remote is unavailable', 7: 'a local resource is missing',
     8: 'refused by policy', 9: 'GPU refused', 70: 'internal', 75: 'stopped with cut requests', 130: 'interrupted'}
 
-# %% ../nbs/00_errors.ipynb #79e62019
+# %% ../nbs/00_errors.ipynb #c38e9395
 def error_body(
     error:MlserveError, # what went wrong
 )->dict: # the JSON body a client sees
     "The one shape in which every route reports a failure"
     return {'error': error.message[:900]}
 
-# %% ../nbs/00_errors.ipynb #ba5f9ba5
+# %% ../nbs/00_errors.ipynb #1d3f1abe
 def last_line(
     error:MlserveError, # what went wrong
     step:str, # the step that was running

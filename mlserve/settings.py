@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['cpu_quota', 'Settings', 'unknown_names', 'read_settings']
 
-# %% ../nbs/03_settings.ipynb #eaf49daa
+# %% ../nbs/03_settings.ipynb #936b8a28
 import difflib, os, re
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from .errors import UsageError
 
@@ -41,8 +41,8 @@ class Settings(BaseSettings):
     max_body: int = Field(64 * 2**20, ge=1) # bytes of a body, and of the tensors it becomes
     ui: bool = False # the page at `/docs`
 
-# %% ../nbs/03_settings.ipynb #16653308
-_elsewhere = {'MLSERVE_REGISTRY', 'MLSERVE_STATE'} # read by the release wing
+# %% ../nbs/03_settings.ipynb #39468215
+_elsewhere = {'MLSERVE_REGISTRY', 'MLSERVE_BASE', 'MLSERVE_STATE', 'MLSERVE_PRIVATE_ENGINE'} # read by the release wing and the engine's script
 _link = re.compile(r'_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP)(_.*)?)?)$')
 def unknown_names(
     env:dict, # the environment

@@ -19,7 +19,7 @@ def run(*command, env=None, timeout=600, cwd=ROOT):
 
 def mlserve(*arguments, **kwargs):
     "Run the command line as a user does"
-    return run(sys.executable, "-m", "mlserve.cli", *arguments, **kwargs)
+    return run(Path(sys.executable).parent / "mlserve", *arguments, **kwargs)
 
 
 def last_json(stderr):

@@ -65,8 +65,8 @@ def test_every_page_runs(copy):
 def test_every_page_renders(copy):
     code = "from nbdev.serve import proc_nbs; proc_nbs()"
     assert run(sys.executable, "-c", code, cwd=copy).returncode == 0
-    done = run(BIN / "smalldocs", "render", cwd=copy)
+    done = run(BIN / "smalldocs", "render", "-q", "_proc", cwd=copy)
     assert done.returncode == 0, done.stderr
-    pages = {p.stem for p in (copy / "_docs").rglob("*.html")}
+    pages = {p.stem for p in (copy / "_proc/_docs").rglob("*.html")}
     missing = [p.stem for p in (copy / "nbs").rglob("*.ipynb") if not {p.stem, p.stem.split("_", 1)[-1]} & pages]
     assert not missing, f"no page for {missing}; there are {sorted(pages)}"

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Builder', 'as_builder', 'find_builder', 'engine', 'remote', 'resolve_base', 'as_target', 'base_target', 'stage_code',
-           'stage', 'labels_of', 'build_failure', 'run_build', 'BuiltImage', 'build', 'pushed_digest', 'push',
-           'labels_in']
+           'stage', 'labels_of', 'build_failure', 'run_build', 'BuiltImage', 'build', 'pushed_digest', 'push']
 
-# %% ../../nbs/release/03_image.ipynb #3db4d756
-import os, re, shutil, subprocess, threading, time
+# %% ../../nbs/release/03_image.ipynb #19e71105
+import ast, os, re, shutil, subprocess, threading, time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +39,7 @@ def as_builder(
     if _says(command, 'buildx', 'version'): return Builder(command, version[0], quiet | {'DOCKER_BUILDKIT':'1'})
     return Builder(command, version[0], {'DOCKER_BUILDKIT':'1'}) if int(version[1]) < 23 else None
 
-# %% ../../nbs/release/03_image.ipynb #de0b0a33
+# %% ../../nbs/release/03_image.ipynb #edcc1de7
 def find_builder(
     path:str|None=None, # folders to search; PATH and /usr/bin by default
 )->Builder: # the first client that can build
@@ -49,8 +48,7 @@ def find_builder(
     clients = dict.fromkeys(str(Path(f) / 'docker') for f in folders if f and os.access(Path(f) / 'docker', os.X_OK))
     for c in clients:
         if found := as_builder(c): return found
-    found = ', '.join(clients) or 'none at all'
-    raise LocalResource(f'No docker client here can drive BuildKit; found: {found}.',
+    raise LocalResource(f'No docker client here can drive BuildKit; found: {", ".join(clients) or "none at all"}.',
         mend='Install the buildx plugin, or Docker 20.10 with its own client.')
 
 # %% ../../nbs/release/03_image.ipynb #df0aebec
@@ -125,25 +123,42 @@ def base_target(
     except Exception as e: raise Refused(f'The base {ref} cannot run python3: {str(e)[:200]}.', mend='Take a base with Python 3.') from None
     finally: box.remove(force=True)
 
-# %% ../../nbs/release/03_image.ipynb #f408a14a
+# %% ../../nbs/release/03_image.ipynb #f1871257
 def _link(source, dest): # copies where it cannot link
     try: os.link(source, dest)
     except OSError: shutil.copyfile(source, dest)
     return dest
+
+# %% ../../nbs/release/03_image.ipynb #3c4bd9fc
+def _imported(file, source): # files of ours that a module names in its imports
+    for n in ast.walk(ast.parse(file.read_bytes())):
+        if not isinstance(n, ast.ImportFrom): continue
+        name = n.module or ''
+        if not n.level and name.split('.')[0] != 'mlserve': continue
+        base = file.parents[n.level-1] if n.level else source
+        parts = name.split('.') if n.level else name.split('.')[1:]
+        yield base.joinpath(*filter(None, parts)).with_suffix('.py')
+        yield from (base.joinpath(*filter(None, parts), f'{a.name}.py') for a in n.names)
+
+# %% ../../nbs/release/03_image.ipynb #7870e1ce
 def stage_code(
     folder:Path, # the context's `code`
     source=None, # the installed mlserve package
 )->None:
-    "The modules a serving image needs: the ground floor and `serving`, nothing else"
-    source = Path(source or __file__).resolve()
-    source = source if source.is_dir() else source.parents[1]
-    above = {'cli', 'doctor', '_modidx'} # these stand over both wings
-    for f in sorted([f for f in source.glob('*.py') if f.stem not in above] + [*(source / 'serving').glob('*.py')]):
+    "The modules a serving image needs, and nothing else"
+    source = Path(source or Path(__file__).parents[1]).resolve()
+    found,todo = set(),[source / '__init__.py', *(source / 'serving').glob('*.py')]
+    while todo:
+        f = todo.pop()
+        if f in found or not f.is_file(): continue
+        found.add(f)
+        todo += _imported(f, source)
+    for f in found:
         to = folder / 'mlserve' / f.relative_to(source)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(f, to)
 
-# %% ../../nbs/release/03_image.ipynb #f6f7dd58
+# %% ../../nbs/release/03_image.ipynb #469cdca7
 def stage(
     folder, # the context, made anew
     dockerfile:str, # its text
@@ -164,7 +179,7 @@ def stage(
     except (OSError, shutil.Error) as e: raise LocalResource(f'The build context {folder} cannot be written: {e}.', mend='Check the disk and its permissions.') from None
     return folder
 
-# %% ../../nbs/release/03_image.ipynb #1146f593
+# %% ../../nbs/release/03_image.ipynb #1aae5a47
 def labels_of(
     name:str, # the model
     package:str, # digest of its package
@@ -179,7 +194,7 @@ def labels_of(
     named = {f'org.opencontainers.image.{k}':v for k,v in oci.items()} | {f'io.mlserve.{k}':v for k,v in ours.items()}
     return {k:v for k,v in named.items() if v}
 
-# %% ../../nbs/release/03_image.ipynb #8fc1f640
+# %% ../../nbs/release/03_image.ipynb #b50330b6
 def build_failure(
     lines:list, # the last lines of the build
 )->Exception: # what to raise
@@ -194,7 +209,7 @@ def build_failure(
     if re.search(r'HASHES|do not match the hashes', text): return IntegrityError(f'A wheel is not the one of the lock: {said}', mend='Delete its folder under state/wheels and repeat.')
     return LocalResource(f'The build failed: {said}', mend='The lines above it say which step.')
 
-# %% ../../nbs/release/03_image.ipynb #699a26f6
+# %% ../../nbs/release/03_image.ipynb #85852f56
 @contextmanager
 def _ended(process, seconds): # a child that cannot outlive its caller or its time limit
     timer = threading.Timer(seconds, process.kill)
@@ -220,7 +235,7 @@ def run_build(
             if progress and line.strip(): progress(line.rstrip())
     if p.returncode: raise build_failure(list(last))
 
-# %% ../../nbs/release/03_image.ipynb #7a0806f5
+# %% ../../nbs/release/03_image.ipynb #8eccfb1f
 @dataclass(frozen=True)
 class BuiltImage:
     "An image that the engine holds"
@@ -228,7 +243,7 @@ class BuiltImage:
     size_mb: float # megabytes, unpacked
     seconds: float # duration of the build
 
-# %% ../../nbs/release/03_image.ipynb #d6f375d6
+# %% ../../nbs/release/03_image.ipynb #60083c54
 def build(
     context, # folder made by `stage`
     base:str, # the base by digest
@@ -247,7 +262,7 @@ def build(
     image = docker.images.get(iid.read_text().strip())
     return BuiltImage(image.id, round(image.attrs['Size'] / 1e6, 1), round(time.monotonic() - start, 1))
 
-# %% ../../nbs/release/03_image.ipynb #a552b388
+# %% ../../nbs/release/03_image.ipynb #3ae3d5cf
 def pushed_digest(
     stream, # items of a push
     progress=None, # called with each status that is new
@@ -263,7 +278,7 @@ def pushed_digest(
     if not digest: raise RemoteUnavailable('The push ended without a digest.', mend='Repeat it.')
     return digest
 
-# %% ../../nbs/release/03_image.ipynb #a4ce6abe
+# %% ../../nbs/release/03_image.ipynb #d850922c
 def push(
     image_id:str, # the engine's id
     repository:str, # `registry/name`
@@ -281,14 +296,3 @@ def push(
         held = docker.api.inspect_distribution(f'{repository}@{digest}')['Descriptor']['digest']
     if held != digest: raise IntegrityError(f'The registry holds {held} where the push gave {digest}.', mend='Push again; if it stays, distrust the registry.')
     return f'{repository}@{digest}'
-
-# %% ../../nbs/release/03_image.ipynb #6b8c2ccf
-def labels_in(
-    ref:str, # an image by digest or id
-)->dict: # label → value
-    "The labels of an image, pulled where it has to be"
-    docker = engine()
-    with remote(f'Pulling {ref}', mend='Check the registry and the digest.'):
-        try: image = docker.images.get(ref)
-        except Exception: image = docker.images.pull(ref)
-    return image.labels

@@ -15,7 +15,7 @@ import httpx
 from ..errors import CheckFailed, Conflict, LocalResource, NotFound, Refused, RemoteUnavailable, UsageError
 from ..package import accuracy, load_package, read_module, run_module, save_tensors
 
-# %% ../../nbs/release/05_record.ipynb #c1a7b428
+# %% ../../nbs/release/05_record.ipynb #985a7b55
 def state_folder()->Path: # absolute
     "Where this machine keeps its state: `MLSERVE_STATE`, or `state`"
     return Path(os.environ.get('MLSERVE_STATE') or 'state').absolute()
@@ -23,8 +23,8 @@ def tracking_uri(
     state:Path|None=None, # the state folder
 )->str: # of a tracking server, or of a database file
     "The store to use: `MLFLOW_TRACKING_URI`, else a database file under the state folder"
-    state = Path(state).absolute() if state else state_folder()
-    return os.environ.get('MLFLOW_TRACKING_URI') or f"sqlite:///{state/'mlflow'/'mlflow.db'}"
+    folder = Path(state or state_folder()).absolute()/'mlflow'
+    return os.environ.get('MLFLOW_TRACKING_URI') or f"sqlite:///{folder/'mlflow.db'}"
 
 # %% ../../nbs/release/05_record.ipynb #bc46ff2b
 def ensure_reachable(
@@ -58,16 +58,15 @@ def _folder(path):
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise LocalResource(f'The folder {path} cannot be made: {e.strerror}.', mend='Set MLSERVE_STATE.') from None
 
-# %% ../../nbs/release/05_record.ipynb #8dcf8f45
+# %% ../../nbs/release/05_record.ipynb #b6a3b837
 def experiment(
     store, # an `MlflowClient`
     name:str='mlserve', # of the experiment
 )->str: # its id
     "The experiment that holds the runs of releases, made when it is missing"
     if found := store.get_experiment_by_name(name): return found.experiment_id
-    uri = store.tracking_uri
-    local = uri.startswith('sqlite:///')
-    place = (Path(uri.removeprefix('sqlite:///')).parent/'artifacts').as_uri() if local else None
+    path = store.tracking_uri.removeprefix('sqlite:///')
+    place = (Path(path).parent/'artifacts').as_uri() if path != store.tracking_uri else None
     return store.create_experiment(name, artifact_location=place)
 
 # %% ../../nbs/release/05_record.ipynb #55fc4f85
@@ -192,7 +191,7 @@ def _allow(name, image=None):
     if image is not None and not _image.fullmatch(image):
         raise Refused(f'{image!r} names no digest; an image is recorded as repository@sha256:…, because a tag may move.')
 
-# %% ../../nbs/release/05_record.ipynb #c93e1913
+# %% ../../nbs/release/05_record.ipynb #c52c579d
 def record(
     name:str, # of the registered model; made when it is missing
     logged:Logged, # the package
@@ -203,7 +202,8 @@ def record(
     "Create a model version together with the image that serves it"
     _allow(name, image)
     store = client(uri)
-    for old in _pairs(store, name):
+    known = [_pair(v) for v in store.search_model_versions(f"name='{name}'") if 'mlserve.image' in v.tags]
+    for old in known:
         if (old.image, old.package, old.model_id) == (image, logged.digest, logged.model_id): return old
     _ensure_model(store, name)
     tags = {'mlserve.image': image, 'mlserve.package': logged.digest, 'mlserve.model_id': logged.model_id,
@@ -211,16 +211,14 @@ def record(
     made = store.create_model_version(name, source=f'models:/{logged.model_id}', run_id=logged.run_id, model_id=logged.model_id, tags=tags)
     return _pair(store.get_model_version(name, made.version))
 
-# %% ../../nbs/release/05_record.ipynb #7bda2fd8
-def _pairs(store, name):
-    return [_pair(v) for v in store.search_model_versions(f"name='{name}'") if 'mlserve.image' in v.tags]
+# %% ../../nbs/release/05_record.ipynb #3eac1c93
 def _ensure_model(store, name):
     from mlflow.exceptions import MlflowException
     try: store.create_registered_model(name)
     except MlflowException as e:
         if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
 
-# %% ../../nbs/release/05_record.ipynb #5ace7eb1
+# %% ../../nbs/release/05_record.ipynb #9d774e13
 def read_pair(
     name:str, # of the registered model
     which:str='candidate', # a version, or an alias
@@ -233,8 +231,7 @@ def read_pair(
     try: found = store.get_model_version(name, which) if which.isdigit() else store.get_model_version_by_alias(name, which)
     except MlflowException as e:
         if e.error_code not in ('RESOURCE_DOES_NOT_EXIST','INVALID_PARAMETER_VALUE'): raise
-        kind = 'version' if which.isdigit() else 'alias'
-        raise NotFound(f'No {kind} {which!r} is recorded for the model {name!r}.', mend='Release it first.') from None
+        raise NotFound(f'No {"version" if which.isdigit() else "alias"} {which!r} is recorded for the model {name!r}.', mend='Release it first.') from None
     return _pair(store.get_model_version(name, found.version))
 
 # %% ../../nbs/release/05_record.ipynb #07502eee
@@ -267,12 +264,11 @@ def _mark(pair, device, finding, status, uri):
         store.set_model_version_tag(pair.name, pair.version, tag, value)
     return store
 
-# %% ../../nbs/release/05_record.ipynb #c2acc17e
+# %% ../../nbs/release/05_record.ipynb #5bdcebe8
 def _move(store, pair, alias):
     store.set_registered_model_alias(pair.name, alias, pair.version)
     now = str(store.get_model_version_by_alias(pair.name, alias).version)
-    if now != pair.version:
-        raise Conflict(f'The alias {alias!r} of {pair.name} was moved to version {now} while version {pair.version} was being set.')
+    if now != pair.version: raise Conflict(f'The alias {alias!r} of {pair.name} was moved to version {now} while version {pair.version} was being set.')
 
 # %% ../../nbs/release/05_record.ipynb #e8713ad6
 def mark_failed(
