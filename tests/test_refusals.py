@@ -75,9 +75,9 @@ def test_a_misspelt_setting_of_the_spec_is_refused(environment, tmp_path):
 @pytest.mark.parametrize("parameters, word", [({"package_dri": "x"}, "package_dir"), ({}, "package_dir")], ids=["misspelt", "missing"])
 def test_a_wrong_pipeline_parameter_is_refused_before_running(tmp_path, parameters, word):
     from mlserve.errors import UsageError
-    from mlserve.release.pipeline import pipeline_notebook, run_notebook
+    from mlserve.release.pipeline import pipelines, run_notebook
     with pytest.raises(UsageError, match=word):
-        run_notebook(pipeline_notebook("build_image"), parameters, tmp_path / "out.ipynb")
+        run_notebook(pipelines() / "build_image.ipynb", parameters, tmp_path / "out.ipynb")
     assert not (tmp_path / "out.ipynb").exists()
 
 

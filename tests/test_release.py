@@ -26,8 +26,8 @@ def engine():
 
 
 def docker_cli(*arguments):
-    from mlserve.release.image import buildkit_client
-    return subprocess.run([*buildkit_client()[0], *arguments], capture_output=True, text=True, timeout=120)
+    from mlserve.release.image import find_builder
+    return subprocess.run([find_builder().command, *arguments], capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -180,9 +180,8 @@ def test_a_change_of_serving_code_rebuilds_only_the_code_layer(release, engine, 
     shutil.copytree(Path(installed.__file__).parent, code / "mlserve", ignore=shutil.ignore_patterns("__pycache__"))
     with open(code / "mlserve/serving/app.py", "a") as f:
         f.write("\n# one changed line\n")
-    repository = release["image"].split("@")[0]
     began = time.monotonic()
-    done = mlserve("build", EXAMPLE, "--package", package, "--repository", repository, "--json", env={**environment, "PYTHONPATH": str(code)})
+    done = mlserve("build", EXAMPLE, "--package", package, "--json", env={**environment, "PYTHONPATH": str(code)})
     seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr[-3000:]
     changed = json.loads(done.stdout)["image"]
