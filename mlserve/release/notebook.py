@@ -56,7 +56,7 @@ def cell_error(
     where = f'cell {count}' if count else 'a cell'
     return NotebookFailed(f'{name} raised {ename} in {where}: {evalue[:600]}')
 
-# %% ../../nbs/release/04_notebook.ipynb #38808ef2
+# %% ../../nbs/release/04_notebook.ipynb #09b23358
 def run_notebook(
     path, # of the notebook; it is not changed
     parameters:dict, # values to inject
@@ -68,6 +68,7 @@ def run_notebook(
     path,out = Path(path).absolute(),Path(out).absolute()
     check_parameters(path, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger('tornado.general').setLevel(logging.CRITICAL) # a kernel that ends is told once, by us
     try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name='python3', cwd=str(path.parent),
         progress_bar=False, log_output=False, request_save_on_cell_execute=False, extra_arguments=['--log-level=50'])
     except PapermillExecutionError as e: error = cell_error(path.name, e.ename, e.evalue, e.exec_count)
