@@ -178,6 +178,7 @@ def test_a_change_of_serving_code_rebuilds_only_the_code_layer(release, engine, 
     import mlserve as installed
     from pathlib import Path
     shutil.copytree(Path(installed.__file__).parent, code / "mlserve", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(EXAMPLE.parent.parent / "pipelines", code / "mlserve/pipelines")  # as a wheel carries them
     with open(code / "mlserve/serving/app.py", "a") as f:
         f.write("\n# one changed line\n")
     began = time.monotonic()
