@@ -30,6 +30,7 @@ test: setup engine-start ## every test, with a real release in a container
 	@$(WITH_ENGINE) pytest -q
 
 export: setup ## package, README and Dockerfile from the notebooks
+	@$(BIN)/nbdev_clean
 	@$(BIN)/nbdev_export
 	@$(MAKE) -s readme dockerfile
 
