@@ -5,23 +5,30 @@
 # %% auto #0
 __all__ = ['cpu_quota', 'Settings', 'unknown_names', 'read_settings']
 
-# %% ../nbs/03_settings.ipynb #936b8a28
+# %% ../nbs/03_settings.ipynb #cb4b2d92
 import difflib, os, re
+from pathlib import Path
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from .errors import UsageError
 
-# %% ../nbs/03_settings.ipynb #89e708f2
+# %% ../nbs/03_settings.ipynb #eeebc54e
+def _quota(root:Path)->float|None:
+    "Cores that the control group grants; None when it sets no limit"
+    for files in (['cpu.max'], ['cpu/cpu.cfs_quota_us', 'cpu/cpu.cfs_period_us']):
+        try: quota,period = ' '.join((root/f).read_text().strip() for f in files).split()
+        except (OSError, ValueError): continue
+        return None if quota in ('max', '-1') else int(quota) / int(period)
+
+# %% ../nbs/03_settings.ipynb #25974c6d
 def cpu_quota(
-    path:str='/sys/fs/cgroup/cpu.max', # the control group's file
+    root='/sys/fs/cgroup', # where the control groups are mounted
 )->int: # whole cores, at least 1
     "How many cores this process may really use"
-    cores = len(os.sched_getaffinity(0))
-    try: quota,period = open(path).read().split()
-    except (OSError, ValueError): return cores
-    return cores if quota == 'max' else max(1, min(cores, int(quota) // int(period)))
+    cores,granted = len(os.sched_getaffinity(0)),_quota(Path(root))
+    return cores if granted is None else max(1, min(cores, int(granted)))
 
-# %% ../nbs/03_settings.ipynb #8d290809
+# %% ../nbs/03_settings.ipynb #5fd36103
 class Settings(BaseSettings):
     "What a server is told by its environment; frozen, and passed, never global"
     model_config = SettingsConfigDict(env_prefix='MLSERVE_', frozen=True, extra='forbid', validate_default=True)
@@ -41,7 +48,7 @@ class Settings(BaseSettings):
     max_body: int = Field(64 * 2**20, ge=1) # bytes of a body, and of the tensors it becomes
     ui: bool = False # the page at `/docs`
 
-# %% ../nbs/03_settings.ipynb #39468215
+# %% ../nbs/03_settings.ipynb #486bf57b
 _elsewhere = {'MLSERVE_REGISTRY', 'MLSERVE_BASE', 'MLSERVE_STATE', 'MLSERVE_PRIVATE_ENGINE'} # read by the release wing and the engine's script
 _link = re.compile(r'_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP)(_.*)?)?)$')
 def unknown_names(
@@ -52,7 +59,7 @@ def unknown_names(
     names = [n for n in env if n.startswith('MLSERVE_') and n not in known and not _link.search(n)]
     return {n: next(iter(difflib.get_close_matches(n, known, 1)), '') for n in names}
 
-# %% ../nbs/03_settings.ipynb #3af16020
+# %% ../nbs/03_settings.ipynb #ca086018
 def read_settings(
     env:dict|None=None, # the environment; the process's own by default
 )->Settings: # validated and frozen
