@@ -38,7 +38,7 @@ readme: setup
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb
 
 dockerfile: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" mlserve dockerfile $(EXAMPLE) > docker/Dockerfile
+	@env -u MLSERVE_BASE -u MLSERVE_REGISTRY $(BIN)/mlserve dockerfile $(EXAMPLE) > docker/Dockerfile
 
 docs: setup ## the documentation site, in _docs
 	@rm -rf _proc _docs
