@@ -24,7 +24,7 @@ setup: .venv/.installed ## the environment, in .venv
 	@touch $@
 
 release: setup engine-start ## the main job: train, build, record, check and promote the example
-	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote
+	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote --json
 
 test: setup engine-start ## every test, with a real release in a container
 	@$(WITH_ENGINE) pytest -q

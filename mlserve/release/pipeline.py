@@ -219,7 +219,7 @@ def close_run(
         if ok: raise RemoteUnavailable(f'The evidence could not be logged: {e}') from None
     return [str(p) for p in books]
 
-# %% ../../nbs/release/07_pipeline.ipynb #2819c7bd
+# %% ../../nbs/release/07_pipeline.ipynb #caca8618
 def commands(
     image:str, # by digest
     package, # of the release
@@ -231,8 +231,10 @@ def commands(
     body.write_bytes(encode_predict_request({k: v[:1] for k,v in golden(package)[0].items()}))
     volume = f'-v {Path(package.path).absolute()}:/models/package:ro ' if delivery == 'volume' else ''
     uri = record.tracking_uri()
-    ui = uri if uri.startswith('http') else f'mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
-    return {'serve': f'docker run --rm -p 127.0.0.1:8080:8080 {volume}{image}',
+    mlflow = Path(sys.executable).parent/'mlflow'
+    ui = uri if uri.startswith('http') else f'{mlflow} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
+    engine = f"DOCKER_HOST={os.environ['DOCKER_HOST']} " if 'DOCKER_HOST' in os.environ else ''
+    return {'serve': f'{engine}docker run --rm --network host -e MLSERVE_HOST=127.0.0.1 {volume}{image}',
         'query': f"curl -s http://127.0.0.1:8080/predict -H 'content-type: application/json' -d @{body}", 'mlflow_ui': ui}
 
 # %% ../../nbs/release/07_pipeline.ipynb #c47dd52f
