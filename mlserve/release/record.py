@@ -39,7 +39,7 @@ def ensure_reachable(
     if not ok: raise RemoteUnavailable(f'The tracking server {uri} did not answer within {seconds:g} s.',
         mend='Start it, or set MLFLOW_TRACKING_URI to one that runs.')
 
-# %% ../../nbs/release/05_record.ipynb #265aaa9c
+# %% ../../nbs/release/05_record.ipynb #864adb89
 def client(
     uri:str|None=None, # of the store; `tracking_uri()` by default
 ): # an `MlflowClient`
@@ -53,8 +53,7 @@ def client(
     mlflow.set_tracking_uri(uri)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 _quiet = {'MLFLOW_DISABLE_TELEMETRY':'true', 'MLFLOW_LOGGING_LEVEL':'ERROR', 'MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR':'false',
-    'MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT':'true',
-    'MLFLOW_HTTP_REQUEST_MAX_RETRIES':'2', 'MLFLOW_HTTP_REQUEST_TIMEOUT':'30'}
+    'MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT':'true', 'MLFLOW_HTTP_REQUEST_MAX_RETRIES':'2', 'MLFLOW_HTTP_REQUEST_TIMEOUT':'30'}
 def _folder(path):
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise LocalResource(f'The folder {path} cannot be made: {e.strerror}.', mend='Set MLSERVE_STATE.') from None
