@@ -130,7 +130,11 @@ env_lines() {
 
 case "${1:-}" in
   start) start; env_lines >"$dir/env" ;;
-  stop) stop_one dockerd; stop_one registry; rm -rf "$run" ;;
+  stop)
+    stop_one dockerd; stop_one registry
+    umount "$run"/exec/netns/* 2>/dev/null || true # dockerd leaves its own network namespace mounted
+    rm -rf "$run"
+    ;;
   env) env_lines ;;
   *) sed -n '2,6p' "$0"; exit 2 ;;
 esac
