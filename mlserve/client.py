@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['failure', 'Client']
 
-# %% ../nbs/05_client.ipynb #a5fe42c6
+# %% ../nbs/05_client.ipynb #878f5e33
 import time, httpx
 from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import quote
 from . import errors
 from .errors import MlserveError, ModelFailed, RemoteUnavailable
-from .protocol import encode_infer_request, decode_infer_response, encode_predict_request, decode_predict_response
+from .plain import decode_predict_response, encode_predict_request
+from .protocol import decode_infer_response, encode_infer_request, encode_infer_request_binary
 from .tensors import TensorSpec
 
 # %% ../nbs/05_client.ipynb #ef84a7e2
@@ -91,17 +92,35 @@ def _metadata(
 Client.health,Client.metadata,Client.name = _health,_metadata,_name
 Client.path = lambda self, end='': f"/v2/models/{quote(self.name(), safe='')}{end}"
 
-# %% ../nbs/05_client.ipynb #17fb20a1
-_json = {'Content-Type': 'application/json'}
+# %% ../nbs/05_client.ipynb #552057f0
+_json,_header = {'Content-Type': 'application/json'},'Inference-Header-Content-Length'
+def _speaks_binary(
+    self:Client,
+)->bool: # whether tensors may be sent as bytes
+    "Whether the server has V2's binary extension"
+    if '_binary' not in self.__dict__:
+        r = self.ask('GET', '/v2')
+        try: self._binary = 'binary_tensor_data' in r.json()['extensions']
+        except (ValueError, KeyError, TypeError): self._binary = False
+    return self._binary
+
 def _infer(
     self:Client,
     inputs:dict, # name to array, batch first
     outputs=(), # names of the outputs wanted; none means all
+    timeout:float|None=None, # seconds until the server may give up
+    binary:bool|None=None, # tensors as bytes; as the server can, if not given
 )->dict: # name to array
     "Predictions by V2"
-    body = encode_infer_request(inputs, outputs)
-    return decode_infer_response(self.ask('POST', self.path('/infer'), content=body, headers=_json).content)
+    if binary is None: binary = self.speaks_binary()
+    if binary:
+        body,length = encode_infer_request_binary(inputs, outputs, timeout=timeout)
+        headers = {'Content-Type': 'application/octet-stream', _header: str(length)}
+    else: body,headers = encode_infer_request(inputs, outputs, timeout=timeout),_json
+    r = self.ask('POST', self.path('/infer'), content=body, headers=headers)
+    return decode_infer_response(r.content, r.headers.get(_header))
 
+# %% ../nbs/05_client.ipynb #5cd0778c
 def _predict(
     self:Client,
     inputs:dict, # name to array, batch first
@@ -111,7 +130,7 @@ def _predict(
     r = self.ask('POST', '/predict', content=encode_predict_request(inputs), headers=_json)
     return decode_predict_response(r.content, specs)
 
-Client.infer,Client.predict = _infer,_predict
+Client.infer,Client.predict,Client.speaks_binary = _infer,_predict,_speaks_binary
 
 # %% ../nbs/05_client.ipynb #7b40af74
 def _wait_ready(
