@@ -28,12 +28,15 @@ def cpu_quota(
     cores,granted = len(os.sched_getaffinity(0)),_quota(Path(root))
     return cores if granted is None else max(1, min(cores, int(granted)))
 
-# %% ../nbs/03_settings.ipynb #5fd36103
+# %% ../nbs/03_settings.ipynb #059bc7d2
 class Settings(BaseSettings):
     "What a server is told by its environment; frozen, and passed, never global"
     model_config = SettingsConfigDict(env_prefix='MLSERVE_', frozen=True, extra='forbid', validate_default=True)
     package: str = '/models/package' # where the model package lies
     package_digest: str|None = Field(None, pattern=r'^sha256:[0-9a-f]{64}$') # the digest it must have
+    cache: str = '/var/cache/mlserve' # folder for packages from a store; replicas may share it
+    fetch_seconds: float = Field(600, gt=0) # for one delivery from a store, with all its retries
+    max_package: int = Field(64 * 2**30, ge=1) # bytes of a package from a store
     device: str = Field('cpu', pattern=r'^(cpu|cuda|cuda:\d+)$') # no `auto`: a GPU image says `cuda`
     model_version: str = '1' # in URLs, logs and metrics
     image: str = '' # who this is, as `repository@sha256:…`; an image cannot know its own digest
@@ -47,6 +50,17 @@ class Settings(BaseSettings):
     grace: float = Field(30, ge=0) # seconds to finish what was accepted
     max_body: int = Field(64 * 2**20, ge=1) # bytes of a body, and of the tensors it becomes
     ui: bool = False # the page at `/docs`
+    max_delay_ms: float = Field(0, ge=0) # how long a request may wait for others to share a batch
+    workers: int = Field(1, ge=1, le=64) # worker processes behind one port; one on `cuda`
+    hang_seconds: float = Field(60, ge=0) # a loop or a batch that takes longer is hung, and the process ends; 0 never
+    prove_seconds: float = Field(10, gt=0) # between two proofs of the golden output while serving
+    connections: int = Field(1024, ge=1) # open connections; health is answered beyond them
+    head_seconds: float = Field(10, gt=0) # for the head of a request
+    body_seconds: float = Field(30, gt=0) # for its body
+    write_seconds: float = Field(30, gt=0) # for a client to take an answer
+    keep_alive_seconds: float = Field(30, gt=0) # between two requests of a connection
+    token_file: str|None = None # file with the bearer token that requests must bring; health is exempt
+    metrics_port: int = Field(0, ge=0, le=65535) # a port of their own for the metrics; 0 leaves them on the main one
 
 # %% ../nbs/03_settings.ipynb #486bf57b
 _elsewhere = {'MLSERVE_REGISTRY', 'MLSERVE_BASE', 'MLSERVE_STATE', 'MLSERVE_PRIVATE_ENGINE'} # read by the release wing and the engine's script
@@ -59,7 +73,7 @@ def unknown_names(
     names = [n for n in env if n.startswith('MLSERVE_') and n not in known and not _link.search(n)]
     return {n: next(iter(difflib.get_close_matches(n, known, 1)), '') for n in names}
 
-# %% ../nbs/03_settings.ipynb #ca086018
+# %% ../nbs/03_settings.ipynb #e59ab373
 def read_settings(
     env:dict|None=None, # the environment; the process's own by default
 )->Settings: # validated and frozen
@@ -69,6 +83,7 @@ def read_settings(
         raise UsageError(f'There is no setting {name}.' + (f' Did you mean {near}?' if near else ''),
             mend='The settings page lists them all.')
     if env.get('MLSERVE_PORT','').startswith('tcp://'): del env['MLSERVE_PORT'] # a Kubernetes service link
+    if 'SAGEMAKER_BIND_TO_PORT' in env: env.setdefault('MLSERVE_PORT', env['SAGEMAKER_BIND_TO_PORT'])
     values = {k: env[n] for k in Settings.model_fields if (n := 'MLSERVE_' + k.upper()) in env}
     try: return Settings(**values)
     except ValidationError as e:

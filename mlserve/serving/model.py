@@ -5,36 +5,44 @@
 # %% auto #0
 __all__ = ['Model', 'load_model']
 
-# %% ../../nbs/serving/02_model.ipynb #47ea034c
+# %% ../../nbs/serving/02_model.ipynb #28217476
 from dataclasses import dataclass
-import numpy as np, torch
-from ..errors import GpuRefused, InvalidInput, MlserveError, ModelFailed, UsageError
-from ..package import Package, load_package, read_module, run_module
+import numpy as np
+from ..errors import InvalidInput, MlserveError, ModelFailed
+from ..handler import Handler, read_handler
+from ..package import Package, load_package, load_program
+from .device import torch_name
 from ..tensors import DATATYPES, TensorSpec, check_tensors
 
-# %% ../../nbs/serving/02_model.ipynb #eeea6e16
+# %% ../../nbs/serving/02_model.ipynb #491f4f79
 @dataclass(frozen=True)
 class Model:
     "One package's program on one device"
     package: Package # verified
-    module: object # the torch module, in evaluation mode
+    program: object # what runs: `run`, `devices`, `sync`
     device: str # 'cpu' or 'cuda:0'
+    handler: Handler|None=None # the notebook's pre- and post-processing, where the package has it
     def predict(self,
         arrays:dict, # inputs by name, each [rows, …]
     )->dict: # outputs by name, each [rows, …]
         "One forward pass, in the calling thread"
         rows = check_tensors(arrays, self.package.inputs)
-        outputs = _forward(self, {s.name: arrays[s.name] for s in self.package.inputs})
+        outputs = self.forward(arrays)
         for s in self.package.outputs: _check_output(s, outputs[s.name], rows)
         return outputs
+    def forward(self,
+        arrays:dict, # inputs by name that were checked, each [rows, …]
+    )->dict: # outputs by name, as the program gave them
+        "The same without the checks, for the batcher, which has its own"
+        return _forward(self, {s.name: arrays[s.name] for s in self.package.inputs})
     def devices(self)->list: # such as ['cuda:0']
         "Where the parameters and buffers really are"
-        return sorted({str(t.device) for t in [*self.module.parameters(), *self.module.buffers()]} or {self.device})
+        return self.program.devices()
     def sync(self):
         "Wait until the device has finished what it was given"
-        if self.device.startswith('cuda'): torch.cuda.synchronize(self.device)
+        self.program.sync()
 
-# %% ../../nbs/serving/02_model.ipynb #94935cfb
+# %% ../../nbs/serving/02_model.ipynb #69c2cf0f
 def _check_output(spec:TensorSpec, array:np.ndarray, rows:int):
     "Refuse an output that is not the contract's, for as many rows as came in"
     want = (rows, *spec.shape[1:])
@@ -42,57 +50,44 @@ def _check_output(spec:TensorSpec, array:np.ndarray, rows:int):
     if not fits or array.dtype != DATATYPES[spec.datatype]:
         raise ModelFailed(f"Output '{spec.name}' of the model is {array.dtype} {list(array.shape)}; its contract is {spec.datatype} {list(want)}.")
 def _forward(model:Model, arrays:dict)->dict:
-    "Run the module; whatever it raises becomes `ModelFailed`"
+    "Run the program; whatever it raises becomes `ModelFailed`"
     names = [s.name for s in model.package.outputs]
-    try: return run_module(model.module, arrays, names, model.device)
-    except torch.OutOfMemoryError as e: raise ModelFailed(f'The device {model.device} has no memory left for this batch.') from e
+    try: return model.program.run(arrays, names)
+    except (ModelFailed, InvalidInput): raise
     except MlserveError as e: raise ModelFailed(f'The model broke its contract: {e.message}') from e
     except Exception as e: raise ModelFailed(f'The model raised {type(e).__name__}.') from e
 
-# %% ../../nbs/serving/02_model.ipynb #ddca9b42
-def _set_threads(threads:int|None):
-    "Size torch's thread pools; `None` leaves them alone"
-    if threads is None: return
-    torch.set_num_threads(threads)
-    try: torch.set_num_interop_threads(1)
-    except RuntimeError: pass # the pool is in use already
-
-# %% ../../nbs/serving/02_model.ipynb #20da1128
-def _place(device)->str:
-    "A claimed device as torch names it"
-    if device.kind != 'cuda': return 'cpu'
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    return f'cuda:{device.index}'
-
-# %% ../../nbs/serving/02_model.ipynb #ac130283
+# %% ../../nbs/serving/02_model.ipynb #9b723c85
 def load_model(
     package:Package, # verified by `load_package`
     device, # a claimed `Device`; `kind` and `index` are read
-    threads:int|None=None, # CPU threads of one forward pass; torch's own choice by default
+    threads:int|None=None, # CPU threads of one forward pass; the library's own choice by default
 )->Model: # ready to predict, not yet warm
     "Put a package's program on a device"
-    if package.format != 'torchscript': raise UsageError(f"The package has format '{package.format}'; this server loads 'torchscript'.")
-    _set_threads(threads)
-    place = _place(device)
-    try: return Model(package, read_module(package.path/package.file, place), place)
-    except torch.OutOfMemoryError as e: raise GpuRefused(f'The model does not fit into the memory of {place}.') from e
-    except (RuntimeError, ValueError, OSError) as e: raise ModelFailed(f'{package.file} of {package.path} cannot be loaded on {place}: {e}') from e
+    place = torch_name(device)
+    handler = read_handler(package.path) if package.handler else None
+    return Model(package, load_program(package, place, threads, handler), place, handler)
 
-# %% ../../nbs/serving/02_model.ipynb #cbe8768f
+# %% ../../nbs/serving/02_model.ipynb #f6b1a54c
 def _column(data, spec)->np.ndarray:
     "The values of one input from a data frame"
     if spec.name in data.columns: return np.stack([np.asarray(v) for v in data[spec.name]])
     return data.to_numpy()
+def _typed(spec, data)->np.ndarray:
+    "One input in the type of the package; text becomes bytes"
+    array = np.asarray(data, dtype=DATATYPES[spec.datatype])
+    if array.dtype != object: return array
+    return np.frompyfunc(lambda t: t.encode() if isinstance(t, str) else t, 1, 1)(array)
 def _by_name(data, specs:tuple)->dict:
     "What MLflow gives as arrays by name, in the types of the package"
     if isinstance(data, dict): arrays = dict(data)
     elif len(specs) > 1 and not hasattr(data, 'columns'): raise InvalidInput(f'The model has {len(specs)} inputs; give a dictionary with {[s.name for s in specs]}.')
     elif hasattr(data, 'columns'): arrays = {s.name: _column(data, s) for s in specs}
     else: arrays = {specs[0].name: data}
-    types = {s.name: DATATYPES[s.datatype] for s in specs}
-    return {n: np.asarray(a, dtype=types.get(n)) for n,a in arrays.items()}
+    known = {s.name: s for s in specs}
+    return {n: _typed(known[n], a) if n in known else np.asarray(a) for n,a in arrays.items()}
 
-# %% ../../nbs/serving/02_model.ipynb #d84f4381
+# %% ../../nbs/serving/02_model.ipynb #5143a21f
 @dataclass(frozen=True)
 class _Processor: kind:str = 'cpu'; index:int = 0
 @dataclass(frozen=True)
@@ -101,7 +96,8 @@ class _PyFunc:
     model: Model # on the CPU
     def predict(self, data, params=None)->dict: # outputs by name
         "Predict from an array, a dictionary of arrays or a data frame"
-        return self.model.predict(_by_name(data, self.model.package.inputs))
+        outputs = self.model.predict(_by_name(data, self.model.package.inputs))
+        return {n: np.frompyfunc(bytes.decode, 1, 1)(a) if a.dtype == object else a for n,a in outputs.items()}
 def _load_pyfunc(path:str)->_PyFunc:
     "What MLflow calls to load a package"
     return _PyFunc(load_model(load_package(path), _Processor()))

@@ -1,0 +1,57 @@
+"""The real server with a model made for tests: the second number of a row says what the model does with it.
+
+Only `mlserve.serving.model` is replaced, before the workers are forked; parser, routes, batcher, watchdog and signals are the real ones."""
+import ctypes
+import os
+import signal
+import sys
+import time
+import types
+
+import numpy as np
+
+RAISE, FEWER, SLEEP, HOLD, KILL, STOP, NAN = range(-1007, -1000)
+WAIT = 1000  # 1000.5 waits half a second
+
+
+class Model:
+    def predict(self, arrays):
+        x = arrays["x"]
+        time.sleep(float(os.environ.get("FAKE_SECONDS", 0.002)))  # 0: quick enough for the event loop
+        for command in x[:, 1]:
+            if command >= WAIT:
+                time.sleep(float(command) - WAIT)
+            elif command == RAISE:
+                raise RuntimeError("canary-in-the-model")
+            elif command == FEWER:
+                return {"y": x[1:] * np.float32(2)}
+            elif command == SLEEP:
+                time.sleep(3600)
+            elif command == HOLD:
+                ctypes.PyDLL(None).sleep(3600)  # native code that keeps the interpreter's lock
+            elif command == KILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif command == STOP:
+                os.kill(os.getpid(), signal.SIGSTOP)
+        y = x * np.float32(2)
+        y[x[:, 1] == NAN] = np.nan
+        return {"y": y}
+
+    forward = predict
+
+    def devices(self):
+        return ["cpu"]
+
+    def sync(self):
+        pass
+
+
+def load_model(package, device, threads=None):
+    time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", 0)))
+    return Model()
+
+
+if __name__ == "__main__":
+    sys.modules["mlserve.serving.model"] = types.SimpleNamespace(load_model=load_model)
+    from mlserve.serving.server import main
+    main()

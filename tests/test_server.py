@@ -1,0 +1,366 @@
+"""The serving process under faults: rows N9, E1–E11 and L1–L6 of the table of faults.
+
+Counts are a twentieth of the goals; `pytest -m soak` runs them in full."""
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from fake_server import FEWER, HOLD, KILL, NAN, RAISE, SLEEP, STOP, WAIT
+from serving import Server, Wire, error_of, request
+
+
+@pytest.fixture(scope="module")
+def server(double, tmp_path_factory):
+    with Server(double, tmp_path_factory.mktemp("server"), threads=1, queue=64, prove_seconds=0.5) as s:
+        yield s
+
+
+@pytest.fixture
+def pool():
+    with concurrent.futures.ThreadPoolExecutor(64) as p:
+        yield p
+
+
+def until(what, seconds=20):
+    "Wait until something holds"
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+def right(rows, answer):
+    return answer.status_code == 200 and answer.json()["outputs"] == [[2 * a, 2 * b] for a, b in rows]
+
+
+# ---- clients that leave
+
+
+def test_N9_a_client_that_leaves_while_queued_is_never_run(server):
+    before = server.metric("cancelled_total"), server.metric("batch_rows_sum")
+    with Wire(server.port) as busy:
+        busy.send(request(body=b'{"inputs": [[1, %f]]}' % (WAIT + 1.5)))
+        time.sleep(0.3)
+        gone = [Wire(server.port).send(request(body=b'{"inputs": [[1, %d]]}' % i)) for i in range(20)]
+        time.sleep(0.3)
+        for w in gone:
+            w.close()
+        assert busy.answer()[0] == 200
+    until(lambda: server.metric("cancelled_total") >= before[0] + 20)
+    assert server.metric("batch_rows_sum") - before[1] <= 10  # the long one and the proofs, not the twenty
+    assert "internal_error" not in server.events()
+
+
+def test_N9_a_client_that_leaves_while_running_frees_its_place(server):
+    before = server.metric("dropped_total")
+    with Wire(server.port) as w:
+        w.send(request(body=b'{"inputs": [[1, %f]]}' % (WAIT + 0.5)))
+        time.sleep(0.2)
+    until(lambda: server.metric("dropped_total") >= before + 1)
+    assert right([(1, 0)], server.predict([1, 0]))
+
+
+# ---- a model that fails
+
+
+def test_E1_one_poisoned_request_fails_alone(server, pool):
+    blocker = pool.submit(server.predict, [1, WAIT + 0.3])
+    time.sleep(0.1)
+    answers = [(i, pool.submit(server.predict, [i, RAISE if i == 7 else 0])) for i in range(16)]
+    assert blocker.result().status_code == 200
+    for i, a in answers:
+        r = a.result()
+        assert r.status_code == 500 if i == 7 else right([(i, 0)], r)
+        assert "canary" not in r.text
+    assert "canary-in-the-model" in server.events()
+
+
+def test_E2_a_value_that_is_no_number_fails_its_request_alone(server, pool):
+    blocker = pool.submit(server.predict, [1, WAIT + 0.3])
+    time.sleep(0.1)
+    answers = [(i, pool.submit(server.predict, [i, NAN if i == 3 else 0])) for i in range(8)]
+    blocker.result()
+    for i, a in answers:
+        assert a.result().status_code == 500 if i == 3 else right([(i, 0)], a.result())
+
+
+def test_E3_a_broken_contract_makes_the_server_not_ready_until_it_is_proved_again(server):
+    assert server.predict([1, FEWER], [2, 0]).status_code == 500
+    until(lambda: '"broken"' in server.events() or "repaired" in server.events())
+    server.wait_ready()
+    assert "repaired" in server.events() and right([(1, 0)], server.predict([1, 0]))
+
+
+def mix(server, count):
+    "Many clients at once, each answer a function of its own question"
+    wrong = []
+
+    def client(seed):
+        r = random.Random(seed)
+        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as c:
+            for _ in range(count // 16):
+                rows = [(r.randrange(10**6), 0) for _ in range(r.randrange(1, 5))]
+                if not right(rows, c.post("/predict", json={"inputs": rows})):
+                    wrong.append(rows)
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(16)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return wrong
+
+
+def test_E4_no_answer_goes_to_another_request(server):
+    assert not mix(server, 2_000)
+
+
+@pytest.mark.soak
+def test_E4_no_answer_goes_to_another_request_in_a_million(server):
+    assert not mix(server, 1_000_000)
+
+
+def test_E5_a_full_queue_is_told_503_and_all_that_is_accepted_is_answered(double, tmp_path, pool):
+    with Server(double, tmp_path, threads=1, queue=8, max_batch=1) as s:
+        answers = [pool.submit(s.predict, [i, WAIT + 0.1]) for i in range(40)]
+        found = [a.result() for a in answers]
+        assert {r.status_code for r in found} == {200, 503}
+        assert all(int(r.headers["retry-after"]) >= 1 for r in found if r.status_code == 503)
+        assert s.http.get("/v2/health/ready").status_code == 200
+        assert s.metric("shed_total") == sum(r.status_code == 503 for r in found)
+
+
+def test_E6_a_deadline_is_kept_in_the_queue_and_in_the_model(server, pool):
+    rows = server.metric("batch_rows_sum")
+    busy = pool.submit(server.predict, [1, WAIT + 1.5], headers={"x-request-timeout": "0.5"})
+    time.sleep(0.2)
+    begin = time.monotonic()
+    queued = server.predict([2, 0], headers={"x-request-timeout": "0.3"})
+    assert queued.status_code == 504 and time.monotonic() - begin < 1.2
+    assert busy.result().status_code == 504
+    until(lambda: right([(1, 0)], server.predict([1, 0])))
+    assert server.metric("batch_rows_sum") - rows < 15
+    v2 = {"parameters": {"timeout": 300_000}, "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, WAIT + 1]}]}
+    assert server.http.post("/v2/models/double/infer", json=v2).status_code == 504
+
+
+@pytest.mark.parametrize("where", [0, 0.002], ids=["on the loop", "in a thread"])
+@pytest.mark.parametrize("command", [SLEEP, HOLD, STOP], ids=["sleeps", "holds the lock", "is stopped"])
+def test_E7_a_hung_worker_is_found_and_the_process_ends_with_70(double, tmp_path, command, where):
+    with Server(double, tmp_path, hang_seconds=2, FAKE_SECONDS=where) as s:
+        with Wire(s.port) as w:
+            w.send(request(body=b'{"inputs": [[1, %d]]}' % command))
+            assert s.process.wait(30) == 70
+        assert s.last()["code"] == 70 and s.last()["step"] == "watchdog"
+
+
+def test_E7_liveness_is_answered_while_the_model_is_busy(server, pool):
+    busy = pool.submit(server.predict, [1, WAIT + 1])
+    time.sleep(0.1)
+    begin = time.monotonic()
+    for _ in range(10):
+        assert server.http.get("/v2/health/live").status_code == 200
+    assert not busy.done() and time.monotonic() - begin < 0.8
+    busy.result()
+
+
+def test_E10_a_killed_worker_is_replaced_and_five_times_in_a_minute_is_the_end(double, tmp_path):
+    with Server(double, tmp_path) as s:
+        for i in range(5):
+            old = s.worker()
+            with contextlib.suppress(httpx.HTTPError):
+                s.predict([1, KILL])
+            if i < 4:
+                until(lambda: s.process.poll() is None and s.worker() not in (old, 0))
+                s.wait_ready()
+        assert s.process.wait(30) == 70
+        assert "five times" in s.last()["error"]
+
+
+def test_E11_a_log_that_nobody_reads_stops_nothing(double, tmp_path):
+    with Server(double, tmp_path, wait=False) as s:
+        s.stop(signal.SIGKILL)
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MLSERVE_")}
+        env |= {"MLSERVE_PACKAGE": str(double), "MLSERVE_HOST": "127.0.0.1", "MLSERVE_PORT": str(s.port), "MLSERVE_DRAIN_DELAY": "0"}
+        s.process = subprocess.Popen([sys.executable, str(__import__("serving").FAKE)], env=env, stderr=writer)
+        s.wait_ready()
+        assert s.predict([1, RAISE]).status_code == 500
+        assert s.metric("lost_lines_total") > 0
+        assert s.stop() == 0
+        os.close(reader)
+        os.close(writer)
+
+
+# ---- start and stop
+
+
+def test_L1_while_it_loads_it_lives_and_is_not_ready(double, tmp_path):
+    with Server(double, tmp_path, wait=False, FAKE_LOAD_SECONDS=1.5) as s:
+        seen = set()
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            with contextlib.suppress(httpx.HTTPError):
+                live, ready = s.http.get("/v2/health/live"), s.http.get("/v2/health/ready")
+                infer = s.predict([1, 0])
+                assert live.status_code == 200
+                seen.add((ready.status_code, infer.status_code))
+                if infer.status_code == 503:
+                    assert int(infer.headers["retry-after"]) >= 1
+                if ready.status_code == 200:
+                    break
+            time.sleep(0.01)
+        assert (503, 503) in seen and (200, 503) not in seen
+
+
+def test_L2_a_load_that_fails_ends_with_its_code(double, tmp_path):
+    with Server(double, tmp_path, wait=False, package_digest="sha256:" + "0" * 64) as s:
+        assert s.process.wait(30) == 5
+        assert s.last()["code"] == 5 and s.last()["step"] == "package"
+
+
+def test_L2_a_wrong_setting_or_argument_ends_with_2(double, tmp_path):
+    with Server(double, tmp_path, wait=False, thread=2) as s:
+        assert s.process.wait(30) == 2
+    with Server(double, tmp_path, wait=False, device="cuda", workers=2) as s:
+        assert s.process.wait(30) == 2
+
+
+def stopped_under_load(double, folder, clients=8, **settings):
+    "Start, load, stop at a random instant; what the clients saw"
+    with Server(double, folder, threads=1, **settings) as s:
+        lost, answered, go = [], [0], threading.Event()
+
+        def client(seed):
+            r = random.Random(seed)
+            c = httpx.Client(base_url=s.url, timeout=30, trust_env=False)
+            while not go.is_set():
+                a = r.randrange(1000)
+                try:
+                    found = c.post("/predict", json={"inputs": [[a, WAIT + 0.001 * r.randrange(10)]]})
+                except (httpx.ConnectError, httpx.ConnectTimeout):
+                    return  # the port is closed: nothing was accepted
+                except httpx.HTTPError as e:
+                    lost.append(repr(e))
+                    return
+                if found.status_code != 200 or found.json()["outputs"][0][0] != 2 * a:
+                    lost.append(found.text)
+                answered[0] += 1
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+        for t in threads:
+            t.start()
+        time.sleep(0.3 + random.random() / 2)
+        begin = time.monotonic()
+        code = s.stop()
+        took = time.monotonic() - begin
+        go.set()
+        for t in threads:
+            t.join()
+        return code, lost, answered[0], took
+
+
+def test_L3_a_stop_under_load_loses_no_answer(double, tmp_path):
+    for _ in range(8):
+        code, lost, answered, took = stopped_under_load(double, tmp_path)
+        assert code == 0 and not lost and answered and took < 10
+
+
+@pytest.mark.soak
+def test_L3_a_thousand_stops_under_load_lose_no_answer(double, tmp_path):
+    for _ in range(1000):
+        code, lost, answered, took = stopped_under_load(double, tmp_path)
+        assert code == 0 and not lost and answered and took < 10
+
+
+def test_L3_in_the_drain_delay_it_serves_and_is_not_ready(double, tmp_path, pool):
+    with Server(double, tmp_path, drain_delay=2) as s:
+        slow = pool.submit(s.predict, [1, WAIT + 1])
+        time.sleep(0.2)
+        s.process.terminate()
+        until(lambda: s.http.get("/v2/health/ready").status_code == 503, 2)
+        r = httpx.post(s.url + "/predict", json={"inputs": [[2, 0]]}, trust_env=False)
+        assert right([(2, 0)], r) and r.headers["connection"] == "close"
+        assert right([(1, WAIT + 1)], slow.result()) and s.process.wait(20) == 0
+
+
+def test_L4_after_the_grace_the_client_is_told_and_the_exit_code_is_75(double, tmp_path, pool):
+    with Server(double, tmp_path, grace=0.5) as s:
+        cut = pool.submit(s.predict, [1, WAIT + 20])
+        time.sleep(0.5)
+        s.process.terminate()
+        assert cut.result().status_code == 503 and s.process.wait(10) == 75
+        assert "1 request" in s.last()["error"]
+
+
+def test_L4_a_model_that_holds_the_lock_cannot_keep_the_process(double, tmp_path):
+    with Server(double, tmp_path, grace=1) as s:
+        with Wire(s.port) as w:
+            w.send(request(body=b'{"inputs": [[1, %d]]}' % HOLD))
+            time.sleep(0.5)
+            assert s.stop(seconds=10) == 75
+
+
+def test_L5_a_signal_during_the_load_ends_it_at_once(double, tmp_path):
+    for wait in (0, 0.3, 1):
+        with Server(double, tmp_path, wait=False, FAKE_LOAD_SECONDS=30) as s:
+            time.sleep(wait)
+            assert s.stop(seconds=10) in (0, -signal.SIGTERM)
+
+
+def test_L5_a_second_signal_does_not_wait(double, tmp_path):
+    with Server(double, tmp_path, drain_delay=60) as s:
+        s.process.terminate()
+        until(lambda: s.http.get("/v2/health/ready").status_code == 503)
+        assert s.stop(signal.SIGINT, 10) == 0
+
+
+def test_L5_a_killed_parent_leaves_no_worker_and_its_port_is_free(double, tmp_path):
+    with Server(double, tmp_path) as s:
+        worker = s.worker()
+        s.stop(signal.SIGKILL)
+        until(lambda: not os.path.exists(f"/proc/{worker}") or "\nState:\tZ" in open(f"/proc/{worker}/status").read())
+        with Server(double, tmp_path, port=s.port):
+            assert httpx.get(s.url + "/v2/health/live", trust_env=False).status_code == 200
+
+
+# ---- several workers
+
+
+def test_two_workers_share_one_port_and_one_view_of_the_metrics(double, tmp_path):
+    with Server(double, tmp_path, workers=2) as s:
+        for i in range(40):
+            with Wire(s.port) as w:
+                assert w.send(request(body=b'{"inputs": [[%d, 0]]}' % i)).answer()[0] == 200
+        seen = {s.http.get("/metrics").text.split('route="/predict",status="200"} ')[1].split("\n")[0] for _ in range(5)}
+        assert seen == {"40.0"}
+        assert s.stop() == 0
+
+
+def test_two_workers_stop_under_load_without_losing_an_answer(double, tmp_path):
+    for _ in range(3):
+        code, lost, answered, took = stopped_under_load(double, tmp_path, workers=2)
+        assert code == 0 and not lost and answered
+
+
+def test_sagemaker_starts_it_with_serve_and_names_the_port(double, tmp_path):
+    with Server(double, tmp_path, wait=False) as s:
+        s.stop(signal.SIGKILL)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MLSERVE_")}
+        env |= {"MLSERVE_PACKAGE": str(double), "SAGEMAKER_BIND_TO_PORT": str(s.port), "MLSERVE_DRAIN_DELAY": "0"}
+        s.process = subprocess.Popen([sys.executable, str(__import__("serving").FAKE), "serve"], env=env, stderr=subprocess.DEVNULL)
+        s.wait_ready()
+        assert s.http.get("/ping").status_code == 200
+        assert json.loads(s.http.post("/invocations", json={"instances": [[1, 2]]}).content) == {"predictions": [[2.0, 4.0]]}
