@@ -31,14 +31,16 @@ def platforms(
     tags = [f'manylinux_2_{n}' for n in range(minor, 4, -1)] + ['manylinux2014', 'manylinux2010', 'manylinux1', 'linux']
     return [f'{t}_{target.machine}' for t in tags]
 
-# %% ../../nbs/release/01_dependencies.ipynb #21c3f745
-_frameworks = {'torchscript':'torch', 'torch_export':'torch'} # format of a package → extra
+# %% ../../nbs/release/01_dependencies.ipynb #982b249d
+_frameworks = {'torchscript':'torch', 'export':'torch', 'safetensors':'torch', 'onnx':'onnx'} # format of a package → extra
 def requirements_of(
     package, # the model package; its `format` says which framework
     extra=(), # further requirements of the model
+    place:str='', # where the server reads the package: a path, `s3://…`, `gs://…`, `az://…` or `models:/…`
 )->list[str]: # sorted requirement lines
     "What has to be installed to serve a package"
-    wings = {'', 'serving', _frameworks.get(package.format, '')}
+    scheme = place.partition(':')[0] if ':' in place else ''
+    wings = {'', 'serving', _frameworks.get(package.format, ''), {'models':'registry'}.get(scheme, scheme)}
     found = set(map(str, map(Requirement, extra)))
     for line in metadata.requires('mlserve'):
         r = Requirement(line)

@@ -9,18 +9,19 @@ __all__ = ['ImageSpec', 'render', 'parse']
 from dataclasses import dataclass
 from ..errors import UsageError
 
-# %% ../../nbs/release/02_dockerfile.ipynb #7a82c3b9
+# %% ../../nbs/release/02_dockerfile.ipynb #25e73103
+_deliveries = ('baked','volume','store','registry')
 @dataclass(frozen=True)
 class ImageSpec:
     "What the text of a Dockerfile depends on"
     base: str # image reference, best by digest: the default of the argument BASE
     device: str = 'cpu' # 'cpu' or 'cuda'
-    delivery: str = 'baked' # 'baked': weights in the image; 'volume': mounted at /models/package
+    delivery: str = 'baked' # 'baked': weights in the image; 'volume': mounted at /models/package; 'store', 'registry': read at the start
     port: int = 8080 # port of the listener
 
     def __post_init__(self):
         if self.device not in ('cpu','cuda'): raise UsageError(f"The device is {self.device!r}; it can be 'cpu' or 'cuda'.")
-        if self.delivery not in ('baked','volume'): raise UsageError(f"The delivery is {self.delivery!r}; it can be 'baked' or 'volume'.")
+        if self.delivery not in _deliveries: raise UsageError(f"The delivery is {self.delivery!r}; it can be {', '.join(_deliveries)}.")
         if not self.base or any(c.isspace() for c in self.base): raise UsageError(f'The base {self.base!r} is not an image reference.')
 
 # %% ../../nbs/release/02_dockerfile.ipynb #d2b2dbdd
@@ -40,30 +41,32 @@ def _builder(spec):
             f'rm -rf {site}/torch/test {site}/torch/include', f'{{ {python} -m {_compile} /opt/venv/lib || echo "some modules stay uncompiled"; }}',
             'mkdir -p /out/opt', 'mv /opt/venv /out/opt/venv', _settle, mounts=('wheels','lock.txt'))]
 
-# %% ../../nbs/release/02_dockerfile.ipynb #8d7f101a
+# %% ../../nbs/release/02_dockerfile.ipynb #98f90a03
 def _weights(spec):
     if spec.delivery != 'baked': return []
     return ['# The model package, byte for byte', 'FROM ${BASE} AS weights',
         _run('mkdir -p /out/models', 'cp -R /package /out/models/package', _settle, mounts=('package',))]
+def _remote(spec): return spec.delivery in ('store','registry')
 def _code(spec):
+    cache = '/out/var/cache/mlserve'
     return ['# The server', 'FROM ${BASE} AS code',
-        _run('mkdir -p /out/opt', 'cp -R /code /out/opt/mlserve', f'python3 -m {_compile} -s /out -p / /out/opt/mlserve',
-            _settle, mounts=('code',))]
+        _run('mkdir -p /out/opt' + (f' {cache}' if _remote(spec) else ''), 'cp -R /code /out/opt/mlserve',
+            f'python3 -m {_compile} -s /out -p / /out/opt/mlserve', _settle, *([f'chmod 1777 {cache}'] if _remote(spec) else []), mounts=('code',))]
 
-# %% ../../nbs/release/02_dockerfile.ipynb #584382cd
+# %% ../../nbs/release/02_dockerfile.ipynb #480a7368
 def _environment(spec):
     env = {'HOME':'/tmp', 'PYTHONDONTWRITEBYTECODE':'1', 'PYTHONUNBUFFERED':'1', 'PYTHONPATH':'/opt/mlserve',
-        'MLSERVE_PACKAGE':'/models/package', 'MLSERVE_PACKAGE_DIGEST':'${PACKAGE_DIGEST}', 'MLSERVE_DEVICE':spec.device,
+        'MLSERVE_PACKAGE':'${PACKAGE}' if _remote(spec) else '/models/package', 'MLSERVE_PACKAGE_DIGEST':'${PACKAGE_DIGEST}', 'MLSERVE_DEVICE':spec.device,
         'MLSERVE_PORT':str(spec.port)}
     if spec.device == 'cuda': env |= {'NVIDIA_VISIBLE_DEVICES':'all', 'NVIDIA_DRIVER_CAPABILITIES':'compute,utility'}
     return 'ENV ' + ' \\\n    '.join(f'{k}={v}' for k,v in env.items())
 
-# %% ../../nbs/release/02_dockerfile.ipynb #26c680ef
+# %% ../../nbs/release/02_dockerfile.ipynb #fe13b8c5
 _probe = ("import http.client,os,sys; c=http.client.HTTPConnection('127.0.0.1',int(os.environ['MLSERVE_PORT']),timeout=4); "
     "c.request('GET','/v2/health/ready'); sys.exit(c.getresponse().status!=200)")
 def _copies(spec):
     stages = ['builder'] + (['weights'] if spec.delivery == 'baked' else []) + ['code']
-    return [f'COPY --from={s} /out/ /' for s in stages] + ['ARG PACKAGE_DIGEST', _environment(spec)]
+    return [f'COPY --from={s} /out/ /' for s in stages] + (['ARG PACKAGE'] if _remote(spec) else []) + ['ARG PACKAGE_DIGEST', _environment(spec)]
 
 # %% ../../nbs/release/02_dockerfile.ipynb #842b28be
 def _images(spec):

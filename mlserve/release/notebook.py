@@ -10,7 +10,7 @@ import difflib, json, logging
 from pathlib import Path
 from ..errors import MlserveError, NotebookFailed, UsageError
 
-# %% ../../nbs/release/04_notebook.ipynb #7952fdf8
+# %% ../../nbs/release/04_notebook.ipynb #b5488988
 def parameters_of(
     path, # of a notebook
 )->dict: # name → source text of the default
@@ -19,7 +19,7 @@ def parameters_of(
     logging.getLogger('papermill').setLevel(logging.ERROR)
     try: cells = json.loads(Path(path).read_text())['cells']
     except FileNotFoundError: raise UsageError(f'There is no notebook {path}.') from None
-    except (ValueError, KeyError, OSError) as e: raise UsageError(f'{path} is not a notebook: {e}.') from None
+    except (ValueError, KeyError, TypeError, OSError): raise UsageError(f'{path} is not a notebook: it holds no JSON with cells.') from None
     tagged = sum('parameters' in c.get('metadata', {}).get('tags', ()) for c in cells)
     if tagged > 1: raise UsageError(f'{Path(path).name} has {tagged} cells tagged parameters; exactly one is allowed.')
     return {n: p['default'] for n,p in papermill.inspect_notebook(str(path)).items()} if tagged else {}
@@ -39,7 +39,7 @@ def check_parameters(
     missing = [p for p,default in known.items() if default.strip() == 'None' and parameters.get(p) is None]
     if missing: raise UsageError(f"{name} needs a value for {', '.join(missing)}.")
 
-# %% ../../nbs/release/04_notebook.ipynb #ac227b49
+# %% ../../nbs/release/04_notebook.ipynb #092051bf
 def family(
     cls:type=MlserveError, # the root
 )->dict: # class name → class
@@ -54,9 +54,9 @@ def cell_error(
     "The failure that a cell's exception stands for"
     if ename in family(): return family()[ename](evalue)
     where = f'cell {count}' if count else 'a cell'
-    return NotebookFailed(f'{name} raised {ename} in {where}: {evalue[:600]}')
+    return NotebookFailed(f"{name} raised {ename} in {where}: {evalue[:600].rstrip('. ')}.")
 
-# %% ../../nbs/release/04_notebook.ipynb #09b23358
+# %% ../../nbs/release/04_notebook.ipynb #c3839f31
 def run_notebook(
     path, # of the notebook; it is not changed
     parameters:dict, # values to inject
@@ -72,7 +72,7 @@ def run_notebook(
     try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name='python3', cwd=str(path.parent),
         progress_bar=False, log_output=False, request_save_on_cell_execute=False, extra_arguments=['--log-level=50'])
     except PapermillExecutionError as e: error = cell_error(path.name, e.ename, e.evalue, e.exec_count)
-    except (RuntimeError, OSError) as e: error = NotebookFailed(f'{path.name} could not be run to its end: {e}')
+    except (RuntimeError, OSError) as e: error = NotebookFailed(f"{path.name} could not be run to its end: {str(e).rstrip('. ')}.")
     else: return out
     if type(error) is NotebookFailed: error.mend = f'The executed copy is {out}.'
     raise error from None

@@ -7,10 +7,10 @@ __all__ = ['pipelines', 'write_json', 'read_json', 'registry_of', 'reach_registr
            'run_folder', 'absolute', 'open_run', 'train_model', 'environment', 'build_record_check', 'build_only',
            'close_run', 'commands', 'release', 'write_result']
 
-# %% ../../nbs/release/07_pipeline.ipynb #2917096e
+# %% ../../nbs/release/07_pipeline.ipynb #88a40fa7
 import json, os, subprocess, sys, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import httpx
 import mlserve
@@ -18,8 +18,11 @@ from ..errors import LocalResource, MlserveError, RemoteUnavailable, UsageError
 from ..package import golden, load_package
 from ..protocol import encode_predict_request
 from . import record
-from .notebook import parameters_of, run_notebook
-from .spec import ReleaseSpec
+from .container import credentials
+from .image import engine
+from .notebook import check_parameters, run_notebook
+from .spec import ReleaseSpec, default_name, default_repository
+from .upload import reach_store
 
 # %% ../../nbs/release/07_pipeline.ipynb #faea271c
 def pipelines()->Path: # a folder
@@ -29,7 +32,7 @@ def pipelines()->Path: # a folder
         if (folder/'check_inference.ipynb').exists(): return folder
     raise LocalResource('The notebooks of a release are not installed.', mend='Install mlserve again.')
 
-# %% ../../nbs/release/07_pipeline.ipynb #e97cf30d
+# %% ../../nbs/release/07_pipeline.ipynb #01e70f92
 def write_json(
     path, # to write
     value:dict, # plain values, dataclasses
@@ -39,7 +42,7 @@ def write_json(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        part.write_text(json.dumps(value, indent=2, default=str) + '\n')
+        part.write_text(json.dumps(value, indent=2, default=str, allow_nan=False) + '\n')
         os.replace(part, path)
     except OSError as e:
         part.unlink(missing_ok=True)
@@ -70,17 +73,20 @@ def reach_registry(
     if not ok: raise RemoteUnavailable(f'The registry {host} did not answer within {seconds:g} s.',
         mend='Start it (make engine-start), or set MLSERVE_REGISTRY.')
 
-# %% ../../nbs/release/07_pipeline.ipynb #6cb081ec
+# %% ../../nbs/release/07_pipeline.ipynb #987dba32
 def reach(
     spec:ReleaseSpec, # of the release
 )->None:
-    "Ask the engine, the registry and the store whether they answer"
-    from mlserve.release.check import engine
+    "Ask whether the notebook can be released, and whether the engine, the registry and the store answer"
+    check_parameters(spec.notebook, {'package_dir': 'package'})
     engine(seconds=10).close()
     reach_registry(spec.repository)
     record.experiment(record.client())
+    if spec.delivery == 'store': reach_store(spec.store)
+    if spec.delivery == 'registry' and not record.tracking_uri().startswith('http'):
+        raise UsageError("Delivery 'registry' needs a tracking server that containers reach by http; this store is a file.", mend='Set MLFLOW_TRACKING_URI.')
 
-# %% ../../nbs/release/07_pipeline.ipynb #6fe9b85d
+# %% ../../nbs/release/07_pipeline.ipynb #3504d036
 def say(text): print(text, file=sys.stderr, flush=True)
 @contextmanager
 def step(
@@ -90,6 +96,7 @@ def step(
 ):
     "Time a step, and name it on a failure"
     start = time.monotonic()
+    progress(f'{name:<8} …')
     try: yield
     except MlserveError as e:
         e.step = getattr(e, 'step', name)
@@ -152,20 +159,28 @@ def open_run(
     write_json(folder/'spec.json', json.loads(spec.model_dump_json()))
     return Run(spec, folder, made.info.run_id)
 
-# %% ../../nbs/release/07_pipeline.ipynb #14413dcc
+# %% ../../nbs/release/07_pipeline.ipynb #1232560b
+def _under_name(spec, name):
+    "The spec under the package's name, or a refusal when another was given"
+    if spec.name == name: return spec
+    if spec.name != default_name(Path(spec.notebook)):
+        raise UsageError(f"The spec's name is {spec.name!r}, the package's {name!r}.", mend='Give mlserve.toml (or --name) and save_package the same one.')
+    own = {'repository': default_repository(name)} if spec.repository == default_repository(spec.name) else {}
+    return spec.model_copy(update={'name': name, **own})
+
+# %% ../../nbs/release/07_pipeline.ipynb #904c62d9
 def train_model(
     run:Run, # under way
-)->Path: # of the verified package
+)->tuple: # the run under the package's name, and the folder of the verified package
     "Run the model notebook, and find the package that it saved"
     book,place = run.spec.notebook,run.folder/'package'
-    has = 'package_dir' in parameters_of(book)
-    run.notebook(book, **({'package_dir': str(place)} if has else {}))
-    logged = record.read_logged(run.id)
-    if place.exists(): package = load_package(place)
-    elif logged: package = record.fetch_package(logged, run.folder/'fetched')
-    else: raise UsageError(f'{book.name} saved no package.', mend='Give it a parameter package_dir, and call save_package(..., package_dir).')
+    run.notebook(book, package_dir=str(place))
+    if not place.exists(): raise UsageError(f'{book.name} saved no package in its package_dir.', mend='Let it call save_package(model, package_dir, ...).')
+    package,logged = load_package(place),record.read_logged(run.id)
     if not logged or logged.digest != package.digest: record.log_package(package.path)
-    return Path(package.path)
+    run = replace(run, spec=_under_name(run.spec, package.name))
+    write_json(run.folder/'spec.json', json.loads(run.spec.model_dump_json()))
+    return run,Path(package.path)
 
 # %% ../../nbs/release/07_pipeline.ipynb #3a2a2b06
 @contextmanager
@@ -177,7 +192,7 @@ def environment(**values): # set while the block runs
     finally:
         for k,v in before.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
 
-# %% ../../nbs/release/07_pipeline.ipynb #3a27f566
+# %% ../../nbs/release/07_pipeline.ipynb #577b399b
 def build_record_check(
     run:Run, # with a package
     package_dir:Path, # of the verified package
@@ -185,12 +200,18 @@ def build_record_check(
     progress, # called with a line of text
 )->tuple: # what build, record and check wrote
     "Build the image, record the pair, check it"
-    with step('build', steps, progress): run.notebook(pipelines()/'build_image.ipynb', run_dir=str(run.folder), package_dir=str(package_dir))
+    with step('build', steps, progress):
+        run.notebook(pipelines()/'build_image.ipynb', run_dir=str(run.folder), package_dir=str(package_dir), model_id=record.read_logged(run.id).model_id)
+    for warning in run.result('build')['warnings']: progress(f'warning: {warning}')
     with step('record', steps, progress): run.notebook(pipelines()/'record_release.ipynb', run_dir=str(run.folder), run_id=run.id)
     pair = run.result('record')
     with step('check', steps, progress):
         run.notebook(pipelines()/'check_inference.ipynb', run_dir=str(run.folder), name=pair['name'], version=pair['version'])
-    return run.result('build'),pair,run.result('check')
+    built,checked = run.result('build'),run.result('check')
+    if not checked['rows']:
+        built['warnings'].append('There was no held-back data: only the golden rows were compared.')
+        progress(f"warning: {built['warnings'][-1]}")
+    return built,pair,checked
 
 # %% ../../nbs/release/07_pipeline.ipynb #5400e4cf
 def build_only(
@@ -198,8 +219,9 @@ def build_only(
     package_dir, # folder of a package
 )->dict: # image, base, lock, package, size_mb, seconds
     "Build and push the image of a package, and record nothing"
-    spec = absolute(spec)
-    package,folder = load_package(Path(package_dir).absolute()),run_folder(spec.state)
+    package = load_package(Path(package_dir).absolute())
+    spec = _under_name(absolute(spec), package.name)
+    folder = run_folder(spec.state)
     write_json(folder/'spec.json', json.loads(spec.model_dump_json()))
     run_notebook(pipelines()/'build_image.ipynb', {'run_dir': str(folder), 'package_dir': str(package.path)}, folder/'build_image.ipynb')
     return read_json(folder/'build.json')
@@ -219,22 +241,26 @@ def close_run(
         if ok: raise RemoteUnavailable(f'The evidence could not be logged: {e}') from None
     return [str(p) for p in books]
 
-# %% ../../nbs/release/07_pipeline.ipynb #caca8618
+# %% ../../nbs/release/07_pipeline.ipynb #cba0b3f4
+def _remote(env, delivery): # variables, the files that they name, a cache
+    given = {k: v for k,v in credentials(env).items() if delivery == 'registry' or not k.startswith('MLFLOW_')}
+    files = sorted({v for v in given.values() if os.path.isfile(v)})
+    return ''.join([f'-e {n} ' for n in sorted(given)] + [f'-v {f}:{f}:ro ' for f in files]) + '-v mlserve-cache:/var/cache/mlserve '
 def commands(
     image:str, # by digest
     package, # of the release
     folder:Path, # gets the body of the query
-    delivery:str='baked', # `baked` or `volume`
+    delivery:str='baked', # `baked`, `volume`, `store` or `registry`
 )->dict: # `serve`, `query`, `mlflow_ui`
     "Shell lines that go on from here"
     body = Path(folder)/'query.json'
     body.write_bytes(encode_predict_request({k: v[:1] for k,v in golden(package)[0].items()}))
-    volume = f'-v {Path(package.path).absolute()}:/models/package:ro ' if delivery == 'volume' else ''
+    more = {'baked': '', 'volume': f'-v {Path(package.path).absolute()}:/models/package:ro '}.get(delivery, _remote(os.environ, delivery))
     uri = record.tracking_uri()
     mlflow = Path(sys.executable).parent/'mlflow'
     ui = uri if uri.startswith('http') else f'{mlflow} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
     engine = f"DOCKER_HOST={os.environ['DOCKER_HOST']} " if 'DOCKER_HOST' in os.environ else ''
-    return {'serve': f'{engine}docker run --rm --network host -e MLSERVE_HOST=127.0.0.1 {volume}{image}',
+    return {'serve': f'{engine}docker run --rm --network host -e MLSERVE_HOST=127.0.0.1 {more}{image}',
         'query': f"curl -s http://127.0.0.1:8080/predict -H 'content-type: application/json' -d @{body}", 'mlflow_ui': ui}
 
 # %% ../../nbs/release/07_pipeline.ipynb #c47dd52f
@@ -250,7 +276,7 @@ def release(
         with step('reach', steps, progress): reach(spec)
         run,ok = open_run(spec),False
         try:
-            with environment(MLFLOW_RUN_ID=run.id), step('train', steps, progress): place = train_model(run)
+            with environment(MLFLOW_RUN_ID=run.id), step('train', steps, progress): run,place = train_model(run)
             built,pair,checked = build_record_check(run, place, steps, progress)
             if promote:
                 with step('promote', steps, progress): record.promote(pair['name'], pair['version'], device=spec.device)
@@ -258,13 +284,13 @@ def release(
         finally: evidence = close_run(run, ok)
         return write_result(run, place, built, pair, checked, steps, evidence)
 
-# %% ../../nbs/release/07_pipeline.ipynb #c6a1c967
+# %% ../../nbs/release/07_pipeline.ipynb #aeff5424
 def write_result(run, place, built, pair, checked, steps, evidence):
     "Put `state/release.json` together"
     now = record.read_pair(pair['name'], pair['version'])
     result = {'model': now.name, 'version': now.version, 'image': now.image, 'package': now.package, 'device': checked['device'],
-        'accuracy': checked['accuracy'], 'image_mb': built['size_mb'], 'aliases': record.aliases(now), 'steps': steps, 'run': run.id,
-        'evidence': evidence, 'check': {k: checked[k] for k in ('golden','holdout','rows','latency_ms','seconds')},
+        'accuracy': checked['accuracy'] or None, 'image_mb': built['size_mb'], 'package_mb': built['package_mb'], 'place': built['place'], 'warnings': built['warnings'], 'aliases': record.aliases(now), 'steps': steps, 'run': run.id,
+        'evidence': evidence, 'check': {k: checked[k] or None for k in ('golden','holdout','rows','latency_ms','seconds')},
         'commands': commands(now.image, load_package(place), run.folder, run.spec.delivery)}
     write_json(run.spec.state/'release.json', result)
     return result

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['state_folder', 'tracking_uri', 'ensure_reachable', 'client', 'experiment', 'Logged', 'saved_answers', 'log_package',
-           'read_logged', 'fetch_package', 'fetch_holdout', 'Pair', 'record', 'read_pair', 'find_pair', 'mark_checked',
-           'mark_failed', 'promote', 'aliases']
+           'read_logged', 'fetch_package', 'fetch_holdout', 'Pair', 'record', 'read_pair', 'find_pair', 'mark',
+           'promote', 'aliases']
 
-# %% ../../nbs/release/05_record.ipynb #693f7f1b
+# %% ../../nbs/release/05_record.ipynb #981af554
 import json, logging, os, re, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 import httpx
 from ..errors import CheckFailed, Conflict, LocalResource, NotFound, Refused, RemoteUnavailable, UsageError
-from ..package import accuracy, load_package, read_module, run_module, save_tensors
+from ..arrays import save_tensors
+from ..package import accuracy, load_package, load_program
+from .spec import checked_device
 
 # %% ../../nbs/release/05_record.ipynb #985a7b55
 def state_folder()->Path: # absolute
@@ -69,36 +71,31 @@ def experiment(
     place = (Path(path).parent/'artifacts').as_uri() if path != store.tracking_uri else None
     return store.create_experiment(name, artifact_location=place)
 
-# %% ../../nbs/release/05_record.ipynb #55fc4f85
+# %% ../../nbs/release/05_record.ipynb #40c31cc5
 @dataclass(frozen=True)
 class Logged:
     "A package as the store knows it"
     run_id: str # the run that trained it
     model_id: str # the logged model that holds its files
     digest: str # `sha256:…` of the package
-
-# %% ../../nbs/release/05_record.ipynb #44aed843
 def _open_run(store, name):
     if run_id := os.environ.get('MLFLOW_RUN_ID'): return run_id,False
     import mlflow
     if active := mlflow.active_run(): return active.info.run_id,False
     return store.create_run(experiment(store), run_name=name).info.run_id,True
 
-# %% ../../nbs/release/05_record.ipynb #9b25f7a4
+# %% ../../nbs/release/05_record.ipynb #63caf45f
 def saved_answers(
     package, # a verified package
     inputs:dict, # name → array `[rows, ...]`
     rows:int=32, # of one batch
 )->dict: # name → array `[rows, ...]`
     "What the saved model answers on this machine, batch by batch"
-    if package.format != 'torchscript': raise UsageError(f'Held-back data cannot be replayed with format {package.format!r}.')
     import numpy as np
-    model,names = read_module(Path(package.path)/package.file),[s.name for s in package.outputs]
+    model,names = load_program(package),[s.name for s in package.outputs]
     ordered,total = {s.name: inputs[s.name] for s in package.inputs},len(next(iter(inputs.values())))
-    parts = [run_module(model, {k: v[i:i+rows] for k,v in ordered.items()}, names) for i in range(0, total, rows)]
+    parts = [model.run({k: v[i:i+rows] for k,v in ordered.items()}, names) for i in range(0, total, rows)]
     return {n: np.concatenate([p[n] for p in parts]) for n in names}
-
-# %% ../../nbs/release/05_record.ipynb #8381a3ee
 def _log_holdout(store, run_id, package, inputs, labels):
     import numpy as np
     inputs = {k: np.asarray(v) for k,v in (inputs if isinstance(inputs, dict) else {package.inputs[0].name: inputs}).items()}
@@ -161,7 +158,7 @@ def fetch_holdout(
     if not any(f.path == 'holdout.safetensors' for f in store.list_artifacts(run_id)): return None
     return Path(store.download_artifacts(run_id, 'holdout.safetensors', str(folder)))
 
-# %% ../../nbs/release/05_record.ipynb #24e5b116
+# %% ../../nbs/release/05_record.ipynb #2334a15e
 @dataclass(frozen=True)
 class Pair:
     "A model version and the image that serves it"
@@ -174,16 +171,12 @@ class Pair:
     status: str # `recorded`, `checked` or `failed`
     checks: dict = field(default_factory=dict) # device kind → what the check found
     tags: dict = field(default_factory=dict) # every `mlserve.` tag
-
-# %% ../../nbs/release/05_record.ipynb #1b40e336
 def _pair(v):
     tags = {k: t for k,t in v.tags.items() if k.startswith('mlserve.')}
     if 'mlserve.image' not in tags: raise Refused(f'{v.name} version {v.version} was not recorded by a release: it names no image.')
     checks = {k.removeprefix('mlserve.check.'): json.loads(t) for k,t in tags.items() if k.startswith('mlserve.check.')}
     return Pair(v.name, str(v.version), tags['mlserve.image'], tags['mlserve.package'], v.run_id or tags.get('mlserve.run',''),
         v.model_id or tags.get('mlserve.model_id',''), tags.get('mlserve.status','recorded'), checks, tags)
-
-# %% ../../nbs/release/05_record.ipynb #9ba91b44
 _name = re.compile(r'[a-z0-9][a-z0-9._-]{0,62}')
 _image = re.compile(r'[^\s@]+@sha256:[0-9a-f]{64}')
 def _allow(name, image=None):
@@ -191,7 +184,7 @@ def _allow(name, image=None):
     if image is not None and not _image.fullmatch(image):
         raise Refused(f'{image!r} names no digest; an image is recorded as repository@sha256:…, because a tag may move.')
 
-# %% ../../nbs/release/05_record.ipynb #c52c579d
+# %% ../../nbs/release/05_record.ipynb #4830369f
 def record(
     name:str, # of the registered model; made when it is missing
     logged:Logged, # the package
@@ -210,15 +203,14 @@ def record(
         'mlserve.run': logged.run_id, 'mlserve.status': 'recorded', **(tags or {})}
     made = store.create_model_version(name, source=f'models:/{logged.model_id}', run_id=logged.run_id, model_id=logged.model_id, tags=tags)
     return _pair(store.get_model_version(name, made.version))
-
-# %% ../../nbs/release/05_record.ipynb #3eac1c93
 def _ensure_model(store, name):
     from mlflow.exceptions import MlflowException
     try: store.create_registered_model(name)
     except MlflowException as e:
         if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
 
-# %% ../../nbs/release/05_record.ipynb #9d774e13
+# %% ../../nbs/release/05_record.ipynb #0ba71f67
+def _store_name(uri): return re.sub(r'://[^/@\s]*@', '://…@', uri or tracking_uri())
 def read_pair(
     name:str, # of the registered model
     which:str='candidate', # a version, or an alias
@@ -231,70 +223,57 @@ def read_pair(
     try: found = store.get_model_version(name, which) if which.isdigit() else store.get_model_version_by_alias(name, which)
     except MlflowException as e:
         if e.error_code not in ('RESOURCE_DOES_NOT_EXIST','INVALID_PARAMETER_VALUE'): raise
-        raise NotFound(f'No {"version" if which.isdigit() else "alias"} {which!r} is recorded for the model {name!r}.', mend='Release it first.') from None
+        raise NotFound(f'No {"version" if which.isdigit() else "alias"} {which!r} is recorded for the model {name!r} in {_store_name(uri)}.',
+            mend='Release it first, or set MLFLOW_TRACKING_URI to the store that has it.') from None
     return _pair(store.get_model_version(name, found.version))
 
-# %% ../../nbs/release/05_record.ipynb #07502eee
+# %% ../../nbs/release/05_record.ipynb #4708c208
 def find_pair(
     image:str, # `repository@sha256:…`, or only its `sha256:…`
     uri:str|None=None, # of the store
 )->Pair: # the newest version that names it
     "The pair that an image belongs to"
     digest = image.rpartition('@')[2]
+    if not re.fullmatch('sha256:[0-9a-f]{64}', digest): raise UsageError(f'{image!r} names no digest: sha256: and 64 digits of 0-9 and a-f are asked for.')
     found = [v for v in client(uri).search_model_versions() if v.tags.get('mlserve.image','').endswith('@' + digest)]
-    if not found: raise NotFound(f'No model version is recorded for the image {image}.')
+    if not found: raise NotFound(f'No model version is recorded for the image {image} in {_store_name(uri)}.',
+        mend='Release it first, or set MLFLOW_TRACKING_URI to the store that has it.')
     return _pair(max(found, key=lambda v: v.creation_timestamp))
 
-# %% ../../nbs/release/05_record.ipynb #d1109b1b
-def mark_checked(
+# %% ../../nbs/release/05_record.ipynb #6bd9087a
+def mark(
     pair:Pair, # as read back
-    device:str, # `cpu` or `cuda`
-    finding:dict, # plain values; `passed` must be true
+    device:str, # `cpu`, `cuda` or `cuda:N`
+    finding:dict, # plain values; `passed`, and a `reason` when it is false
     uri:str|None=None, # of the store
 )->Pair: # read back
-    "Write down that a check passed, and move `candidate`"
-    if not finding.get('passed'): raise CheckFailed(f'{pair.name} version {pair.version} did not pass its check.')
-    _move(_mark(pair, device, finding, 'checked', uri), pair, 'candidate')
-    return read_pair(pair.name, pair.version, uri)
-
-# %% ../../nbs/release/05_record.ipynb #9da5d309
-def _mark(pair, device, finding, status, uri):
-    store,kind = client(uri),device.partition(':')[0]
-    for tag,value in {f'mlserve.check.{kind}': json.dumps(finding), 'mlserve.status': status}.items():
+    "Write down what a check found; `candidate` moves when it passed"
+    kind,passed,store = checked_device(device),bool(finding.get('passed')),client(uri)
+    elsewhere = any(c.get('passed') for d,c in read_pair(pair.name, pair.version, uri).checks.items() if d != kind)
+    found = json.dumps({**finding, 'passed': passed}, allow_nan=False)
+    for tag,value in {f'mlserve.check.{kind}': found, 'mlserve.status': 'checked' if passed or elsewhere else 'failed'}.items():
         store.set_model_version_tag(pair.name, pair.version, tag, value)
-    return store
-
-# %% ../../nbs/release/05_record.ipynb #5bdcebe8
+    if passed: _move(store, pair, 'candidate')
+    return read_pair(pair.name, pair.version, uri)
 def _move(store, pair, alias):
     store.set_registered_model_alias(pair.name, alias, pair.version)
     now = str(store.get_model_version_by_alias(pair.name, alias).version)
     if now != pair.version: raise Conflict(f'The alias {alias!r} of {pair.name} was moved to version {now} while version {pair.version} was being set.')
 
-# %% ../../nbs/release/05_record.ipynb #e8713ad6
-def mark_failed(
-    pair:Pair, # as read back
-    device:str, # `cpu` or `cuda`
-    finding:dict, # plain values, with a `reason`
-    uri:str|None=None, # of the store
-)->Pair: # read back
-    "Write down that a check failed; no alias moves"
-    _mark(pair, device, {**finding, 'passed': False}, 'failed', uri)
-    return read_pair(pair.name, pair.version, uri)
-
-# %% ../../nbs/release/05_record.ipynb #b2a227c8
+# %% ../../nbs/release/05_record.ipynb #719a365f
 def promote(
     name:str, # of the registered model
     version:str|None=None, # the alias `candidate` by default
-    device:str|None=None, # the kind of device the deployment asks for; any that passed by default
+    device:str|None=None, # that the deployment asks for; the recorded one by default
     uri:str|None=None, # of the store
 )->Pair: # now `production`
     "Move `production` to a pair whose check passed"
+    asked = checked_device(device) if device else ''
     pair = read_pair(name, version or 'candidate', uri)
-    kind = (device or '').partition(':')[0]
-    passed = [d for d,c in pair.checks.items() if c.get('passed') and kind in ('', d)]
-    if pair.status != 'checked' or not passed:
-        raise CheckFailed(f"{name} version {pair.version} is {pair.status}; its check has not passed{f' on {kind}' if kind else ''}.",
-            mend=f'Run mlserve check {name} --version {pair.version}.')
+    kind = asked or pair.tags.get('mlserve.device', 'cpu')
+    if pair.status != 'checked' or not pair.checks.get(kind, {}).get('passed'):
+        raise CheckFailed(f'{name} version {pair.version} is {pair.status}; its check has not passed on {kind}.',
+            mend=f"Run mlserve check {name} --version {pair.version}{' --device ' + device if device else ''}.")
     _move(client(uri), pair, 'production')
     return pair
 
