@@ -8,7 +8,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test check-generated export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env clean
+.PHONY: help setup release test soak export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env bench test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -26,8 +26,14 @@ setup: .venv/.installed ## the environment, in .venv
 release: setup engine-start ## the main job: train, build, record, check and promote the example
 	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote --json
 
-test: setup engine-start ## every test, with a real release in a container
+test: setup engine-start test-tools ## every test, with a real release in a container
 	@$(WITH_ENGINE) pytest -q
+
+test-tools: # what the tests of deliveries trace and emulate with; azurite itself goes below state/
+	@for tool in strace npm; do command -v $$tool >/dev/null || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s apt-get install -yq $$tool >&2; }; done
+
+soak: setup engine-start ## the tests' full counts: hours of load, faults and fuzzing
+	@$(WITH_ENGINE) pytest -q -m soak
 
 export: setup ## package, README and Dockerfile from the notebooks
 	@$(BIN)/nbdev_clean
@@ -44,14 +50,22 @@ docs: setup ## the documentation site, in _docs
 	@rm -rf _proc _docs
 	@$(BIN)/python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
 	@sed -i 's#](nbs/#](#g' _proc/index.ipynb # the README is read from the root, the site from nbs/
-	@$(BIN)/smalldocs render -q _proc
+	@$(BIN)/smalldocs render -q _proc 2> >(grep -v output-file >&2)
 	@mv _proc/_docs _docs
+	@echo 'docs: _docs/index.html' >&2
 
 docs-serve: docs ## the site on http://127.0.0.1:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 
 lab: setup ## JupyterLab on the notebooks
 	@$(WITH_ENGINE) jupyter lab --notebook-dir nbs
+
+BENCH ?=
+bench: setup ## mlserve beside other model servers; BENCH='--servers mlserve,fastapi' for some of them
+	@bash bench/servers/setup.sh "$(CURDIR)/state/bench"
+	@[ -f state/bench/models/cnn.npz ] || $(BIN)/python -W ignore bench/servers/make_models.py state/bench/models
+	@$(BIN)/python -W ignore bench/servers/run.py --root state/bench --out state/bench/results.jsonl $(BENCH)
+	@$(BIN)/python bench/servers/table.py state/bench/results.jsonl
 
 engine-start: ## a Docker Engine, a registry and a base image, where there are none
 	@$(ENGINE) start

@@ -17,9 +17,7 @@ fail() { # message, mend
   printf '{"code": 7, "step": "engine", "error": "%s %s", "resume": "make engine-start"}\n' "$1" "$2" >&2
   exit 7
 }
-client() { # Debian's own client drives the engine's BuildKit; another one may stand earlier on PATH
-  if [ -x /usr/bin/docker ]; then /usr/bin/docker "$@"; else docker "$@"; fi
-}
+client() { [ -x /usr/bin/docker ] && echo /usr/bin/docker || echo docker; } # Debian's own drives the engine's BuildKit; another may stand earlier on PATH
 alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 free_port() { python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])'; }
 answers() { timeout 10 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
@@ -47,7 +45,7 @@ start_dockerd() {
     >"$log" 2>&1 </dev/null &
   echo $! >"$dir/dockerd.pid"
   for _ in $(seq 120); do
-    client -H "unix://$run/docker.sock" info >/dev/null 2>&1 && return
+    "$(client)" -H "unix://$run/docker.sock" info >/dev/null 2>&1 && return
     alive "$dir/dockerd.pid" || fail "dockerd ended while starting." "Read $log."
     sleep 0.5
   done
@@ -101,7 +99,7 @@ start() {
     [ -f /etc/debian_version ] || fail "No Docker Engine answers, and this is not Debian or Ubuntu." "Install Docker Engine, start it, and set DOCKER_HOST or a docker context."
     [ "$(id -u)" = 0 ] || fail "No Docker Engine answers, and installing one needs root." "Start Docker Engine and add yourself to the docker group, or run make as root."
     install_packages
-    [ -n "$theirs" ] || { start_dockerd; docker=(client -H "unix://$run/docker.sock"); }
+    [ -n "$theirs" ] || { start_dockerd; docker=("$(client)" -H "unix://$run/docker.sock"); }
     start_registry
   fi
   start_base

@@ -11,6 +11,10 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--url", help="a server that the conformance suite shall ask")
+
+
 def run(*command, env=None, timeout=600, cwd=ROOT):
     "Run a command; its exit code, stdout and stderr"
     values = {k: v for k, v in {**os.environ, **(env or {})}.items() if v is not None}
@@ -48,7 +52,8 @@ def tracking(state):
     log = open(state / "mlflow.log", "w")
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
                "--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store / "artifacts")]
-    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=store, start_new_session=True)
+    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=store, start_new_session=True,
+                               env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})  # without its six task workers
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(120):
@@ -62,7 +67,11 @@ def tracking(state):
         yield url
     finally:
         os.killpg(process.pid, 15)
-        process.wait(20)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:  # it waits for its own workers, without end
+            os.killpg(process.pid, 9)
+            process.wait(20)
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +89,19 @@ def release(environment, state):
     result = json.loads(done.stdout)
     assert result == json.loads((state / "release.json").read_text())
     return result
+
+
+@pytest.fixture(scope="session")
+def double(tmp_path_factory):
+    "A package of a model that doubles pairs of numbers"
+    import torch
+
+    from mlserve.package import save_package
+
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    folder = tmp_path_factory.mktemp("double") / "double"
+    save_package(Double().eval(), folder, "double", {"x": torch.zeros(4, 2)}, ["y"])
+    return folder

@@ -1,4 +1,7 @@
 """Everything generated is what the notebooks generate: package, README, Dockerfile; and every page runs and renders."""
+import html
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -62,11 +65,21 @@ def test_every_page_runs(copy):
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
-def test_every_page_renders(copy):
+def words(text):
+    "The words of a text without its markup"
+    return set(re.findall(r"[A-Za-z]{4,}", text))
+
+
+def test_every_page_renders_with_all_its_prose(copy):
     code = "from nbdev.serve import proc_nbs; proc_nbs()"
     assert run(sys.executable, "-c", code, cwd=copy).returncode == 0
     done = run(BIN / "smalldocs", "render", "-q", "_proc", cwd=copy)
     assert done.returncode == 0, done.stderr
-    pages = {p.stem for p in (copy / "_proc/_docs").rglob("*.html")}
-    missing = [p.stem for p in (copy / "nbs").rglob("*.ipynb") if not {p.stem, p.stem.split("_", 1)[-1]} & pages]
-    assert not missing, f"no page for {missing}; there are {sorted(pages)}"
+    pages = {p.stem: p for p in (copy / "_proc/_docs").rglob("*.html")}
+    for notebook in (copy / "nbs").rglob("*.ipynb"):
+        page = pages.get(notebook.stem) or pages.get(notebook.stem.split("_", 1)[-1])
+        assert page, f"no page for {notebook.stem}; there are {sorted(pages)}"
+        cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "markdown"]
+        prose = words(re.sub(r"\]\([^)]*\)|<[^>]+>|^#.* -$", "]", "\n".join("".join(c["source"]) for c in cells), flags=re.M))
+        lost = prose - words(html.unescape(re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", page.read_text(), flags=re.S)))
+        assert len(lost) <= len(prose) / 50, f"{notebook.name} loses {len(lost)} of {len(prose)} words on its page: {sorted(lost)[:20]}"

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(s.startswith((".", "_")) for s in p.relative_to(ROOT).parts))
 PIPELINES = [p for p in NOTEBOOKS if p.parent.name == "pipelines"]
-EXPORT = re.compile(r"^#\|\s*exporti?\b", re.M)
+EXPORT = re.compile(r"^#\|\s*export[is]?\b", re.M)
 
 
 def cells(path, kind="code"):
@@ -99,3 +99,13 @@ def test_serving_needs_nothing_of_a_notebook():
     for path in (ROOT / "mlserve").rglob("*.py"):
         if path.name != "_modidx.py":
             assert not re.search(r"^\s*(from|import) (fastcore|nbdev)\b", path.read_text(), re.M), path
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    text = "\n".join(c["source"] for c in cells(ROOT / "nbs/explanations/faults.ipynb", "markdown"))
+    named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", text))
+    there = {(p.name, n.name) for p in (ROOT / "tests").glob("test_*.py") for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.FunctionDef)}
+    assert len(named) > 60 and not named - there, named - there
+    rows = set(re.findall(r"^\| ([NVELW]\d+) \|", text, re.M))
+    wanted = {f"{k}{i}" for k, n in dict(N=10, V=9, E=11, L=5, W=10).items() for i in range(1, n + 1)}
+    assert rows == wanted, rows ^ wanted
