@@ -8,8 +8,7 @@ __all__ = ['cpu_quota', 'Settings', 'unknown_names', 'read_settings']
 # %% ../nbs/03_settings.ipynb #cb4b2d92
 import difflib, os, re
 from pathlib import Path
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import UsageError
 
 # %% ../nbs/03_settings.ipynb #eeebc54e
@@ -29,9 +28,9 @@ def cpu_quota(
     return cores if granted is None else max(1, min(cores, int(granted)))
 
 # %% ../nbs/03_settings.ipynb #059bc7d2
-class Settings(BaseSettings):
+class Settings(BaseModel):
     "What a server is told by its environment; frozen, and passed, never global"
-    model_config = SettingsConfigDict(env_prefix='MLSERVE_', frozen=True, extra='forbid', validate_default=True)
+    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True)
     package: str = '/models/package' # where the model package lies
     package_digest: str|None = Field(None, pattern=r'^sha256:[0-9a-f]{64}$') # the digest it must have
     cache: str = '/var/cache/mlserve' # folder for packages from a store; replicas may share it

@@ -16,9 +16,10 @@ from ..errors import InvalidInput, MlserveError, NotFound, Unavailable
 from ..protocol import model_metadata
 from .board import Board
 from .events import Sparingly, request_id, trace
-from .lifecycle import Lifecycle, health, readiness, serving, the_package
-from .metrics import Numbers, exposition, statistics
+from .lifecycle import PROBES, Lifecycle, health, readiness, serving, the_package
+from .metrics import Numbers
 from .routes import ROUTES, Inference, own_route, refusal
+from .scrape import exposition, statistics
 
 # %% ../../nbs/serving/05_app.ipynb #d5df8138
 def reply(
@@ -71,13 +72,10 @@ class Around:
 # %% ../../nbs/serving/05_app.ipynb #9b5cf526
 def _platform_routes(app, life, settings, numbers):
     "Alive, ready, what is it, how does it do"
-    async def ready():
-        readiness(life)
-        return reply({'ready': True})
-    @app.get('/v2/health/live', tags=['platform'])
-    async def live(): return reply({'live': True})
-    app.get('/v2/health/ready', tags=['platform'])(ready)
-    app.get('/ping', tags=['platform'])(ready)
+    def add(path, probe):
+        async def ask(): return reply(probe(life))
+        app.get(path.decode(), tags=['platform'])(ask)
+    for path,probe in PROBES.items(): add(path, probe)
     @app.get('/health', tags=['operator'])
     async def about(): return reply(health(life, settings))
     @app.get('/version', tags=['operator'])
@@ -213,7 +211,7 @@ def create_app(
     "The application: paths, error handlers and the wrapper around them"
     app = FastAPI(title='mlserve', version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, openapi_url='/openapi.json' if settings.ui else None)
     numbers = numbers or Numbers(Board())
-    life.inference = Inference(life, settings, numbers)
+    life.inference = life.inference or Inference(life, settings, numbers)
     for add in (_platform_routes, _server_routes, _model_routes): add(app, life, settings, numbers)
     _inference_routes(app, life.inference)
     _describe_own(app, life)

@@ -15,7 +15,8 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from ..errors import InvalidInput, MlserveError, TooLarge, Unavailable
 from .events import request_id
-from .head import EXEMPT, HeadRefused, body_size, check_token, fields, path_of, too_many
+from .head import HeadRefused, body_size, check_token, fields, path_of, too_many
+from .lifecycle import PROBES
 from .routes import refusal
 
 # %% ../../nbs/serving/05_http.ipynb #ff3bb296
@@ -123,7 +124,7 @@ def _judge(self, e):
     e.id = request_id(h.get(b'x-request-id'))
     e.path = path = path_of(e.url, limits.url)
     check_token(self.web.token, h, path)
-    if self.web.crowded and path not in EXEMPT: raise Unavailable(f'The server has {limits.connections} open connections, which is its limit.')
+    if self.web.crowded and path not in PROBES: raise Unavailable(f'The server has {limits.connections} open connections, which is its limit.')
     size = body_size(h, limits)
     if self.web.buffered + size > limits.buffered: raise Unavailable('The server is receiving as many bodies as it can hold.')
     if e.method == b'POST': e.route = self.web.routes.get(path)
@@ -164,6 +165,7 @@ def _begin(self, e):
     self.current = e
     self.web.life.in_flight += 1
     if e.refused is not None: self._answer(*refusal(e.refused))
+    elif e.method == b'GET' and e.path in PROBES: self._answer(*self.web.probed(e.path))
     elif e.route is not None: e.call = self.web.inference.start(e.route, e.h, e.body, self._answer, e.id, e.arrived)
     else: self._to_application(e)
 def _advance(self):

@@ -8,7 +8,6 @@ __all__ = ['parse_model', 'Registry', 'locate', 'proxied', 'read']
 # %% ../../nbs/serving/00_registry.ipynb #c63beaed
 import re
 from urllib.parse import quote
-import httpx
 from ..errors import Refused, UsageError
 from .fetch import Budget, retried
 
@@ -34,6 +33,7 @@ class Registry:
         if not re.match(r'https?://', url):
             raise UsageError('A package from a registry needs MLFLOW_TRACKING_URI; an http:// or https:// address is allowed.')
         user,token = env.get('MLFLOW_TRACKING_USERNAME'),env.get('MLFLOW_TRACKING_TOKEN')
+        import httpx # only now: a start from a folder has no use for it
         self.http = httpx.AsyncClient(base_url=url.rstrip('/') + '/', timeout=60, transport=transport,
             auth=(user, env.get('MLFLOW_TRACKING_PASSWORD', '')) if user else None,
             headers={'Authorization': f'Bearer {token}'} if token and not user else {},
@@ -52,7 +52,7 @@ async def locate(self:Registry,
         if version: path,query = 'model-versions/get-download-uri', {'name': name, 'version': version}
         else: path,query = f'logged-models/{name}', {}
         answer = await self.http.get(f'api/2.0/mlflow/{path}', params=query)
-        if answer.status_code != 200: raise httpx.HTTPStatusError('', request=answer.request, response=answer)
+        answer.raise_for_status()
         found = answer.json()
         return found['artifact_uri'] if version else found['model']['info']['artifact_uri']
     return await retried(uri, ask, budget)
@@ -75,7 +75,7 @@ async def read(self:Registry, name, start, end):
     "Yield a range of a file, as it comes"
     path,headers = quote(f'{self.root}/{name}'), {'Range': f'bytes={start}-{end - 1}', 'Accept-Encoding': 'identity'}
     async with self.http.stream('GET', f'api/2.0/mlflow-artifacts/artifacts/{path}', headers=headers) as answer:
-        if answer.status_code not in (200, 206): raise httpx.HTTPStatusError('', request=answer.request, response=answer)
+        answer.raise_for_status()
         skip = start if answer.status_code == 200 else 0 # a proxy that knows no ranges sends it all
         async for chunk in answer.aiter_raw(2**20):
             chunk,skip = chunk[skip:],max(skip - len(chunk), 0)

@@ -6,8 +6,8 @@
 __all__ = ['batch_sizes', 'tile', 'WarmupReport', 'warm', 'prove']
 
 # %% ../../nbs/serving/03_warmup.ipynb #63688c68
-import time
-from dataclasses import dataclass
+import statistics, time
+from dataclasses import dataclass, field
 import numpy as np
 from ..errors import CheckFailed
 from ..package import golden
@@ -28,35 +28,47 @@ def tile(
     "A batch of the given size from recorded rows"
     return {k: v[np.arange(rows) % len(v)] for k,v in inputs.items()}
 
-# %% ../../nbs/serving/03_warmup.ipynb #9e469e0b
+# %% ../../nbs/serving/03_warmup.ipynb #f8baf51c
 @dataclass(frozen=True)
 class WarmupReport:
     "What warming did, and what it was worth"
-    batches: tuple # sizes that were run, in rows
     first_ms: float # the very first call, one row, in milliseconds
-    last_ms: float # the same call when all was warm, in milliseconds
+    seconds: dict = field(default_factory=dict) # rows in a batch to seconds of a warm call
+    @property
+    def rates(self)->dict: # rows in a batch to rows a second
+        "The throughput by batch size"
+        return {n: n / s for n,s in self.seconds.items()}
 
-# %% ../../nbs/serving/03_warmup.ipynb #a4dc7676
+# %% ../../nbs/serving/03_warmup.ipynb #ff2beb78
 def _timed(model, inputs):
-    "Milliseconds of one finished call"
+    "Seconds of one finished call"
     start = time.perf_counter()
-    model.predict(inputs)
+    model.forward(inputs)
     model.sync()
-    return (time.perf_counter() - start) * 1000
+    return time.perf_counter() - start
+def _usual(model, inputs, budget):
+    "Seconds of one call, after those in which a compiler works"
+    for _ in range(2): _timed(model, inputs)
+    taken,end = [_timed(model, inputs)],time.perf_counter() + budget
+    while time.perf_counter() < end: taken.append(_timed(model, inputs))
+    return statistics.median(taken)
 
-# %% ../../nbs/serving/03_warmup.ipynb #aca689fd
+# %% ../../nbs/serving/03_warmup.ipynb #5cce62d1
+_slow = 0.005 # seconds
 def warm(
-    model, # a loaded model: `predict` and `sync`
+    model, # a loaded model: `forward` and `sync`
     package, # the package it was loaded from
-    max_batch:int, # largest batch to warm, in rows
-)->WarmupReport: # the sizes, and the time of one row before and after
+    max_batch:int, # largest batch that may be asked for, in rows
+    budget:float=0.005, # seconds to spend on the time of each size
+)->WarmupReport: # the time of each size that is worth running, and of the first call
     "Run the model at every batch size it is likely to meet"
     inputs,_ = golden(package)
-    sizes = batch_sizes(max_batch)
-    first = _timed(model, tile(inputs, 1))
-    for n in sizes:
-        for _ in range(3): _timed(model, tile(inputs, n))
-    return WarmupReport(sizes, first, _timed(model, tile(inputs, 1)))
+    first,seconds,best,flat = _timed(model, tile(inputs, 1)),{},0,0
+    for n in batch_sizes(max_batch):
+        seconds[n] = took = _usual(model, tile(inputs, n), budget)
+        flat,best = flat + 1 if n / took < 1.05 * best else 0,max(best, n / took)
+        if flat == (1 if took > _slow else 2): break
+    return WarmupReport(first * 1000, seconds)
 
 # %% ../../nbs/serving/03_warmup.ipynb #d5cb2cc3
 def prove(

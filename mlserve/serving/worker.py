@@ -7,24 +7,23 @@ __all__ = ['step', 'load', 'compute_threads', 'start', 'publish', 'sign', 'pulse
            'serve', 'work']
 
 # %% ../../nbs/serving/05_worker.ipynb #788a7038
-import asyncio, contextlib, gc, logging, signal, sys, time
+import asyncio, contextlib, gc, importlib, logging, signal, sys, time
 from functools import partial
 import uvloop
 from ..errors import MlserveError, ModelFailed, UsageError
 from ..package import golden
 from ..settings import Settings
 from ..tensors import compare, dtype_of
-from .app import create_app, create_metrics_app
 from .batcher import Batcher
 from .board import CUT, OPEN, Board, beat
 from .capacity import plan
 from .device import claim
 from .events import always, log, lost, trace
 from .head import limits_of, read_token
-from .lifecycle import Lifecycle
-from .listener import Listener
+from .lifecycle import PROBES, Lifecycle
+from .listener import Later, Listener
 from .metrics import PHASES, Numbers
-from .routes import own_route, paths
+from .routes import ROUTES, Inference, own_route, paths
 from .source import open_package
 from .warmup import prove, tile, warm
 from .watchdog import cut_error, finish, leave
@@ -52,9 +51,7 @@ def load(
     with step(life, 'import'): from mlserve.serving.model import load_model
     cpu = life.device.kind == 'cpu'
     with step(life, 'load'): model = load_model(life.package, life.device, 1 if cpu else settings.threads)
-    with step(life, 'warm'):
-        life.batcher = _batcher(life, model, settings, cpu)
-        warm(model, life.package, life.batcher.max_batch)
+    with step(life, 'warm'): life.batcher = _batcher(life, model, settings, cpu)
     with step(life, 'golden'): life.golden = prove(model, life.package)
     life.model = model
 
@@ -74,7 +71,8 @@ def _batcher(life, model, settings, cpu):
     "The batcher for this model, at the size that was measured"
     threads = max(1, settings.threads // settings.workers) if cpu else 1
     prepare = partial(compute_threads, 1 if cpu else settings.threads)
-    found = plan(model.forward, golden(life.package)[0], settings.max_batch, threads, prepare)
+    report = warm(model, life.package, settings.max_batch)
+    found = plan(model.forward, golden(life.package)[0], report.rates, threads, prepare)
     log('capacity', max_batch=found.max_batch, inline=cpu and found.inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in life.package.outputs}
     return Batcher(model.forward, found.max_batch, settings.max_delay_ms, settings.queue, threads, cpu and found.inline, expected, prepare, _free_memory)
@@ -93,7 +91,6 @@ async def start(
         life.state,life.error = 'failed',MlserveError(f'The step {life.phase} failed: {type(e).__name__}: {e}')
     else:
         life.phases['total'] = time.perf_counter() - began
-        gc.collect()
         gc.freeze()
         life.state = 'ready'
         log('ready', model=life.package.name, package=life.package.digest, device=life.device.name, phases=life.phases)
@@ -192,12 +189,12 @@ class _Events(logging.Handler):
     def emit(self, record): log('library', logger=record.name, message=record.getMessage()[:1000])
 def _listeners(settings, life, sockets, board, worker):
     "The listeners of a worker, not open yet"
-    numbers = Numbers(board, worker)
-    app,limits = create_app(life, settings, numbers),limits_of(settings)
-    main = Listener(app, life, numbers, limits, read_token(settings.token_file))
+    numbers = Numbers(board, worker, [*(p.decode() for p in PROBES), *(r.pattern for r in ROUTES), '/handle'])
+    life.inference = Inference(life, settings, numbers)
+    def later(name): return Later(lambda: getattr(importlib.import_module('mlserve.serving.app'), name)(life, settings, numbers))
+    main = Listener(later('create_app'), life, numbers, limits_of(settings), read_token(settings.token_file))
     main.inference = life.inference
-    listeners = [main] + [Listener(create_metrics_app(life, settings, numbers), life, numbers, limits) for _ in sockets[1:]]
-    return listeners,numbers
+    return [main] + [Listener(later('create_metrics_app'), life, numbers, limits_of(settings)) for _ in sockets[1:]],numbers
 async def _open(listeners, sockets, row):
     "Accept connections"
     for l,s in zip(listeners, sockets): await l.open(s)
@@ -228,9 +225,11 @@ async def serve(
     own = own_route(life.model)
     listeners[0].routes = paths(life.package.name, settings.model_version) | ({b'/handle': own} if own else {})
     if late: await _open(listeners, sockets, row)
+    making = asyncio.gather(*[l.app.made() for l in listeners])
     proving = asyncio.ensure_future(keep_proving(life, settings.prove_seconds))
     await stop.wait()
     proving.cancel()
+    making.cancel()
     return await _drain(life, listeners, settings, row)
 
 # %% ../../nbs/serving/05_worker.ipynb #9ddd3436
