@@ -156,7 +156,9 @@ class Inference:
         life:Lifecycle, # holds the package and the batcher
         settings, # version and limits
         numbers, # a row of metrics
+        spans=None, # of `tracing`, if requests are traced
     ):
+        self.spans = spans
         self.life,self.settings,self.numbers = life,settings,numbers
         self.version,self.limit = settings.model_version,settings.max_body
         self.sparingly,self.fixed = Sparingly(),None
@@ -241,4 +243,5 @@ def _counted(way, call, status):
     "One request more in the metrics"
     way.numbers.count(call.route.pattern, status)
     if status == 200: way.numbers.observe('request_seconds', time.monotonic() - call.arrived)
+    if way.spans is not None: way.spans.request(call, status)
 Inference.counted = _counted

@@ -7,7 +7,7 @@ __all__ = ['step', 'load', 'compute_threads', 'start', 'publish', 'sign', 'pulse
            'serve', 'work']
 
 # %% ../../nbs/serving/05_worker.ipynb #788a7038
-import asyncio, contextlib, gc, importlib, logging, signal, sys, time
+import asyncio, contextlib, gc, importlib, logging, os, signal, sys, time
 from functools import partial
 import uvloop
 from ..errors import MlserveError, ModelFailed, UsageError
@@ -25,6 +25,7 @@ from .listener import Later, Listener
 from .metrics import PHASES, Numbers
 from .routes import ROUTES, Inference, own_route, paths
 from .source import open_package
+from .tracing import open_spans
 from .warmup import prove, tile, warm
 from .watchdog import cut_error, finish, leave
 
@@ -179,6 +180,7 @@ async def _drain(life, listeners, settings, row):
     await asyncio.sleep(settings.drain_delay)
     cut = sum(await asyncio.gather(*[l.stop(settings.grace) for l in listeners]))
     row[CUT] = cut
+    if life.inference.spans: await asyncio.to_thread(life.inference.spans.close)
     if cut: return finish(cut_error(cut), 'drain')
     log('stopped', cut=0)
     return 0
@@ -190,7 +192,7 @@ class _Events(logging.Handler):
 def _listeners(settings, life, sockets, board, worker):
     "The listeners of a worker, not open yet"
     numbers = Numbers(board, worker, [*(p.decode() for p in PROBES), *(r.pattern for r in ROUTES), '/handle'])
-    life.inference = Inference(life, settings, numbers)
+    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve', 'service.version': settings.model_version}))
     def later(name): return Later(lambda: getattr(importlib.import_module('mlserve.serving.app'), name)(life, settings, numbers))
     main = Listener(later('create_app'), life, numbers, limits_of(settings), read_token(settings.token_file))
     main.inference = life.inference
