@@ -48,7 +48,7 @@ class Settings(BaseModel):
     drain_delay: float = Field(5, ge=0) # seconds of full service after SIGTERM, not ready
     grace: float = Field(30, ge=0) # seconds to finish what was accepted
     max_body: int = Field(64 * 2**20, ge=1) # bytes of a body, and of the tensors it becomes
-    ui: bool = False # the page at `/docs`
+    ui: bool = False # the page at `/` and `/docs`
     max_delay_ms: float = Field(0, ge=0) # how long a request may wait for others to share a batch
     workers: int = Field(1, ge=1, le=64) # worker processes behind one port; one on `cuda`
     hang_seconds: float = Field(60, ge=0) # a loop or a batch that takes longer is hung, and the process ends; 0 never

@@ -215,7 +215,7 @@ def create_app(
     for add in (_platform_routes, _server_routes, _model_routes): add(app, life, settings, numbers)
     _inference_routes(app, life.inference)
     _describe_own(app, life)
-    if settings.ui: app.get('/docs', include_in_schema=False)(_docs)
+    for path in ('/', '/docs') if settings.ui else (): app.get(path, include_in_schema=False)(_docs)
     numbers.add_routes(r.path for r in app.routes)
     _error_handlers(app)
     app.add_middleware(Around, life=life, numbers=numbers)
