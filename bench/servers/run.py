@@ -320,7 +320,7 @@ def main():
     refs = {m: references(a.root, m) for m in models}
     for a.round in range(a.first_round, a.first_round + a.rounds):
         for script in () if a.check_only or a.no_floor else ("floor.py", "bare.py"):
-            p = subprocess.run([sys.executable, "-W", "ignore", str(BENCH / script), str(a.root / "models"),
+            p = subprocess.run([a.root / "venvs/mlserve/bin/python", "-W", "ignore", str(BENCH / script), str(a.root / "models"),
                                 "--models", ",".join(models)], capture_output=True, text=True, check=True)
             for line in p.stdout.splitlines():
                 emit({**json.loads(line), "round": a.round})

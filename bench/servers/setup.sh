@@ -3,6 +3,7 @@
 # environment per server under DIR/venvs. torch goes in first, pinned, so that nothing pulls another build.
 set -euo pipefail
 dir=$1
+here=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$dir"/{venvs,models,logs,work}
 missing=()
 command -v wrk >/dev/null || missing+=(wrk)
@@ -23,6 +24,11 @@ mk() { # name, interpreter, packages
   [ $# -eq 0 ] || "$name/bin/python" -m pip install -q --disable-pip-version-check torch==2.13.0 "$@"
   touch "$name/.installed"
 }
+# mlserve as an image has it: what the server needs, and no more; installed anew each time, since it may have changed
+mk mlserve python3
+mlserve/bin/python -m pip install -q --disable-pip-version-check -c "$here/constraints.txt" "$here[serving,torch]"
+mlserve/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall "$here"
+rm -rf "$here/build"
 mk fastapi python3 fastapi==0.165.0 'uvicorn[standard]==0.54.0' orjson msgspec
 mk litserve python3 litserve==0.2.19
 mk bentoml python3 bentoml==1.4.39

@@ -54,6 +54,7 @@ def request_rate(
     with ThreadPoolExecutor(1) as thread: return thread.submit(load).result()
 
 # %% ../../nbs/serving/04_capacity.ipynb #629c0055
+_light = 8e-6 # seconds of a row
 @dataclass(frozen=True)
 class Plan:
     "How to run this model on this machine"
@@ -71,6 +72,7 @@ def plan(
     "Choose the batch, and try with and without a thread"
     best,loop,apart = best_batch(rates),0.,0.
     if best / rates[best] > 0.001: return Plan(best, False)
+    if 1 / rates[best] < _light: return Plan(best, True)
     def rate(**way): return request_rate(predict, inputs, prepare=prepare, max_batch=best, **way)
     for _ in range(5):
         loop,apart = max(loop, rate(inline=True)),max(apart, rate(threads=threads))

@@ -1,7 +1,6 @@
 """mlserve: plain JSON for mlp128, V2 binary for cnn; a package made from the same TorchScript file."""
 import json
 import subprocess
-import sys
 
 from common import json_request, v2_answer, v2_binary
 
@@ -17,10 +16,10 @@ def command(c):
     package = c.root / "work" / f"mlserve-{c.model}-package"
     if not (package / "package.lock").exists():
         example = c.model_path.with_suffix(".npz")
-        subprocess.run([sys.executable, "-c", SAVE, c.model_path, package, c.model, example], check=True, capture_output=True)
+        subprocess.run([c.bin("mlserve", "python"), "-c", SAVE, c.model_path, package, c.model, example], check=True, capture_output=True)
     c.env.update(MLSERVE_PACKAGE=str(package), MLSERVE_HOST="127.0.0.1", MLSERVE_PORT=str(c.port), MLSERVE_THREADS=str(c.workers),
                  MLSERVE_MAX_BATCH=str(c.max_batch if c.batching else 1))
-    return [sys.executable, "-m", "mlserve.serving.server"]
+    return [c.bin("mlserve", "python"), "-m", "mlserve.serving.server"]
 
 
 def request(c, x):
