@@ -53,5 +53,8 @@ def load_model(package, device, threads=None):
 
 if __name__ == "__main__":
     sys.modules["mlserve.serving.model"] = types.SimpleNamespace(load_model=load_model)
+    if plant := os.environ.get("FAKE_PLANT"):
+        import plants
+        plants.sow(plant)
     from mlserve.serving.server import main
     main()
