@@ -187,6 +187,20 @@ def an_early_answer_keeps_its_connection(put):
 
 
 @plant
+def what_follows_a_refusal_is_a_request(put):
+    "The connection is kept, though the body of the refused request is still to come"
+    import httptools
+
+    def refuse(self, error):
+        e = self.next
+        self._unbuffer(e)
+        e.refused, e.keep, e.body = error, True, b""
+        self.parser, self.phase, self.late = httptools.HttpRequestParser(self), now("serving.http.SILENT"), math.inf
+        self._enqueue(e)
+    put("serving.http.Connection.refuse", refuse)
+
+
+@plant
 def a_head_must_come_in_one_piece(put):
     import httptools
 
@@ -512,6 +526,18 @@ def a_worker_outlives_its_parent(put):
 
 
 @plant
-def every_request_is_remembered(put):
+def every_request_leaves_64_bytes(put):
     kept = []
-    around(put, "serving.routes.Call.finish", before=lambda self, answer: kept.append(bytes(2048)))
+    around(put, "serving.routes.Call.finish", before=lambda self, answer: kept.append(bytes(24)))
+
+
+@plant
+def some_connections_leave_a_file(put):
+    import os
+    around(put, "serving.listener.Listener.opened", before=lambda self, connection: os.dup(2))
+
+
+@plant
+def some_connections_leave_a_thread(put):
+    import threading
+    around(put, "serving.listener.Listener.opened", before=lambda self, connection: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())

@@ -39,6 +39,10 @@ def status_of(pid, field, file="status"):
         return next(int(line.split()[1]) for line in f if line.startswith(field + ":"))
 
 
+def children(pid):
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 class Server:
     "A server process, until it is stopped; settings in capitals go to the fake, `under` is put before the command"
 
@@ -51,7 +55,7 @@ class Server:
         program = ["-m", "mlserve.serving.server"] if real else [str(FAKE)]
         self.process = subprocess.Popen([*under, sys.executable, *program], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=open(self.log, "wb"))
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.under, self.url = bool(under), f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=patience(30), trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         if wait:
             try:
@@ -77,10 +81,13 @@ class Server:
         found = re.search(rf"^mlserve_{re.escape(name)} (\S+)$", self.http.get("/metrics").text, re.M)
         return float(found[1]) if found else 0.0
 
+    def pid(self):
+        "The process id of the server itself"
+        return children(self.process.pid)[0] if self.under else self.process.pid
+
     def worker(self):
         "The process id of a worker; 0 when there is none at the moment"
-        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(found[0]) if found else 0
+        return (children(self.pid()) or [0])[0]
 
     def events(self):
         return self.log.read_text(errors="replace")
@@ -90,7 +97,7 @@ class Server:
 
     def stop(self, sig=signal.SIGTERM, seconds=40):
         if self.process.poll() is None:
-            self.process.send_signal(sig)
+            os.kill(self.pid(), sig)
         return self.process.wait(patience(seconds))
 
     def ended(self, seconds=30):
@@ -103,7 +110,7 @@ class Server:
     def __exit__(self, *a):
         self.http.close()
         if self.process.poll() is None:
-            self.process.terminate() if HASTE[0] == 1 else self.process.kill()
+            os.kill(self.pid(), signal.SIGTERM if HASTE[0] == 1 else signal.SIGKILL)
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:

@@ -18,18 +18,20 @@ import pytest
 import serving
 import test_batcher
 import test_conformance
+import test_endurance
 import test_http_limits
 import test_protocol
 import test_server
 
 HERE = Path(__file__).parent
-H, C, P, B, S = test_http_limits, test_conformance, test_protocol, test_batcher, test_server
+H, C, P, B, S, D = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
     ("N2", H.test_N2_health_is_answered_when_silent_connections_hold_every_place, {}, "health_has_no_places_of_its_own", "503 == 200"),
     ("N2", H.test_N2_over_the_limit_other_requests_are_told_503, {}, "connections_without_limit", "list|200"),
+    ("N2", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N1 a head that drips", "room": False, "clients": 25, "duration": 3}, "health_has_no_places_of_its_own", "503"),
     ("N3", H.test_N3_a_slow_body_is_told_408_and_holds_no_place_in_the_queue, {}, "no_deadline_for_a_body", HELD),
     ("N3", H.test_N3_a_reader_that_never_reads_is_ended, {}, "no_deadline_for_a_reader", HELD),
     ("N4", H.test_N4_a_body_over_the_limit_is_told_413_before_it_is_read, {}, "a_body_is_measured_after_it_was_read", "408 == 413"),
@@ -84,9 +86,8 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("L1", S.test_L1_while_it_loads_it_lives_and_is_not_ready, {}, "ready_while_it_loads", r"\(200, 503\)|\(503, 503\)"),
     ("L2", S.test_L2_a_load_that_fails_ends_with_its_code, {}, "the_digest_is_not_compared", HELD),
     ("L2", S.test_L2_a_wrong_setting_or_argument_ends_with_2, {}, "unknown_settings_are_passed_over", HELD),
-    ("L3", S.test_L3_a_stop_under_load_loses_no_answer, {}, "connections_end_with_the_signal", "lost"),
+    ("L3", S.test_L3_a_stop_under_load_loses_no_answer, {"kind": "process 1", "share": 1, "stops": 1}, "connections_end_with_the_signal", "lost"),
     ("L3", S.test_L3_in_the_drain_delay_it_serves_and_is_not_ready, {}, "the_port_closes_before_the_drain", "refused"),
-    ("L3", S.test_two_workers_stop_under_load_without_losing_an_answer, {}, "connections_end_with_the_signal", "lost"),
     ("L4", S.test_L4_after_the_grace_the_client_is_told_and_the_exit_code_is_75, {}, "the_grace_has_no_end", "disconnected|ReadError"),
     ("L4", S.test_L4_a_model_that_holds_the_lock_cannot_keep_the_process, {}, "the_parent_waits_for_ever", HELD),
     ("L5", S.test_L5_a_signal_during_the_load_ends_it_at_once, {}, "a_signal_waits_for_the_load", HELD),
@@ -149,4 +150,5 @@ def test_with_its_bug_planted_the_test_fails(row, test, given, plant, words, pla
 
 
 def test_every_plant_is_used():
-    assert set(plants.PLANTS) == {plant for *_, plant, _ in CONTROLS}
+    text = "".join(p.read_text() for p in HERE.glob("test_*.py"))
+    assert not [p for p in plants.PLANTS if f'"{p}"' not in text]
