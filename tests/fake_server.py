@@ -14,9 +14,30 @@ RAISE, FEWER, SLEEP, HOLD, KILL, STOP, NAN = range(-1007, -1000)
 WAIT = 1000  # 1000.5 waits half a second
 
 
+def note(path):
+    "What writes lines to a file, from many processes"
+    to = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    return lambda lines: os.write(to, lines)
+
+
+def accepted(write):
+    "Have the id of each request noted when its work begins"
+    from mlserve.serving.routes import Inference
+    start = Inference.start
+
+    def noted(self, route, headers, body, done, id=b"", *more):
+        write(id + b"\n")
+        return start(self, route, headers, body, done, id, *more)
+    Inference.start = noted
+
+
 class Model:
+    seen = staticmethod(note(os.environ["FAKE_SEEN"])) if "FAKE_SEEN" in os.environ else None
+
     def predict(self, arrays):
         x = arrays["x"]
+        if self.seen:
+            self.seen(b"".join(b"%d\n" % v for v in x[:, 0]))
         time.sleep(float(os.environ.get("FAKE_SECONDS", 0.002)))  # 0: quick enough for the event loop
         for command in x[:, 1]:
             if command >= WAIT:
@@ -53,5 +74,10 @@ def load_model(package, device, threads=None):
 
 if __name__ == "__main__":
     sys.modules["mlserve.serving.model"] = types.SimpleNamespace(load_model=load_model)
+    if "FAKE_ACCEPTED" in os.environ:
+        accepted(note(os.environ["FAKE_ACCEPTED"]))
+    if plant := os.environ.get("FAKE_PLANT"):
+        import plants
+        plants.sow(plant)
     from mlserve.serving.server import main
     main()

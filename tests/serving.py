@@ -16,21 +16,47 @@ from mlserve.serving.server import free_port
 
 FAKE = Path(__file__).parent / "fake_server.py"
 HEALTH = b"GET /v2/health/live HTTP/1.1\r\nhost: a\r\n\r\n"
+PLANTED = {}  # a control sets FAKE_PLANT here: every server it starts has the bug
+HASTE = [1]  # every wait of the tests is divided by it; a control, which waits for what never comes, waits less
+
+
+def patience(seconds):
+    "How long to wait for what should come sooner"
+    return seconds / HASTE[0]
+
+
+def until(what, seconds=20):
+    "Wait until something holds"
+    end = time.monotonic() + patience(seconds)
+    while not what():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.02)
+
+
+def status_of(pid, field, file="status"):
+    "A number that the kernel keeps of a process, such as `VmRSS` in kB"
+    with open(f"/proc/{pid}/{file}") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(field + ":"))
+
+
+def children(pid):
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class Server:
-    "A server process, until it is stopped"
+    "A server process, until it is stopped; settings in capitals go to the fake, `under` is put before the command"
 
-    def __init__(self, package, folder, wait=True, **settings):
+    def __init__(self, package, folder, wait=True, under=(), real=False, **settings):
         self.port, self.log = settings.pop("port", None) or free_port(), Path(folder) / f"server-{time.monotonic_ns()}.log"
-        fake = {k: str(settings.pop(k)) for k in list(settings) if k.isupper()}
+        fake = PLANTED | {k: str(settings.pop(k)) for k in list(settings) if k.isupper()}
         env = {k: v for k, v in os.environ.items() if not k.startswith("MLSERVE_")} | fake
         settings = {"package": package, "host": "127.0.0.1", "port": self.port, "drain_delay": 0, "grace": 20} | settings
         env |= {f"MLSERVE_{k.upper()}": str(v) for k, v in settings.items()}
-        self.process = subprocess.Popen([sys.executable, str(FAKE)], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        program = ["-m", "mlserve.serving.server"] if real else [str(FAKE)]
+        self.process = subprocess.Popen([*under, sys.executable, *program], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=open(self.log, "wb"))
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+        self.under, self.url = bool(under), f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=patience(30), trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
         if wait:
             try:
                 self.wait_ready()
@@ -39,7 +65,7 @@ class Server:
                 raise
 
     def wait_ready(self, seconds=60):
-        end = time.monotonic() + seconds
+        end = time.monotonic() + patience(seconds)
         while time.monotonic() < end:
             with contextlib.suppress(httpx.HTTPError):
                 if self.http.get("/v2/health/ready").status_code == 200:
@@ -55,10 +81,13 @@ class Server:
         found = re.search(rf"^mlserve_{re.escape(name)} (\S+)$", self.http.get("/metrics").text, re.M)
         return float(found[1]) if found else 0.0
 
+    def pid(self):
+        "The process id of the server itself"
+        return children(self.process.pid)[0] if self.under else self.process.pid
+
     def worker(self):
         "The process id of a worker; 0 when there is none at the moment"
-        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(found[0]) if found else 0
+        return (children(self.pid()) or [0])[0]
 
     def events(self):
         return self.log.read_text(errors="replace")
@@ -68,8 +97,12 @@ class Server:
 
     def stop(self, sig=signal.SIGTERM, seconds=40):
         if self.process.poll() is None:
-            self.process.send_signal(sig)
-        return self.process.wait(seconds)
+            os.kill(self.pid(), sig)
+        return self.process.wait(patience(seconds))
+
+    def ended(self, seconds=30):
+        "The exit code, when it ends by itself"
+        return self.process.wait(patience(seconds))
 
     def __enter__(self):
         return self
@@ -77,7 +110,7 @@ class Server:
     def __exit__(self, *a):
         self.http.close()
         if self.process.poll() is None:
-            self.process.terminate()
+            os.kill(self.pid(), signal.SIGTERM if HASTE[0] == 1 else signal.SIGKILL)
             try:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
@@ -92,7 +125,7 @@ class Wire:
         self.socket = socket.socket()
         for name, value in options.items():
             self.socket.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
-        self.socket.settimeout(timeout)
+        self.socket.settimeout(patience(timeout))
         self.socket.connect(("127.0.0.1", port))
         self.buffer = b""
 

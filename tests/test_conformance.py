@@ -12,6 +12,7 @@ import pytest
 from serving import Server
 
 NAME = "double"
+SETTINGS = dict(ui=True)
 V2 = f"/v2/models/{NAME}"
 
 
@@ -40,7 +41,7 @@ def url(request, double, tmp_path_factory):
     if given := request.config.getoption("--url"):
         yield given
         return
-    with Server(double, tmp_path_factory.mktemp("conformance"), ui=True) as s:
+    with Server(double, tmp_path_factory.mktemp("conformance"), **SETTINGS) as s:
         yield s.url
 
 

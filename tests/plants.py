@@ -1,0 +1,543 @@
+"""Bugs, planted to see the tests fail: each is the fault of one row of the table of faults, made real in the running code.
+
+`sow` plants one in a server process of the tests; `test_controls.py` plants them in its own process too. The product has no hook for any of this."""
+import dataclasses
+import importlib
+import inspect
+import json
+import math
+import time
+import types
+
+PLANTS = {}
+
+
+def plant(f):
+    "A bug by its name; `put(where, value)` replaces a thing that must exist"
+    PLANTS[f.__name__] = f
+    return f
+
+
+def find(where):
+    "The owner of a dotted name, the last part of the name, and what it is now"
+    parts = where.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        try:
+            owner = importlib.import_module(".".join(["mlserve", *parts[:n]]))
+        except ModuleNotFoundError:
+            continue
+        for p in parts[n:-1]:
+            owner = getattr(owner, p)
+        return owner, parts[-1], getattr(owner, parts[-1])
+    raise LookupError(where)
+
+
+def now(where):
+    return find(where)[2]
+
+
+def sow(name):
+    "Plant a bug in this process, for good"
+    def put(where, value):
+        owner, attribute, _ = find(where)
+        setattr(owner, attribute, value)
+    PLANTS[name](put)
+
+
+def never(*args, **kw):
+    "In place of a check: it finds nothing"
+
+
+def limits(put, **change):
+    good = now("serving.worker.limits_of")
+    put("serving.worker.limits_of", lambda settings: dataclasses.replace(good(settings), **change))
+
+
+def around(put, where, before=never, after=never):
+    "Do something before or after a method"
+    good = now(where)
+
+    def wrapped(self, *args):
+        before(self, *args)
+        found = good(self, *args)
+        after(self, *args)
+        return found
+    put(where, wrapped)
+
+
+# ---- N: the network
+
+
+@plant
+def no_deadline_for_a_head(put):
+    limits(put, head=math.inf)
+
+
+@plant
+def every_byte_of_a_head_starts_its_deadline_anew(put):
+    def after(self, data):
+        if self.phase == now("serving.http.HEAD"):
+            self.late = self.loop.time() + self.limits.head
+    around(put, "serving.http.Connection.data_received", after=after)
+
+
+@plant
+def health_has_no_places_of_its_own(put):
+    put("serving.http.EXEMPT", ())
+
+
+@plant
+def connections_without_limit(put):
+    limits(put, connections=10**6)
+
+
+@plant
+def no_deadline_for_a_body(put):
+    limits(put, body=math.inf)
+
+
+@plant
+def no_deadline_for_a_reader(put):
+    limits(put, write=math.inf)
+
+
+@plant
+def a_body_is_measured_after_it_was_read(put):
+    put("serving.http.body_size", lambda h, limits: int(h.get(b"content-length", 0)))
+
+
+@plant
+def only_announced_bodies_are_measured(put):
+    def on_body(self, body):
+        self.next.body += body
+        self.web.buffered += len(body)
+    put("serving.http.Connection.on_body", on_body)
+
+
+@plant
+def all_is_inflated_before_it_is_measured(put):
+    import zlib
+
+    class Stream:
+        def __init__(self, window):
+            self.stream = zlib.decompressobj(window)
+
+        def decompress(self, body, limit):
+            return self.stream.decompress(body)
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+    put("body.zlib", types.SimpleNamespace(decompressobj=Stream, error=zlib.error))
+
+
+@plant
+def every_chunk_is_kept(put):
+    kept = []
+    around(put, "serving.http.Connection.on_body", before=lambda self, body: kept.append((self, body)))
+
+
+@plant
+def every_chunk_copies_the_body(put):
+    good = now("serving.http.Connection.on_body")
+
+    def on_body(self, body):
+        self.next.body = bytes(self.next.body)
+        good(self, body)
+        self.next.body = bytes(self.next.body)
+    put("serving.http.Connection.on_body", on_body)
+
+
+@plant
+def the_wrapping_of_chunks_is_not_counted(put):
+    put("serving.http.Connection._check_frames", never)
+
+
+@plant
+def a_head_without_limit(put):
+    limits(put, url=2**30, head_bytes=2**30, headers=10**6)
+
+
+@plant
+def heads_are_taken_as_they_come(put):
+    put("serving.http.fields", lambda pairs, version: dict(pairs))
+
+
+@plant
+def a_lenient_parser(put):
+    import httptools
+
+    def parser(connection):
+        p = httptools.HttpRequestParser(connection)
+        p.set_dangerous_leniencies(**{n: True for n in inspect.signature(p.set_dangerous_leniencies).parameters})
+        return p
+    put("serving.http.httptools", types.SimpleNamespace(**vars(httptools) | {"HttpRequestParser": parser}))
+
+
+@plant
+def answers_go_out_when_they_are_ready(put):
+    put("serving.http.Connection._enqueue", lambda self, e: self._begin(e))
+
+
+@plant
+def an_early_answer_keeps_its_connection(put):
+    def before(self, *answer):
+        if self.current is not None:
+            self.current.keep = True
+    around(put, "serving.http.Connection._answer", before=before)
+
+
+@plant
+def what_follows_a_refusal_is_a_request(put):
+    "The connection is kept, though the body of the refused request is still to come"
+    import httptools
+
+    def refuse(self, error):
+        e = self.next
+        self._unbuffer(e)
+        e.refused, e.keep, e.body = error, True, b""
+        self.parser, self.phase, self.late = httptools.HttpRequestParser(self), now("serving.http.SILENT"), math.inf
+        self._enqueue(e)
+    put("serving.http.Connection.refuse", refuse)
+
+
+@plant
+def a_head_must_come_in_one_piece(put):
+    import httptools
+
+    def before(self, data):
+        if self.phase == now("serving.http.HEAD"):
+            self.parser = httptools.HttpRequestParser(self)
+    around(put, "serving.http.Connection.data_received", before=before)
+
+
+@plant
+def nobody_hears_a_client_leave(put):
+    put("serving.routes.Call.cancel", never)
+
+
+@plant
+def other_spellings_are_mended(put):
+    import posixpath
+    from urllib.parse import unquote
+    put("serving.http.path_of", lambda url, limit=0: posixpath.normpath(unquote(url.partition(b"?")[0].decode("latin-1")).lower().replace("\\", "/").replace("//", "/")
+                                                                      .partition(";")[0]).encode())
+
+
+@plant
+def an_administration_route(put):
+    good = now("serving.worker.create_app")
+
+    def create_app(*args):
+        app = good(*args)
+
+        async def load(url: str = ""):
+            return {"loaded": url}
+        app.post("/v2/repository/models/double/load")(load)
+        return app
+    put("serving.worker.create_app", create_app)
+    put("serving.app.create_app", create_app)
+
+
+# ---- V: bodies
+
+
+@plant
+def json_as_the_standard_library_reads_it(put):
+    import orjson
+    put("body.orjson", types.SimpleNamespace(**vars(orjson) | {"loads": json.loads}))
+
+
+@plant
+def infinity_is_a_number(put):
+    json_as_the_standard_library_reads_it(put)
+    put("tensors.finite", lambda array: True)
+
+
+@plant
+def sizes_are_multiplied_in_64_bits(put):
+    import numpy as np
+    put("tensors.math", types.SimpleNamespace(**vars(math) | {"prod": lambda sizes: int(np.prod(np.array(list(sizes), "i8")))}))
+
+
+@plant
+def shapes_are_believed(put):
+    put("protocol.claimed_shape", lambda shape, spec: tuple(shape))
+    put("tensors.check_shape", never)
+
+
+@plant
+def numbers_are_cast(put):
+    "By NumPy's `astype`, which wraps"
+    import numpy as np
+    invalid = now("errors.InvalidInput")
+
+    def build(flat, shape, spec):
+        try:
+            return np.array(flat).astype(now("tensors.DATATYPES")[spec.datatype]).reshape(shape)
+        except (TypeError, ValueError, OverflowError):
+            raise invalid("The value is not a number.") from None
+    put("tensors._build", build)
+    put("tensors._quick", never)
+
+
+@plant
+def the_datatype_is_not_compared(put):
+    good = now("protocol._claim")
+    put("protocol._claim", lambda e, spec: good(e | {"datatype": spec.datatype}, spec))
+
+
+@plant
+def the_last_of_two_wins(put):
+    put("protocol._entries", lambda o, key, allowed: {e["name"]: e for e in o.get(key, [])})
+
+
+@plant
+def texts_end_at_a_nul(put):
+    good = now("tensors.objects")
+    put("tensors.objects", lambda items, shape: good([v.split(b"\0")[0] for v in items], shape))
+
+
+@plant
+def a_tensor_is_measured_after_it_was_built(put):
+    good, too_large = now("plain.to_array"), now("errors.TooLarge")
+    put("tensors._check_size", never)
+
+    def to_array(data, spec, limit=2**26, booleans=True):
+        found = good(data, spec, 2**60, booleans)
+        if found.nbytes > limit:
+            raise too_large("The tensor is over the limit.")
+        return found
+    put("plain.to_array", to_array)
+
+
+@plant
+def the_length_of_a_header_is_believed(put):
+    put("protocol.split", lambda body, header: (body[:int(header)], memoryview(body)[int(header):]))
+
+
+@plant
+def the_size_of_a_tensor_is_believed(put):
+    import numpy as np
+
+    def arrays(claims, rest, limit, booleans):
+        found, at = {}, 0
+        for spec, shape, size, data in claims:
+            dtype = np.dtype(now("tensors.DATATYPES")[spec.datatype])
+            found[spec.name] = now("tensors.from_flat")(data, shape, spec, limit, booleans) if size is None else np.frombuffer(
+                bytes(rest[at:at + size]).ljust(math.prod(shape) * dtype.itemsize, b"\0")[:math.prod(shape) * dtype.itemsize], dtype).reshape(shape)
+            at += size or 0
+        return found
+    put("protocol._arrays", arrays)
+
+
+@plant
+def a_name_is_a_path(put):
+    "The package is looked for on the disk under the name in the URL"
+    from pathlib import Path
+
+    def the_package(life, settings, name, version=None):
+        lock = Path(settings.package).parent / name[:80].replace("\0", "") / "package.lock"
+        lock.exists() and lock.read_bytes()
+        return life.package
+    put("serving.app.the_package", the_package)
+
+
+@plant
+def an_error_tells_all_it_knows(put):
+    "What went wrong, with the traceback, the settings and the environment"
+    import os
+    import traceback
+
+    def body(error):
+        text = f"{error}\n{''.join(traceback.format_exception(error))}"
+        while error.__cause__ is not None:
+            error = error.__cause__
+            text += repr(error)
+        return {"error": (text + repr(dict(os.environ)))[-30000:]}
+    put("serving.routes.error_body", body)
+
+
+# ---- E: the model at work
+
+
+@plant
+def a_batch_fails_as_a_whole(put):
+    failed = now("errors.ModelFailed")
+
+    def settle(runner, jobs, error, halved):
+        for j in jobs:
+            j.error = failed("The batch failed.")
+    put("serving.batch._settle", settle)
+
+
+@plant
+def what_is_no_number_is_passed_on(put):
+    put("body.finite", lambda array: True)
+
+
+@plant
+def answers_are_not_checked(put):
+    put("serving.batch.check", never)
+
+
+@plant
+def rows_go_to_the_neighbour(put):
+    import numpy as np
+    good = now("serving.batch.split")
+
+    def split(outputs, jobs):
+        good({k: np.roll(v, 1, 0) for k, v in outputs.items()} if len(jobs) > 1 else outputs, jobs)
+    put("serving.batch.split", split)
+
+
+@plant
+def a_queue_without_bound(put):
+    good = now("serving.worker.Batcher")
+
+    class Endless(good):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            self.queue = math.inf
+    put("serving.worker.Batcher", Endless)
+
+
+@plant
+def nobody_looks_at_the_deadline(put):
+    put("serving.routes.deadline", lambda headers, timeout, arrived: math.inf)
+
+
+@plant
+def nobody_watches_the_worker(put):
+    put("serving.watchdog.hung", lambda row, limit: "")
+
+
+@plant
+def the_model_runs_on_the_event_loop(put):
+    good = now("serving.worker.plan")
+    put("serving.worker.plan", lambda *args: dataclasses.replace(good(*args), inline=True))
+    put("serving.worker._too_long", math.inf)
+
+
+@plant
+def memory_errors_are_like_others(put):
+    put("serving.batch.out_of_memory", lambda error: False)
+
+
+@plant
+def only_the_outer_error_is_looked_at(put):
+    put("serving.batch._causes", lambda error: [error])
+
+
+@plant
+def a_lost_device_is_like_others(put):
+    put("serving.batch.device_lost", lambda error: False)
+
+
+@plant
+def the_dead_are_not_replaced(put):
+    put("serving.watchdog._ended", never)
+
+
+@plant
+def the_dead_are_replaced_for_ever(put):
+    put("serving.watchdog._ended", lambda watch, worker, code: None if watch.stopping else watch.start(worker))
+
+
+@plant
+def deadlines_by_the_wall_clock(put):
+    offset, wall = time.monotonic() - time.time(), time
+    for room in ("batcher", "queue"):
+        put(f"serving.{room}.monotonic", lambda: wall.time() + offset)
+
+
+@plant
+def a_line_waits_for_its_reader(put):
+    import os
+    put("serving.events.write_line", lambda line, to=2: os.write(to, line + b"\n"))
+
+
+# ---- L: start and stop
+
+
+@plant
+def ready_while_it_loads(put):
+    put("serving.app.readiness", never)
+
+
+@plant
+def the_digest_is_not_compared(put):
+    good = now("serving.worker.open_package")
+    put("serving.worker.open_package", lambda settings, **kw: good(settings.model_copy(update={"package_digest": None}), **kw))
+
+
+@plant
+def unknown_settings_are_passed_over(put):
+    put("settings.unknown_names", lambda env: {})
+
+
+@plant
+def connections_end_with_the_signal(put):
+    async def stop(self, grace):
+        self.server.close()
+        for c in list(self.connections):
+            c.transport.abort()
+        return 0
+    put("serving.listener.Listener.stop", stop)
+
+
+@plant
+def the_port_closes_before_the_drain(put):
+    good = now("serving.worker._drain")
+
+    async def drain(life, listeners, settings, row):
+        for listener in listeners:
+            await listener.refuse_more()
+        return await good(life, listeners, settings, row)
+    put("serving.worker._drain", drain)
+
+
+@plant
+def the_grace_has_no_end(put):
+    good = now("serving.listener.Listener.stop")
+    put("serving.listener.Listener.stop", lambda self, grace: good(self, 1e6))
+
+
+@plant
+def the_parent_waits_for_ever(put):
+    put("serving.watchdog.Watch.too_late", never)
+
+
+@plant
+def a_signal_waits_for_the_load(put):
+    good = now("serving.worker.on_signal")
+    put("serving.worker.on_signal", lambda life, stop: None if life.state == "loading" else good(life, stop))
+    put("serving.watchdog.Watch.too_late", never)
+
+
+@plant
+def a_second_signal_is_not_heard(put):
+    good = now("serving.worker.on_signal")
+    put("serving.worker.on_signal", lambda life, stop: None if life.state == "draining" else good(life, stop))
+
+
+@plant
+def a_worker_outlives_its_parent(put):
+    put("serving.watchdog._die_with_parent", never)
+
+
+@plant
+def every_request_leaves_64_bytes(put):
+    kept = []
+    around(put, "serving.routes.Call.finish", before=lambda self, answer: kept.append(bytes(24)))
+
+
+@plant
+def some_connections_leave_a_file(put):
+    import os
+    around(put, "serving.listener.Listener.opened", before=lambda self, connection: os.dup(2))
+
+
+@plant
+def some_connections_leave_a_thread(put):
+    import threading
+    around(put, "serving.listener.Listener.opened", before=lambda self, connection: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())

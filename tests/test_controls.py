@@ -1,0 +1,154 @@
+"""Negative controls: with its bug planted, the test of each row of the table of faults must fail, and for that bug.
+
+A row of `CONTROLS` names a test, a plant of `plants.py`, and words of the failure. The test runs as it is, with shorter waits; the server it asks,
+and this process, have the bug. Controls that need more than a plant stand beside their tests, named `…_control_…`."""
+import concurrent.futures
+import contextlib
+import inspect
+import os
+import re
+import signal
+import traceback
+import uuid
+from pathlib import Path
+
+import httpx
+import plants
+import pytest
+import serving
+import test_batcher
+import test_conformance
+import test_endurance
+import test_http_limits
+import test_protocol
+import test_server
+
+HERE = Path(__file__).parent
+H, C, P, B, S, D = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance
+HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
+CONTROLS = [  # row, test, its parameters, plant, words of the failure
+    ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
+    ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
+    ("N2", H.test_N2_health_is_answered_when_silent_connections_hold_every_place, {}, "health_has_no_places_of_its_own", "503 == 200"),
+    ("N2", H.test_N2_over_the_limit_other_requests_are_told_503, {}, "connections_without_limit", "list|200"),
+    ("N2", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N1 a head that drips", "room": False, "clients": 25, "duration": 3}, "health_has_no_places_of_its_own", "503"),
+    ("N3", H.test_N3_a_slow_body_is_told_408_and_holds_no_place_in_the_queue, {}, "no_deadline_for_a_body", HELD),
+    ("N3", H.test_N3_a_reader_that_never_reads_is_ended, {}, "no_deadline_for_a_reader", HELD),
+    ("N4", H.test_N4_a_body_over_the_limit_is_told_413_before_it_is_read, {}, "a_body_is_measured_after_it_was_read", "408 == 413"),
+    ("N4", H.test_N4_a_chunked_body_over_the_limit_is_told_413_and_memory_stays, {}, "only_announced_bodies_are_measured", "408 == 413"),
+    ("N4", H.test_N4_a_gzip_bomb_is_told_413, {}, "all_is_inflated_before_it_is_measured", "no more is inflated"),
+    ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_is_kept", r"memory\(server\) - before"),
+    ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_copies_the_body", r"cpu\(server\) - began"),
+    ("N5", H.test_N5_chunks_that_are_mostly_wrapping_are_refused, {}, "the_wrapping_of_chunks_is_not_counted", "408 == 400"),
+    ("N6", H.test_N6_a_head_that_is_too_large_is_refused_early, {"head": b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"a" * 2**20, "status": 431}, "a_head_without_limit", "408 == 431"),
+    ("N7", H.test_N7_a_head_with_two_meanings_is_400_and_nothing_behind_it_is_a_request, {"rest": H.TWO_MEANINGS["two hosts"]}, "heads_are_taken_as_they_come", "ended"),
+    ("N7", H.test_N7_a_head_with_two_meanings_is_400_and_nothing_behind_it_is_a_request, {"rest": H.TWO_MEANINGS["length and chunks"]}, "a_lenient_parser", "ended"),
+    ("N7", H.test_N7_no_host_other_versions_and_other_targets_are_400, {"first": b"POST /predict HTTP/1.1\r\ncontent-length: 0\r\n\r\n"}, "heads_are_taken_as_they_come", "ended"),
+    ("N8", H.test_N8_pipelined_requests_are_answered_in_order_with_their_own_ids, {}, "answers_go_out_when_they_are_ready", "x-request-id"),
+    ("N8", H.test_N8_an_early_answer_closes_the_connection, {}, "an_early_answer_keeps_its_connection", "connection"),
+    ("N8", H.test_N8_cut_anywhere_a_request_means_the_same, {}, "a_head_must_come_in_one_piece", "400 == 200"),
+    ("N9", S.test_N9_a_client_that_leaves_while_queued_is_never_run, {}, "nobody_hears_a_client_leave", HELD),
+    ("N9", S.test_N9_a_client_that_leaves_while_running_frees_its_place, {}, "nobody_hears_a_client_leave", HELD),
+    ("N10", H.test_N10_a_path_has_one_spelling, {"path": "/v2/%2e%2e/metrics"}, "other_spellings_are_mended", "text/plain|200"),
+    ("N10", C.test_nothing_is_at_other_paths, {}, "an_administration_route", "405 == 404"),
+    ("V1", P.test_malformed, {"name": "V1-nesting-250000"}, "json_as_the_standard_library_reads_it", "recursion"),
+    ("V1", C.test_V1_a_broken_body_is_400, {"route": "/predict", "body": C.BROKEN["deep"]}, "json_as_the_standard_library_reads_it", "500 == 400"),
+    ("V2", P.test_malformed, {"name": "V2-shape-wraps"}, "sizes_are_multiplied_in_64_bits", "reshape|Maximum allowed"),
+    ("V2", C.test_V2_V3_wrong_tensors_are_400, {"route": "/predict", "rows": [[1]]}, "shapes_are_believed", "500 == 400"),
+    ("V2", C.test_V2_V4_what_is_not_the_contract_is_400, {"change": {"shape": [2, 1]}}, "shapes_are_believed", "500 == 400"),
+    ("V3", P.test_v3_a_number_is_exact_or_refused_never_wrapped, {}, "numbers_are_cast", "assert"),
+    ("V3", C.test_V2_V3_wrong_tensors_are_400, {"route": "/predict", "rows": [[True, 1]]}, "numbers_are_cast", "200 == 400"),
+    ("V4", C.test_V2_V4_what_is_not_the_contract_is_400, {"change": {"datatype": "FP64"}}, "the_datatype_is_not_compared", "200 == 400"),
+    ("V4", C.test_V4_missing_extra_and_repeated_inputs_and_outputs_are_400, {}, "the_last_of_two_wins", "200 == 400"),
+    ("V5", P.test_nul_in_bytes_is_data, {}, "texts_end_at_a_nul", "a.x00b"),
+    ("V5", P.test_malformed, {"name": "V5-infinity"}, "infinity_is_a_number", "DID NOT RAISE"),
+    ("V6", P.test_v6_is_refused_before_anything_is_built, {}, "a_tensor_is_measured_after_it_was_built", "nothing is built"),
+    ("V6", P.test_v6_a_bomb_is_not_inflated_beyond_the_limit, {}, "all_is_inflated_before_it_is_measured", "peak"),
+    ("V7", P.test_v7_fuzzed_binary_bodies_are_refused_or_meet_the_contract, {}, "the_length_of_a_header_is_believed", "crash"),
+    ("V7", C.test_V7_a_header_length_that_lies_is_400_and_the_next_request_is_right, {"header": "abc"}, "the_length_of_a_header_is_believed", "500 == 400"),
+    ("V7", C.test_V7_a_tensor_size_that_lies_is_400, {"size": 12}, "the_size_of_a_tensor_is_believed", "200 == 400"),
+    ("V8", C.test_V8_another_name_is_404, {"name": "nope"}, "a_name_is_a_path", "200 == 404"),
+    ("E1", S.test_E1_one_poisoned_request_fails_alone, {}, "a_batch_fails_as_a_whole", "right"),
+    ("E2", S.test_E2_a_value_that_is_no_number_fails_its_request_alone, {}, "what_is_no_number_is_passed_on", "500 if i == 3"),
+    ("E3", S.test_E3_a_broken_contract_makes_the_server_not_ready_until_it_is_proved_again, {}, "answers_are_not_checked", "200 == 500"),
+    ("E4", S.test_E4_no_answer_goes_to_another_request, {}, "rows_go_to_the_neighbour", "mix"),
+    ("E5", S.test_E5_a_full_queue_is_told_503_and_all_that_is_accepted_is_answered, {}, "a_queue_without_bound", r"\{200\} == \{200, 503\}"),
+    ("E6", S.test_E6_a_deadline_is_kept_in_the_queue_and_in_the_model, {}, "nobody_looks_at_the_deadline", "200 == 504"),
+    ("E7", S.test_E7_a_hung_worker_is_found_and_the_process_ends_with_70, {"command": S.HOLD, "where": 0.002}, "nobody_watches_the_worker", HELD),
+    ("E7", S.test_E7_liveness_is_answered_while_the_model_is_busy, {}, "the_model_runs_on_the_event_loop", "done|begin"),
+    ("E8", B.test_E8_E9_memory_runs_out_and_a_half_fits, {"error": MemoryError()}, "memory_errors_are_like_others", "seen ==|all"),
+    ("E9", B.test_E9_a_lost_device_ends_the_work, {}, "a_lost_device_is_like_others", "DeviceLost"),
+    ("E9", B.test_E9_a_wrapped_error_is_recognised, {}, "only_the_outer_error_is_looked_at", "Unavailable"),
+    ("E10", S.test_E10_a_killed_worker_is_replaced_and_five_times_in_a_minute_is_the_end, {}, "the_dead_are_not_replaced", HELD),
+    ("E10", S.test_E10_a_killed_worker_is_replaced_and_five_times_in_a_minute_is_the_end, {}, "the_dead_are_replaced_for_ever", HELD),
+    ("E11", B.test_E11_the_wall_clock_may_jump, {"jump": 3600}, "deadlines_by_the_wall_clock", "done"),
+    ("E11", S.test_E11_a_log_that_nobody_reads_stops_nothing, {}, "a_line_waits_for_its_reader", "not ready"),
+    ("L1", S.test_L1_while_it_loads_it_lives_and_is_not_ready, {}, "ready_while_it_loads", r"\(200, 503\)|\(503, 503\)"),
+    ("L2", S.test_L2_a_load_that_fails_ends_with_its_code, {}, "the_digest_is_not_compared", HELD),
+    ("L2", S.test_L2_a_wrong_setting_or_argument_ends_with_2, {}, "unknown_settings_are_passed_over", HELD),
+    ("L3", S.test_L3_a_stop_under_load_loses_no_answer, {"kind": "process 1", "share": 1, "stops": 1}, "connections_end_with_the_signal", "lost"),
+    ("L3", S.test_L3_in_the_drain_delay_it_serves_and_is_not_ready, {}, "the_port_closes_before_the_drain", "refused"),
+    ("L4", S.test_L4_after_the_grace_the_client_is_told_and_the_exit_code_is_75, {}, "the_grace_has_no_end", "disconnected|ReadError"),
+    ("L4", S.test_L4_a_model_that_holds_the_lock_cannot_keep_the_process, {}, "the_parent_waits_for_ever", HELD),
+    ("L5", S.test_L5_a_signal_during_the_load_ends_it_at_once, {}, "a_signal_waits_for_the_load", HELD),
+    ("L5", S.test_L5_a_second_signal_does_not_wait, {}, "a_second_signal_is_not_heard", HELD),
+    ("L5", S.test_L5_a_killed_parent_leaves_no_worker_and_its_port_is_free, {}, "a_worker_outlives_its_parent", HELD),
+]
+
+
+def end_all(mark):
+    "Kill every process that was started with this mark, orphans too"
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    "Plant a bug here and in every server that is started, and wait less; the mark is in the environment of all that is started"
+    mark = uuid.uuid4().hex
+
+    def put(where, value):
+        owner, attribute, _ = plants.find(where)
+        monkeypatch.setattr(owner, attribute, value)
+
+    def plant(name):
+        monkeypatch.setattr(serving, "PLANTED", {"FAKE_PLANT": name, "FAKE_RUN": mark})
+        monkeypatch.setattr(serving, "HASTE", [5])
+        monkeypatch.setenv("FAKE_PLANT", name)
+        monkeypatch.setenv("FAKE_RUN", mark)
+        plants.PLANTS[name](put)
+    yield plant
+    end_all(mark)
+
+
+def failure(test, stack, double, tmp_path, monkeypatch, given):
+    "Run a test with what its fixtures would give it: how it failed, and the lines of the test that did"
+    ready = {"double": lambda: double, "tmp_path": lambda: tmp_path, "monkeypatch": lambda: monkeypatch,
+             "pool": lambda: stack.enter_context(concurrent.futures.ThreadPoolExecutor(64)),
+             "server": lambda: stack.enter_context(serving.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
+             "http": lambda: stack.enter_context(httpx.Client(base_url=ready["conformance"]().url, timeout=30, trust_env=False)),
+             "conformance": lambda: stack.enter_context(serving.Server(double, tmp_path, **C.SETTINGS))}
+    wanted = {n: given[n] if n in given else ready[n]() for n in inspect.signature(test).parameters}
+    with pytest.raises((Exception, pytest.fail.Exception)) as caught:
+        test(**wanted)
+    lines = [f.line for f in traceback.extract_tb(caught.tb) if Path(f.filename).parent == HERE]
+    return f"{caught.typename}: {caught.value}\n" + "\n".join(lines[1:])
+
+
+def name_of(row, test, given, plant, words):
+    return f"{row}-{plant}-{test.__name__[5:40]}"
+
+
+@pytest.mark.parametrize("row, test, given, plant, words", CONTROLS, ids=[name_of(*c) for c in CONTROLS])
+def test_with_its_bug_planted_the_test_fails(row, test, given, plant, words, planted, double, tmp_path, monkeypatch):
+    with contextlib.ExitStack() as stack:
+        planted(plant)
+        said = failure(test, stack, double, tmp_path, monkeypatch, given)
+    assert re.search(words, said), f"it failed for another reason: {said[:2000]}"
+
+
+def test_every_plant_is_used():
+    text = "".join(p.read_text() for p in HERE.glob("test_*.py"))
+    assert not [p for p in plants.PLANTS if f'"{p}"' not in text]
