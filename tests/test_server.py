@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,73 @@ def test_N9_a_client_that_leaves_while_running_frees_its_place(server):
         time.sleep(0.2)
     until(lambda: server.metric("dropped_total") >= before + 1)
     assert right([(1, 0)], server.predict([1, 0]))
+
+
+# ---- what a stranger must not reach
+
+
+@pytest.mark.parametrize("name", ["nope", "..%2f..%2fetc%2fpasswd", "../../etc/passwd", "double/../../x", "%00", "double\\x", "%e2%80%aedouble", "a" * 3000])
+def test_V8_no_name_opens_a_file(server, tmp_path, name):
+    "The calls of the worker's threads while the name is asked for: none opens a file, or asks whether there is one"
+    calls, asked = tmp_path / "calls", [(f"/v2/models/{name}", "GET"), (f"/v2/models/{name}/versions/{name}", "GET"), (f"/v1/models/{name}", "GET"),
+                                        (f"/v2/models/{name}/infer", "POST"), (f"/predictions/{name}", "POST"), (f"/predictions/double/{name}", "POST")]
+    with subprocess.Popen(["strace", "-f", "-e", "trace=open,openat,stat,newfstatat,access,readlink", "-o", calls, "-p", str(server.worker())], stderr=subprocess.PIPE) as tracer:
+        assert b"attached" in tracer.stderr.readline()
+        try:
+            answers = []
+            for path, method in asked:
+                with Wire(server.port) as w:
+                    answers.append(w.send(request(path, method=method)).answer())
+        finally:
+            tracer.send_signal(signal.SIGINT)
+    opened = [line for line in calls.read_text().splitlines() if '"' in line and '.py"' not in line]  # FastAPI looks up the source of a route once
+    assert not opened, opened[:3]
+    assert {error_of(a) for a in answers} == {404}
+
+
+def test_V9_no_error_tells_what_is_inside(double, tmp_path):
+    "Every kind of failure, with canaries in the environment, in the package's path and in what the model raises"
+    import shutil
+    package = tmp_path / "canary-in-the-path" / "double"
+    shutil.copytree(double, package)
+    with Server(package, tmp_path, queue=1, max_body=1000, head_seconds=1, CANARY="canary-in-the-environment") as s:
+        asked = [request(body=b'{"inputs": [[1, %d]]}' % c) for c in (RAISE, FEWER, NAN)]
+        asked += [request(body=b) for b in (b"", b"{", b"[1]", b'{"inputs": [[1]]}', b'{"inputs": [["a", 1]]}', b" " * 1001)]
+        asked += [request("/v2/models/nope/infer"), request("/nowhere"), request(method="PUT"), request(content_type="text/x"), request(x_request_timeout="no"), b"\0\r\n\r\n",
+                  request(x_request_timeout="0.01", body=b'{"inputs": [[1, %f]]}' % (WAIT + 0.1)), b"GET /" + b"a" * 9000, request(content_encoding="gzip")]
+        for data in asked:
+            with Wire(s.port) as w:
+                answer = w.send(data).answer()
+                assert error_of(answer) >= 400
+                assert "canary" not in repr(answer).lower() and "traceback" not in repr(answer).lower() and str(tmp_path) not in repr(answer), answer
+        assert "canary-in-the-model" in s.events(), "the operator is told"
+
+
+def test_no_route_administers_takes_a_url_or_unpickles(server):
+    "A walk over every route there is: which methods it has, and what it takes"
+    from types import SimpleNamespace
+
+    from mlserve.serving.app import create_app, create_metrics_app
+    from mlserve.serving.board import Board
+    from mlserve.serving.lifecycle import Lifecycle
+    from mlserve.serving.metrics import Numbers
+    settings, numbers = SimpleNamespace(ui=True, metrics_port=0, model_version="1", image="", max_body=2**20), Numbers(Board())
+    apps = [create_app(Lifecycle(), settings, numbers), create_metrics_app(Lifecycle(), settings, numbers)]
+    writing = {"/predict", "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer", "/v1/models/{name}:predict", "/invocations", "/predictions/{name}",
+               "/predictions/{name}/{version}", "/handle", "/v2/repository/index"}
+    for app in apps:
+        for route in app.routes:
+            assert route.methods <= {"GET", "HEAD"} or route.methods == {"POST"} and route.path in writing, route
+            taken = set(route.param_convertors) if hasattr(route, "param_convertors") else set()
+            if dependant := getattr(route, "dependant", None):
+                taken |= {p.name for p in dependant.query_params + dependant.header_params + dependant.cookie_params + dependant.body_params}
+            assert taken <= {"name", "version"}, f"{route.path} takes {taken}"
+    served = {m for m in sys.modules if m.startswith("mlserve.")}
+    assert served
+    for name in served:
+        if (file := getattr(sys.modules[name], "__file__", None)) and "/serving/" in file:
+            source = open(file).read()
+            assert not re.search(r"\bpickle\.loads?\(|\bcloudpickle\b|\bjoblib\b|\bdill\b|torch\.load\(|allow_pickle=True|\beval\(", source.replace("model.eval(", "")), file
 
 
 # ---- a model that fails
