@@ -16,6 +16,7 @@ import time
 import httpx
 import pytest
 from fake_server import FEWER, HOLD, KILL, NAN, RAISE, SLEEP, STOP, WAIT
+from load import Load
 from serving import Server, Wire, error_of, request, until
 
 SETTINGS = dict(threads=1, queue=64, prove_seconds=0.5)
@@ -162,32 +163,14 @@ def test_E3_a_broken_contract_makes_the_server_not_ready_until_it_is_proved_agai
     assert "repaired" in server.events() and right([(1, 0)], server.predict([1, 0]))
 
 
-def mix(server, count):
-    "Many clients at once, each answer a function of its own question"
-    wrong = []
-
-    def client(seed):
-        r = random.Random(seed)
-        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as c:
-            for _ in range(count // 16):
-                rows = [(r.randrange(10**6), 0) for _ in range(r.randrange(1, 5))]
-                if not right(rows, c.post("/predict", json={"inputs": rows})):
-                    wrong.append(rows)
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(16)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    return wrong
-
-
-def test_E4_no_answer_goes_to_another_request(server):
-    assert not mix(server, 2_000)
-
-
-@pytest.mark.soak
-def test_E4_no_answer_goes_to_another_request_in_a_million(server):
-    assert not mix(server, 1_000_000)
+@pytest.mark.parametrize("count", [pytest.param(50_000, id="1in20"), pytest.param(1_000_000, id="full", marks=pytest.mark.soak)])
+def test_E4_no_answer_goes_to_another_request(server, count):
+    "64 clients, each answer a function of its own question"
+    batches = server.metric("batch_rows_count")
+    with Load(server.port, connections=64) as load:
+        until(lambda: len(load.answers) + len(load.failures) * count >= count, count / 50)
+    assert not load.failures, f"{len(load.failures)} wrong, such as {load.failures[:3]}"
+    assert server.metric("batch_rows_count") - batches < count / 3, "batches were formed"
 
 
 def test_E5_a_full_queue_is_told_503_and_all_that_is_accepted_is_answered(double, tmp_path, pool):
