@@ -29,10 +29,11 @@ release: setup engine-start ## the main job: train, build, record, check and pro
 test: setup engine-start test-tools ## every test, with a real release in a container
 	@$(WITH_ENGINE) pytest -q
 
-test-tools: # what the tests of deliveries trace and emulate with; azurite itself goes below state/
-	@for tool in strace npm; do command -v $$tool >/dev/null || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s apt-get install -yq $$tool >&2; }; done
+test-tools: # what the tests trace, emulate, proxy and load with; azurite itself goes below state/
+	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
+	[ -z "$${missing:-}" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $${missing/nginx/nginx-light} >&2; }
 
-soak: setup engine-start ## the tests' full counts: hours of load, faults and fuzzing
+soak: setup engine-start test-tools ## the tests' full counts: hours of load, faults and fuzzing
 	@$(WITH_ENGINE) pytest -q -m soak
 
 export: setup ## package, README and Dockerfile from the notebooks

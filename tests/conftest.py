@@ -15,6 +15,13 @@ def pytest_addoption(parser):
     parser.addoption("--url", help="a server that the conformance suite shall ask")
 
 
+def pytest_collection_modifyitems(items):
+    "The full counts may take hours"
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(4 * 3600))
+
+
 def run(*command, env=None, timeout=600, cwd=ROOT):
     "Run a command; its exit code, stdout and stderr"
     values = {k: v for k, v in {**os.environ, **(env or {})}.items() if v is not None}

@@ -15,7 +15,8 @@ class Load:
         self.thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
     async def _ask(self, reader, writer, number):
-        body = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [%d, 0]}]}' % number
+        rows = 1 + number % 3
+        body = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [%d, 2], "data": [%s]}]}' % (rows, b",".join([b"%d,0" % number] * rows))
         writer.write(b"POST %s HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\nx-request-id: n-%d\r\ncontent-length: %d\r\n\r\n%s" % (self.path.encode(), number, len(body), body))
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
         size = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
@@ -49,7 +50,7 @@ class Load:
             self.failures.append((number, (head + body)[:300]))
             return
         answer = json.loads(body)
-        if answer["outputs"][0]["data"][0] != 2 * number or number in self.answers:
+        if answer["outputs"][0]["data"] != [2 * number, 0] * (1 + number % 3) or number in self.answers:
             self.failures.append((number, answer))
         self.answers[number] = answer["model_version"], sent
 

@@ -83,7 +83,10 @@ def every_byte_of_a_head_starts_its_deadline_anew(put):
 
 @plant
 def health_has_no_places_of_its_own(put):
-    put("serving.http.EXEMPT", ())
+    def before(self, exchange):
+        if self.web.crowded:
+            raise now("errors.Unavailable")("The server has too many open connections.")
+    around(put, "serving.http.Connection._judge", before=before)
 
 
 @plant
@@ -225,7 +228,7 @@ def other_spellings_are_mended(put):
 
 @plant
 def an_administration_route(put):
-    good = now("serving.worker.create_app")
+    good = now("serving.app.create_app")
 
     def create_app(*args):
         app = good(*args)
@@ -234,7 +237,6 @@ def an_administration_route(put):
             return {"loaded": url}
         app.post("/v2/repository/models/double/load")(load)
         return app
-    put("serving.worker.create_app", create_app)
     put("serving.app.create_app", create_app)
 
 
@@ -461,7 +463,7 @@ def a_line_waits_for_its_reader(put):
 
 @plant
 def ready_while_it_loads(put):
-    put("serving.app.readiness", never)
+    put("serving.lifecycle.readiness", never)
 
 
 @plant

@@ -18,7 +18,7 @@ from hypothesis.errors import Unsatisfiable
 from serving import Server, request, status_of
 from test_conformance import NAME, ROUTES, V2, binary
 
-SCALES = [pytest.param(20, id="1in20"), pytest.param(1, id="full", marks=[pytest.mark.soak, pytest.mark.timeout(7200)])]
+SCALES = [pytest.param(20, id="1in20"), pytest.param(1, id="full", marks=pytest.mark.soak)]
 GOAL = 2_000_000
 PARTS = {"damaged": 1_260_000, "hypothesis": 40_000, "atheris": 600_000, "sockets": 160_000, "schemathesis": 12_000}  # cases of each part in full
 SAID = {200, 400, 404, 405, 408, 413, 414, 415, 431}  # what a client may be told about its own request

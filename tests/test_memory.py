@@ -1,24 +1,27 @@
 """A container whose memory runs out (E8): foreseen, caught, and killed by the kernel."""
+from pathlib import Path
+
 import httpx
 import pytest
+import torch
 from serving import until
 from test_release import HARDENED, address, docker_cli, engine, start, wait_healthy  # noqa: F401 (fixtures)
 
 MEMORY = "640m"
 
 
+class Hungry(torch.nn.Module):
+    "Takes as many MiB as the second number of its first row says"
+
+    def forward(self, x):
+        room = torch.ones(torch.clamp(x[0, 1], min=0).to(torch.int64) * 262144)
+        return x * 2 + room.sum() * 0
+
+
 @pytest.fixture(scope="module")
 def hungry(tmp_path_factory):
-    "A package of a model that takes as many MiB as the second number of its first row says"
-    import torch
-
+    "Its package, where a container may read it"
     from mlserve.package import save_package
-
-    class Hungry(torch.nn.Module):
-        def forward(self, x):
-            room = torch.ones(torch.clamp(x[0, 1], min=0).to(torch.int64) * 262144)
-            return x * 2 + room.sum() * 0
-
     folder = tmp_path_factory.mktemp("hungry") / "hungry"
     package = save_package(torch.jit.script(Hungry().eval()), folder, "hungry", {"x": torch.zeros(4, 2)}, ["y"])
     for path in [folder, *folder.rglob("*")]:
@@ -29,10 +32,11 @@ def hungry(tmp_path_factory):
     return package
 
 
-def test_E8_in_a_container_what_is_too_large_is_413_what_fails_is_503_and_what_is_killed_comes_back(release, start, hungry):  # noqa: F811
+def runs_out(image, start, hungry, *more):  # noqa: F811
+    "One life of a container whose memory runs out in every way"
     flags = [f for f in HARDENED if f not in ("--memory", "--memory-swap", "1g")]
-    container = start(release["image"], *flags, "--memory", MEMORY, "--memory-swap", MEMORY, "--user", "10001:10001", "-v", f"{hungry.path}:/models/hungry:ro",
-                      "-e", "MLSERVE_PACKAGE=/models/hungry", "-e", f"MLSERVE_PACKAGE_DIGEST={hungry.digest}", "-e", "MLSERVE_MAX_BODY=1000000", "-e", "MLSERVE_DRAIN_DELAY=0")
+    container = start(image, *flags, "--memory", MEMORY, "--memory-swap", MEMORY, "--user", "10001:10001", "-v", f"{hungry.path}:/models/package:ro",
+                      "-e", f"MLSERVE_PACKAGE_DIGEST={hungry.digest}", "-e", "MLSERVE_MAX_BODY=1000000", "-e", "MLSERVE_DRAIN_DELAY=0", *more)
     wait_healthy(container)
 
     def predict(*rows):
@@ -50,7 +54,7 @@ def test_E8_in_a_container_what_is_too_large_is_413_what_fails_is_503_and_what_i
     assert works()
     with pytest.raises(httpx.HTTPError):  # killed: 2 GiB, which the allocator gives and the kernel does not have
         predict([1, 2048])
-    until(works, 20)
+    until(works, 60)
     said = container.logs().decode()
     assert '"worker_died"' in said and '"signal": 9' in said
     assert docker_cli("kill", "--signal", "KILL", container.id).returncode == 0
@@ -59,3 +63,18 @@ def test_E8_in_a_container_what_is_too_large_is_413_what_fails_is_503_and_what_i
     wait_healthy(container)
     assert works()
     assert docker_cli("diff", container.id).stdout == "", "nothing is left that a start could stumble over"
+
+
+def test_E8_in_a_container_what_is_too_large_is_413_what_fails_is_503_and_what_is_killed_comes_back(release, start, hungry):  # noqa: F811
+    runs_out(release["image"], start, hungry)
+
+
+def test_E8_control_memory_that_is_taken_for_a_fault_of_the_input_is_seen(release, start, hungry, tmp_path):  # noqa: F811
+    "The same image, with a bug planted as the interpreter starts"
+    (tmp_path / "plants.py").write_bytes((Path(__file__).parent / "plants.py").read_bytes())
+    (tmp_path / "sitecustomize.py").write_text("import plants; plants.sow('memory_errors_are_like_others')")
+    for path in (tmp_path, *tmp_path.parents):
+        if path.is_relative_to(hungry.path.parent.parent.parent):
+            path.chmod(0o755)
+    with pytest.raises(AssertionError, match="500 == 503"):
+        runs_out(release["image"], start, hungry, "-v", f"{tmp_path}:/plants:ro", "-e", "PYTHONPATH=/plants:/opt/mlserve")

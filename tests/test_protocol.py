@@ -514,7 +514,7 @@ def fuzz(runs, folder):
     "Run the coverage-guided fuzzer on the binary decoder; what it printed"
     # a shell between, as a child begins with the peak memory of its parent, which here is that of all tests before
     done = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", sys.executable, FUZZ, f"-runs={runs}", "-seed=7", "-max_len=512", "-rss_limit_mb=1024", "-timeout=5", f"-artifact_prefix={folder}/", folder],
-                          capture_output=True, text=True, timeout=800)
+                          capture_output=True, text=True, timeout=max(800, runs // 500))
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"Done {runs} runs" in done.stderr, done.stderr[-3000:]
     return done.stderr

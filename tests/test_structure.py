@@ -1,5 +1,6 @@
 """The rules of the house, read from the source: imports go downward, the wings stay apart, pages keep their size."""
 import ast
+import inspect
 import json
 import re
 from pathlib import Path
@@ -101,11 +102,33 @@ def test_serving_needs_nothing_of_a_notebook():
             assert not re.search(r"^\s*(from|import) (fastcore|nbdev)\b", path.read_text(), re.M), path
 
 
-def test_the_table_of_faults_names_tests_that_exist():
-    text = "\n".join(c["source"] for c in cells(ROOT / "nbs/explanations/faults.ipynb", "markdown"))
-    named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", text))
+FAULTS = "\n".join(c["source"] for c in cells(ROOT / "nbs/explanations/faults.ipynb", "markdown"))
+NAMED = re.compile(r"`(test_\w+\.py)::(\w+)`")
+
+
+def faults():
+    "The rows of the table of faults: their letter and number, and what stands in the columns of tests and of controls"
+    for row, columns in re.findall(r"^\| ([A-Z]\d+) \|(.*)\|$", FAULTS, re.M):
+        yield row, *columns.split(" | ")[2:]
+
+
+def test_the_table_of_faults_is_whole_and_names_tests_that_exist():
+    named = set(NAMED.findall(FAULTS))
     there = {(p.name, n.name) for p in (ROOT / "tests").glob("test_*.py") for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.FunctionDef)}
     assert len(named) > 60 and not named - there, named - there
-    rows = set(re.findall(r"^\| ([NVELW]\d+) \|", text, re.M))
-    wanted = {f"{k}{i}" for k, n in dict(N=10, V=9, E=11, L=5, W=10).items() for i in range(1, n + 1)}
-    assert rows == wanted, rows ^ wanted
+    wanted = {f"{k}{i}" for k, n in dict(N=10, V=9, E=11, L=7, W=10).items() for i in range(1, n + 1)}
+    rows = [row for row, *_ in faults()]
+    assert len(rows) == len(wanted) and set(rows) == wanted, set(rows) ^ wanted
+
+
+@pytest.mark.parametrize("row, tests, controls", [pytest.param(*f, id=f[0]) for f in faults() if f[0][0] in "NVEL"])
+def test_each_test_of_the_table_of_faults_is_failed_by_a_control(row, tests, controls):
+    "A control is a plant that `test_controls.py` tries on the test, or a test beside it that is named after the row"
+    from test_controls import CONTROLS
+    tried = {(Path(inspect.getfile(test)).name, test.__name__): {p for r, t, _, p, _ in CONTROLS if (r, t) == (row, test)} for r, test, *_ in CONTROLS if r == row}
+    plants, beside = set(re.findall(r"`(\w+)`", controls)), set(NAMED.findall(controls))
+    assert plants == set().union(*tried.values()), f"the table and `test_controls.py` differ: {plants ^ set().union(*tried.values())}"
+    assert plants or beside, "no control"
+    assert all(name.startswith(f"test_{row}_control_") for _, name in beside)
+    bare = {t for t in set(NAMED.findall(tests)) - set(tried) if t[0] not in {file for file, _ in beside}}
+    assert not bare, f"nothing makes these fail: {bare}"
