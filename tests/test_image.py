@@ -102,7 +102,7 @@ def test_the_image_of_the_edge_serves_and_is_small(edge, package):
 
 
 LIKE_PYTHON = """FROM %s
-RUN mv /usr/bin/python3.11 /usr/local/bin/ && rm /usr/bin/python3 && ln -s python3.11 /usr/local/bin/python3 && mv /usr/lib/python3.11 /usr/local/lib/ \\
+RUN mv /usr/bin/python3.11 /usr/local/bin/ && rm /usr/bin/python3 && ln -s python3.11 /usr/local/bin/python3 && cp -a /usr/lib/python3.11/. /usr/local/lib/python3.11/ && rm -rf /usr/lib/python3.11 \\
     && mv /usr/lib/x86_64-linux-gnu/libsqlite3.so.0* /usr/lib/x86_64-linux-gnu/libffi.so.8* /usr/local/lib/ && ldconfig && python3 -c 'import sqlite3, ctypes'
 """
 

@@ -139,7 +139,7 @@ def runtime(
 # %% ../../nbs/release/02_slim.ipynb #50754151
 spare_wheels = ['torch/test', 'torch/include', 'torch/share', 'torch/bin/[!t]*', 'torch/bin/t[!o]*', 'torch/bin/test_*', 'torch/**/*.pyi', 'torch/lib/libtorchbind_test.so',
     'torch/lib/libjitbackend_test.so', 'torch/lib/libbackend_with_compiler.so', 'torch/lib/libaoti_custom_ops.so', 'sympy/**/tests', 'networkx/**/tests', 'nvidia/**/include',
-    'nvidia/**/*.a', 'numpy/**/tests/test_*.py', 'numpy/**/tests/data',
+    '**/*.a', 'numpy/**/tests/test_*.py', 'numpy/**/tests/data',
     'onnxruntime/tools', 'onnxruntime/transformers', 'onnxruntime/quantization', 'onnxruntime/datasets']
 def prune(
     venv, # folder of a virtual environment
