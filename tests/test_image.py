@@ -3,6 +3,7 @@ import base64
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, last_json, mlserve, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 NOTEBOOK = ROOT / "tests/notebooks/edge.ipynb"
 STAGES = ["runtime", "builder", "weights", "code"]
@@ -145,6 +148,26 @@ def test_hostile_words_stay_words(builder, state, tmp_path):
             assert config["config"]["Labels"]["word"] == word and not config["config"].get("User") and len(members) == 1
             assert not [h for h in config["history"] if "RUN" in h["created_by"].split("LABEL")[0]]
     assert exact >= 5, "plain words must pass"
+
+
+@settings(max_examples=200, deadline=None)
+@given(field=st.sampled_from(["name", "repository", "base", "index", "proxy", "device", "delivery", "builder"]),
+       text=st.text(max_size=30) | st.builds("{}{}{}".format, st.sampled_from(["python:3.11", "digits", "cpu", "https://pypi.example/", ""]),
+                                            st.sampled_from(["\n", "\r", " ", '"', "'", "\\", "$(id)", "${BASE}", "{{x}}", "`id`", "\x00", "\u2028"]), st.text(max_size=8)))
+def test_no_field_of_a_spec_becomes_an_instruction(field, text):
+    "Refused with exit 8, or 2 where a choice is meant; and what is taken is read back from the Dockerfile as it was"
+    from mlserve.errors import MlserveError
+    from mlserve.release.dockerfile import ImageSpec, parse, render, spec_of
+    from mlserve.release.spec import read_spec
+    try:
+        spec = read_spec(NOTEBOOK, **{field: text})
+    except MlserveError as e:
+        assert e.code == (2 if field in ("device", "delivery", "builder") else 8), e
+        return
+    asked = ImageSpec(spec.base, spec.device, spec.delivery)
+    assert spec_of(render(asked)) == asked and [i for i, _ in parse(render(asked))] == [i for i, _ in parse(render(ImageSpec("python", spec.device, spec.delivery)))]
+    for value in (spec.name, spec.repository, spec.base, spec.index or "", spec.proxy or ""):
+        assert re.fullmatch(r"[A-Za-z0-9._:/@~+-]*", value)
 
 
 def test_a_secret_of_the_environment_is_refused_before_anything_is_built(tmp_path, monkeypatch):
