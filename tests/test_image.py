@@ -343,7 +343,7 @@ mlserve build --vendored "$3" --builder buildah --state "$4" --json
 def test_two_clones_and_a_machine_without_a_network_make_one_digest(package, tmp_path):
     "buildah: other folders, another umask, another clock; then from a vendored folder, in a network namespace that has nothing but loopback"
     digests, env = [], {"DOCKER_HOST": "unix:///absent.sock", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    for name, wrapped in [("one", []), ("another/place", ["faketime", "+1000d", "sh", "-c", 'umask 077; exec "$@"', "sh"])]:
+    for name, wrapped in [("one", []), ("another/place", ["faketime", "-f", "+1000d", "sh", "-c", 'umask 077; exec "$@"', "sh"])]:
         clone, state = tmp_path / name / "clone", tmp_path / name / "state"
         assert run("git", "clone", "-q", ROOT, clone).returncode == 0
         if digests:  # certificates of an index do not hold in another year
