@@ -29,8 +29,8 @@ release: setup engine-start ## the main job: train, build, record, check and pro
 test: setup engine-start test-tools ## every test, with a real release in a container
 	@$(WITH_ENGINE) pytest -q
 
-test-tools: # what the tests trace, emulate, proxy and load with; azurite itself goes below state/
-	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
+test-tools: # what the tests trace, emulate, proxy, load and build with; azurite itself goes below state/
+	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
 	[ -z "$${missing:-}" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $${missing/nginx/nginx-light} >&2; }
 
 soak: setup engine-start test-tools ## the tests' full counts: hours of load, faults and fuzzing

@@ -90,7 +90,7 @@ def build(notebook:Annotated[Path|None, typer.Argument(help='The model notebook.
     "Build and push the image of a package."
     from mlserve.release.build import build_only, build_vendored
     from mlserve.release.spec import read_spec
-    if vendored and (notebook or package or twice): raise UsageError('--vendored was given with a notebook, --package or --twice; the folder says it all.', mend='Give --vendored alone.')
+    if vendored and any((notebook, package, twice, name, device, delivery, store)): raise UsageError('--vendored was given with more; the folder says what to build.', mend='Give --vendored with --builder and --state alone.')
     if not vendored and not (notebook and package): raise UsageError('A build needs a notebook and --package, or --vendored.', mend='mlserve build NOTEBOOK --package DIR.')
     if vendored: result = build_vendored(vendored, builder, state)
     else: result = build_only(read_spec(notebook, name=name, device=device, delivery=delivery, store=store, state=state, builder=builder), package, twice)

@@ -104,8 +104,9 @@ class Network:
     def environment(self)->dict:
         "What pip reads"
         if self.ca and not Path(self.ca).is_file(): raise LocalResource(f'There is no file of authorities at {self.ca}.', mend='Correct `ca` in mlserve.toml.')
-        only = {'PIP_INDEX_URL': self.index, 'PIP_EXTRA_INDEX_URL': ''} if self.index else {}
-        return only | {k: str(v) for k,v in {'PIP_PROXY': self.proxy, 'PIP_CERT': self.ca}.items() if v}
+        only = {'PIP_CONFIG_FILE': os.devnull, 'PIP_INDEX_URL': self.index, 'PIP_EXTRA_INDEX_URL': ''} if self.index else {}
+        way = dict.fromkeys(('PIP_PROXY','HTTP_PROXY','HTTPS_PROXY','http_proxy','https_proxy'), self.proxy) if self.proxy else {}
+        return only | way | (dict.fromkeys(('PIP_CERT','REQUESTS_CA_BUNDLE','CURL_CA_BUNDLE'), str(self.ca)) if self.ca else {})
 
 # %% ../../nbs/release/01_dependencies.ipynb #b062c848
 def pip(

@@ -131,14 +131,15 @@ def runtime(
     found = libraries(needing, wheels)
     Path(out).mkdir(parents=True, exist_ok=True)
     made = set().union(*(take(f, out) for f in [*files, *sorted(found | beside(found))])) | system(out)
-    entries(owners(made), out)
+    bundle = {'ca-certificates'} if (Path(out) / 'etc/ssl/certs/ca-certificates.crt').exists() else set() # put together by that package
+    entries(owners(made) | bundle, out)
     subprocess.run(['ldconfig', '-r', str(out)], check=True)
     shutil.rmtree(Path(out) / 'var/cache/ldconfig', ignore_errors=True)
 
 # %% ../../nbs/release/02_slim.ipynb #50754151
 spare_wheels = ['torch/test', 'torch/include', 'torch/share', 'torch/bin/[!t]*', 'torch/bin/t[!o]*', 'torch/bin/test_*', 'torch/**/*.pyi', 'torch/lib/libtorchbind_test.so',
     'torch/lib/libjitbackend_test.so', 'torch/lib/libbackend_with_compiler.so', 'torch/lib/libaoti_custom_ops.so', 'sympy/**/tests', 'networkx/**/tests', 'nvidia/**/include',
-    'nvidia/**/*.a', 'numpy/**/tests/test_*.py', 'numpy/**/tests/data',
+    '**/*.a', 'numpy/**/tests/test_*.py', 'numpy/**/tests/data',
     'onnxruntime/tools', 'onnxruntime/transformers', 'onnxruntime/quantization', 'onnxruntime/datasets']
 def prune(
     venv, # folder of a virtual environment
