@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ..errors import IntegrityError, LocalResource, RemoteUnavailable, Refused
+from .flavour import check_build, pinned, same_version
 
 # %% ../../nbs/release/01_dependencies.ipynb #f2c3f721
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ def refusal(
         return RemoteUnavailable('The package index did not answer pip.', mend='Check the network and the index (`pip config list`), then repeat.')
     if 'No space left' in output: return LocalResource('The disk is full: pip could not write.', mend='Free some space and repeat.')
     said = '; '.join(re.sub(r' \(from versions: .*\)', '', l)[:200] for l in blame[:6]) or '; '.join(filter(None, lines[-3:]))
-    return Refused(f'pip cannot resolve the requirements: {said}.',
-        mend='The versions are those the model was trained with: align them, or name the package in `allow`.')
+    mend = 'The versions are those the model was trained with: align them, or name the package in `allow`.'
+    if re.search(r'constraint\) torch\S*!=\S+\+cpu', output): mend = 'Let pip reach an index with a CUDA build of that version, or set device = "cpu" in mlserve.toml.'
+    return Refused(f'pip cannot resolve the requirements: {said}.', mend=mend)
 
 # %% ../../nbs/release/01_dependencies.ipynb #b062c848
 def pip(
@@ -173,20 +175,24 @@ numeric = {'torch', 'numpy', 'scipy', 'onnxruntime', 'onnxruntime-gpu', 'scikit-
 def constraints_of(
     environment:dict, # a package's recorded environment
     allow=(), # names that may differ
-)->dict: # name → version
+    device:str='', # of the image, `cpu` or `cuda`; '' gives the versions as they were recorded
+)->dict: # name → version, as pip takes it behind `==`
     "The versions an image is held to"
     free = set(map(canonicalize_name, allow))
-    return {c: v for n,v in environment['packages'].items() if (c := canonicalize_name(n)) not in free}
+    held = {c: v for n,v in environment['packages'].items() if (c := canonicalize_name(n)) not in free}
+    return {n: pinned(n, v, device) for n,v in held.items()} if device else held
 
 # %% ../../nbs/release/01_dependencies.ipynb #24dc3a99
 def check_lock(
     lock:Lock, # what the image would get
     environment:dict, # what the model was trained with
     allow=(), # names that may differ
+    device:str='cpu', # of the image, `cpu` or `cuda`
 )->None:
-    "Refuse a lock whose numeric packages differ from training"
+    "Refuse a lock whose numeric packages differ from training, or are built for another device"
+    check_build(lock.packages, device)
     held = constraints_of(environment, allow)
     for name in sorted(numeric & set(held) & set(lock.packages)):
-        if lock.packages[name] == held[name]: continue
+        if same_version(held[name], lock.packages[name]): continue
         raise Refused(f'The lock has {name} {lock.packages[name]}; the model was trained with {name} {held[name]}.',
             mend=f'Lock again, or put {name!r} into `allow` of mlserve.toml.')
