@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['numeric', 'Target', 'platforms', 'requirements_of', 'Lock', 'read_lock', 'refusal', 'pip', 'from_report', 'lock',
-           'complete', 'vendor', 'constraints_of', 'check_lock']
+           'complete', 'still_complete', 'vendor', 'constraints_of', 'check_lock']
 
 # %% ../../nbs/release/01_dependencies.ipynb #2c80ecdc
 import hashlib, json, os, re, shutil, subprocess, sys, tempfile
@@ -152,6 +152,19 @@ def complete(
     wanted = sorted(re.findall(r'--hash=sha256:([0-9a-f]{64})', lock.text))
     return folder.is_dir() and sorted(_sha(f) for f in folder.iterdir()) == wanted
 
+# %% ../../nbs/release/01_dependencies.ipynb #7d032405
+def still_complete(
+    lock:Lock, # what should be there
+    folder:Path, # where it should be
+)->bool: # every file, and no other
+    "`complete`, without reading again what was hashed before"
+    files = [(f,f.stat()) for f in sorted(folder.iterdir())] if folder.is_dir() else []
+    now,note = [[f.name,s.st_size,s.st_mtime_ns,s.st_ino] for f,s in files],folder.with_name(f'{folder.name}.json')
+    if now and note.exists() and json.loads(note.read_text()) == now: return True
+    if not complete(lock, folder): return False
+    _write(note, json.dumps(now))
+    return True
+
 # %% ../../nbs/release/01_dependencies.ipynb #efb670f4
 def vendor(
     lock:Lock, # versions and hashes
@@ -160,7 +173,7 @@ def vendor(
 )->Path: # the folder of this lock's wheels
     "Download the files of a lock, unless they are there already"
     home = Path(folder) / lock.digest.removeprefix('sha256:')[:20]
-    if complete(lock, home): return home
+    if still_complete(lock, home): return home
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix='part-') as tmp:
         (Path(tmp) / 'lock.txt').write_text(lock.text)

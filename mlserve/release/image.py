@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['start_engine', 'Builder', 'as_builder', 'find_builder', 'reason', 'engine', 'remote', 'resolve_base', 'as_target',
-           'base_target', 'build_failure', 'run_build', 'BuiltImage', 'build', 'pushed_digest', 'push']
+           'base_target', 'known_target', 'build_failure', 'run_build', 'BuiltImage', 'build', 'pushed_digest', 'push']
 
 # %% ../../nbs/release/03_image.ipynb #bdadf1ab
-import os, re, subprocess, threading, time
+import json, os, re, subprocess, threading, time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from ..errors import IntegrityError, LocalResource, RemoteUnavailable, Refused, UsageError
 from .dependencies import Target
@@ -133,6 +133,22 @@ def base_target(
     except Refused: raise
     except Exception as e: raise Refused(f'The base {ref} cannot run python3: {reason(e)}.', mend='Take a base with Python 3.') from None
     finally: box.remove(force=True)
+
+# %% ../../nbs/release/03_image.ipynb #8fa9778d
+def known_target(
+    ref:str, # the base image by digest
+    folder, # where answers are kept, such as state/targets
+)->Target: # its Python and C library
+    "What a base is, asked at the first time only"
+    if '@sha256:' not in ref: return base_target(ref) # a tag may move
+    kept = Path(folder) / f"{ref.rpartition('@sha256:')[2][:20]}.json"
+    if kept.exists(): return Target(**json.loads(kept.read_text()))
+    found = base_target(ref)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f'.{os.getpid()}')
+    part.write_text(json.dumps(asdict(found)))
+    os.replace(part, kept)
+    return found
 
 # %% ../../nbs/release/03_image.ipynb #552c0f35
 def build_failure(

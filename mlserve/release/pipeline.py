@@ -20,7 +20,7 @@ from ..protocol import encode_predict_request
 from . import record
 from .container import credentials
 from .image import engine
-from .notebook import check_parameters, run_notebook
+from .notebook import check_parameters, run_cells, run_notebook
 from .spec import ReleaseSpec, default_name, default_repository
 from .upload import reach_store
 
@@ -223,7 +223,7 @@ def build_only(
     spec = _under_name(absolute(spec), package.name)
     folder = run_folder(spec.state)
     write_json(folder/'spec.json', json.loads(spec.model_dump_json()))
-    run_notebook(pipelines()/'build_image.ipynb', {'run_dir': str(folder), 'package_dir': str(package.path)}, folder/'build_image.ipynb')
+    run_cells(pipelines()/'build_image.ipynb', {'run_dir': str(folder), 'package_dir': str(package.path)}, folder/'build.log')
     return read_json(folder/'build.json')
 
 # %% ../../nbs/release/07_pipeline.ipynb #3f3aaa97
