@@ -8,7 +8,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test soak export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env bench test-tools clean
+.PHONY: help setup release test soak export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -72,6 +72,9 @@ engine-start: ## a Docker Engine, a registry and a base image, where there are n
 
 engine-stop: ## end what engine-start started
 	@$(ENGINE) stop
+
+debug-base: engine-start ## what `mlserve debug` lays over an image: a shell, strace, gdb, curl
+	@$(ENGINE) debug-base
 
 engine-env: ## NAME=value lines a shell can export
 	@$(ENGINE) env
