@@ -10,6 +10,7 @@ import ast, fcntl, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
 from ..errors import LocalResource
+from . import slim
 from .dependencies import Lock
 
 # %% ../../nbs/release/03_context.ipynb #7319459e
@@ -62,6 +63,8 @@ def stage(
         shutil.rmtree(folder, ignore_errors=True)
         stage_code(folder / 'code', source)
         (folder / 'Dockerfile').write_text(dockerfile)
+        (folder / 'tools').mkdir()
+        shutil.copyfile(slim.__file__, folder / 'tools/slim.py')
         (folder / 'lock.txt').write_text(lock.text)
         shutil.copytree(wheels, folder / 'wheels', copy_function=_link)
         if package: shutil.copytree(package, folder / 'package', copy_function=_link)
