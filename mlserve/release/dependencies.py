@@ -52,7 +52,7 @@ def requirements_of(
 
 # %% ../../nbs/release/01_dependencies.ipynb #3f13b098
 _script = {'sympy', 'mpmath', 'networkx', 'filelock'}
-_compiler = {'setuptools', 'jinja2', 'markupsafe', 'fsspec'}
+_compiler = {'setuptools', 'jinja2', 'markupsafe', 'fsspec', 'triton'}
 _spared = {'torchscript': _script | _compiler, 'export': _compiler, 'safetensors': _compiler}
 def spared_of(
     format:str, # of a package
@@ -128,22 +128,22 @@ def pip(
     if done.returncode: raise refusal(done.stdout)
 
 # %% ../../nbs/release/01_dependencies.ipynb #9bc3851d
-def _asks(item): # names of packages that one of them needs
-    extras = item.get('requested_extras') or ['']
+def _asks(item, extras): # what one of them needs, with the extras that it asks for
     for r in map(Requirement, item['metadata'].get('requires_dist', [])):
-        if not r.marker or any(r.marker.evaluate({'extra': e}) for e in extras): yield canonicalize_name(r.name)
+        if not r.marker or any(r.marker.evaluate({'extra': e}) for e in {'', *extras}): yield canonicalize_name(r.name),frozenset(r.extras)
 def reached(
     items:list, # of a report
     spared:dict, # name → names that it asks for and need not get
 )->set: # names
     "The packages that are needed, starting from those that were requested"
     by_name = {canonicalize_name(i['metadata']['name']): i for i in items}
-    todo,found = [n for n,i in by_name.items() if i.get('requested', True)],set()
+    todo,found = [(n, frozenset(i.get('requested_extras', ()))) for n,i in by_name.items() if i.get('requested', True)],set()
     while todo:
-        if (name := todo.pop()) in found or name not in by_name: continue
-        found.add(name)
-        todo += set(_asks(by_name[name])) - set(spared.get(name, ()))
-    return found
+        name,extras = asked = todo.pop()
+        if asked in found or name not in by_name: continue
+        found.add(asked)
+        todo += [(n,e) for n,e in _asks(by_name[name], extras) if n not in spared.get(name, ())]
+    return {n for n,_ in found}
 
 # %% ../../nbs/release/01_dependencies.ipynb #7f2b3e88
 def from_report(

@@ -87,7 +87,7 @@ def run_cells(
     path,log,names = Path(path),Path(log),{'__name__':'__main__'}
     cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, 'w') as f, contextlib.redirect_stdout(f):
+    with open(log, 'w', buffering=1) as f, contextlib.redirect_stdout(f):
         for n,c in enumerate(cells, 1):
             try: exec(compile(''.join(c['source']), f'{path.name}, cell {n}', 'exec'), names)
             except MlserveError: raise
