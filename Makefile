@@ -8,7 +8,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test soak export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench test-tools clean
+.PHONY: help setup release test soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-images test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -31,9 +31,13 @@ test: setup engine-start test-tools ## every test, with a real release in a cont
 
 test-tools: # what the tests of deliveries trace and emulate with; azurite itself goes below state/
 	@for tool in strace npm; do command -v $$tool >/dev/null || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s apt-get install -yq $$tool >&2; }; done
+	@[ -x state/tools/checkov/bin/checkov ] || { $(PYTHON) -m venv state/tools/checkov && state/tools/checkov/bin/pip install -q --disable-pip-version-check checkov==3.3.30; }
 
 soak: setup engine-start ## the tests' full counts: hours of load, faults and fuzzing
 	@$(WITH_ENGINE) pytest -q -m soak
+
+cuda-image: setup engine-start ## build the GPU flavour for real (2.5 GB of wheels), and see it refuse a host without a GPU
+	@$(WITH_ENGINE) pytest -q -s -m cuda_image
 
 export: setup ## package, README and Dockerfile from the notebooks
 	@$(BIN)/nbdev_clean
@@ -45,6 +49,7 @@ readme: setup
 
 dockerfile: setup
 	@env -u MLSERVE_BASE -u MLSERVE_REGISTRY $(BIN)/mlserve dockerfile $(EXAMPLE) > docker/Dockerfile
+	@env -u MLSERVE_BASE -u MLSERVE_REGISTRY $(BIN)/mlserve dockerfile $(EXAMPLE) --device cuda > docker/Dockerfile.cuda
 
 docs: setup ## the documentation site, in _docs
 	@rm -rf _proc _docs
@@ -59,6 +64,9 @@ docs-serve: docs ## the site on http://127.0.0.1:8000
 
 lab: setup ## JupyterLab on the notebooks
 	@$(WITH_ENGINE) jupyter lab --notebook-dir nbs
+
+bench-images: setup engine-start ## our images beside MLflow's and the tutorials', built and pushed in one run
+	@$(WITH_ENGINE) python -W ignore bench/images.py --out bench/results/$$(date +%F)-images.md
 
 BENCH ?=
 bench: setup ## mlserve beside other model servers; BENCH='--servers mlserve,fastapi' for some of them
