@@ -29,8 +29,8 @@ release: setup engine-start ## the main job: train, build, record, check and pro
 test: setup engine-start test-tools ## every test, with a real release in a container
 	@$(WITH_ENGINE) pytest -q
 
-test-tools: # what the tests of deliveries trace and emulate with; azurite itself goes below state/
-	@for tool in strace npm; do command -v $$tool >/dev/null || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s apt-get install -yq $$tool >&2; }; done
+test-tools: # what the tests of deliveries and images trace, emulate and build with; azurite itself and checkov go below state/
+	@for tool in strace npm buildah faketime; do command -v $$tool >/dev/null || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s apt-get install -yq $$tool >&2; }; done
 	@[ -x state/tools/checkov/bin/checkov ] || { $(PYTHON) -m venv state/tools/checkov && state/tools/checkov/bin/pip install -q --disable-pip-version-check checkov==3.3.30; }
 
 soak: setup engine-start ## the tests' full counts: hours of load, faults and fuzzing

@@ -61,7 +61,7 @@ def build(state, tmp_path_factory):
     def build(package, delivery, place="/models/package", extra=()):
         trained = load_environment(package)
         needs = dependencies.requirements_of(package, extra, "" if extra else place)  # one lock for all stores
-        lock = dependencies.lock(needs, dependencies.constraints_of(trained), target, state / "locks")
+        lock = dependencies.lock(needs, dependencies.constraints_of(trained), target, state / "locks", dependencies.spared_of(package.format))
         dependencies.check_lock(lock, trained)
         wheels = dependencies.vendor(lock, target, state / "wheels")
         folder = context.stage(tmp_path_factory.mktemp("build") / "context", render(ImageSpec(base, delivery=delivery)), lock, wheels,

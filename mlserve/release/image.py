@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['start_engine', 'Builder', 'as_builder', 'find_builder', 'reason', 'engine', 'remote', 'resolve_base', 'as_target',
-           'base_target', 'known_target', 'build_failure', 'run_build', 'BuiltImage', 'build', 'pushed_digest', 'push']
+           'base_target', 'build_failure', 'run_build', 'BuiltImage', 'save', 'build', 'pushed_digest', 'push']
 
 # %% ../../nbs/release/03_image.ipynb #bdadf1ab
-import json, os, re, subprocess, threading, time
-from collections import deque
+import os, re, subprocess, tempfile, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from ..errors import IntegrityError, LocalResource, RemoteUnavailable, Refused, UsageError
+from . import buildah
+from .contents import Layer, read_layers
+from .context import check_config, refuse_secrets
 from .dependencies import Target
+from .digest import settle
 
 # %% ../../nbs/release/03_image.ipynb #6b61ddfe
 @dataclass(frozen=True)
@@ -92,9 +95,12 @@ def remote(
 # %% ../../nbs/release/03_image.ipynb #bff632ca
 def resolve_base(
     base:str, # image reference, with a tag or a digest
+    builder:str='docker', # 'docker' or 'buildah'
+    state='state', # folder of buildah's store
 )->str: # `repository@sha256:…`
     "The digest of a base image; one that has a digest is taken as it is"
     if '@sha256:' in base: return base
+    if builder == 'buildah': return buildah.resolve(buildah.find_buildah(state), base)
     docker = engine()
     with remote(f'Pulling the base {base}', mend='Check its name and the network, or set `base` in mlserve.toml (MLSERVE_BASE) to an image that can be had.'):
         image = docker.images.pull(base)
@@ -119,8 +125,11 @@ def as_target(
 # %% ../../nbs/release/03_image.ipynb #3d2cb8cd
 def base_target(
     ref:str, # the base image
+    builder:str='docker', # 'docker' or 'buildah'
+    state='state', # folder of buildah's store
 )->Target: # its Python and C library
     "Ask a base image what it is"
+    if builder == 'buildah': return as_target(buildah.ask(buildah.find_buildah(state), ref, _question))
     docker = engine()
     with remote(f'Pulling the base {ref}', mend='Check its name and the network.'):
         try: docker.images.get(ref)
@@ -133,22 +142,6 @@ def base_target(
     except Refused: raise
     except Exception as e: raise Refused(f'The base {ref} cannot run python3: {reason(e)}.', mend='Take a base with Python 3.') from None
     finally: box.remove(force=True)
-
-# %% ../../nbs/release/03_image.ipynb #8fa9778d
-def known_target(
-    ref:str, # the base image by digest
-    folder, # where answers are kept, such as state/targets
-)->Target: # its Python and C library
-    "What a base is, asked at the first time only"
-    if '@sha256:' not in ref: return base_target(ref) # a tag may move
-    kept = Path(folder) / f"{ref.rpartition('@sha256:')[2][:20]}.json"
-    if kept.exists(): return Target(**json.loads(kept.read_text()))
-    found = base_target(ref)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f'.{os.getpid()}')
-    part.write_text(json.dumps(asdict(found)))
-    os.replace(part, kept)
-    return found
 
 # %% ../../nbs/release/03_image.ipynb #552c0f35
 def build_failure(
@@ -166,15 +159,6 @@ def build_failure(
     return LocalResource(f'The build failed: {said}', mend='The lines above it say which step.')
 
 # %% ../../nbs/release/03_image.ipynb #85852f56
-@contextmanager
-def _ended(process, seconds): # a child that cannot outlive its caller or its time limit
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
-    try: yield process
-    finally:
-        timer.cancel()
-        if process.poll() is None: process.kill()
-        process.wait()
 def run_build(
     builder:Builder, # the client
     args, # arguments after `docker build`
@@ -182,24 +166,40 @@ def run_build(
     seconds:float=3600, # time limit
 )->None:
     "Run a build to its end, handing on what it prints"
-    last = deque(maxlen=60)
-    started = subprocess.Popen([builder.command, 'build', *args], env=os.environ | builder.env, text=True, errors='replace',
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    with _ended(started, seconds) as p:
-        for line in p.stdout:
-            last.append(line.rstrip())
-            if progress and line.strip(): progress(line.rstrip())
-    if p.returncode: raise build_failure(list(last))
+    code,lines = buildah.stream([builder.command, 'build', *args], builder.env, progress, seconds)
+    if code: raise build_failure(lines)
 
-# %% ../../nbs/release/03_image.ipynb #8eccfb1f
+# %% ../../nbs/release/03_image.ipynb #17e6d276
 @dataclass(frozen=True)
 class BuiltImage:
-    "An image that the engine holds"
-    id: str # `sha256:…`, the engine's id
+    "An image that a builder holds"
+    id: str # `sha256:…`, the builder's id
     size_mb: float # megabytes, unpacked
     seconds: float # duration of the build
+    layers: list = field(default_factory=list, repr=False) # `Layer`s, the first one first
+    builder: str = 'docker' # 'docker' or 'buildah'
+    state: Path = field(default=Path('state'), repr=False) # folder of buildah's store
+def save(
+    image:BuiltImage, # to write
+    path, # of the file
+)->Path: # `path`
+    "Write an image to a file that `contents` reads"
+    if image.builder == 'buildah': return buildah.save(buildah.find_buildah(image.state), image.id, path)
+    try:
+        with open(path, 'wb') as f:
+            for chunk in engine().images.get(image.id).save(): f.write(chunk)
+    except OSError as e: raise LocalResource(f'{path} cannot be written: {e.strerror}.') from None
+    return Path(path)
+def _held(image, names): # an image of buildah: its layers
+    with tempfile.TemporaryDirectory(dir=image.state) as tmp:
+        return [Layer(l.name, l.digest, l.mb) for l in read_layers(save(image, Path(tmp) / 'image.tar'), names)]
+def _weighed(image, names): # an image of the engine: its layers
+    sizes = [h['Size'] for h in reversed(image.history()) if h['Size'] or re.match('COPY|ADD|RUN', h['CreatedBy'] or '')]
+    digests = image.attrs['RootFS']['Layers']
+    named = [str(i) for i in range(len(digests) - len(names))] + names
+    return [Layer(n, d, round(s / 1e6, 1)) for n,d,s in zip(named, digests, sizes)] if len(sizes) == len(digests) else [Layer(n, d, 0) for n,d in zip(named, digests)]
 
-# %% ../../nbs/release/03_image.ipynb #50db0eb9
+# %% ../../nbs/release/03_image.ipynb #26896793
 def build(
     context, # folder made by `context.stage`
     base:str, # the base by digest
@@ -208,17 +208,34 @@ def build(
     target:str='production', # stage: 'production' or 'debug'
     place:str='/models/package', # where the server finds the package; an address becomes an argument of the build
     progress=None, # called with each line
-)->BuiltImage: # in the engine, not yet pushed
+    builder:str='docker', # 'docker' or 'buildah'
+    state='state', # folder of buildah's store
+    cache:bool=True, # take steps that were built before
+)->BuiltImage: # not yet pushed
     "Build an image offline from its context"
-    builder,docker,start = find_builder(),engine(),time.monotonic()
-    iid = Path(context).with_name(Path(context).name + '.iid')
-    iid.unlink(missing_ok=True)
+    start,text = time.monotonic(),(Path(context) / 'Dockerfile').read_text()
     values = {'BASE': base, 'PACKAGE_DIGEST': package_digest} | ({'PACKAGE': place} if ':' in place else {})
+    refuse_secrets({'Dockerfile': text} | {f'argument {k}': v for k,v in values.items()} | {f'label {k}': v for k,v in labels.items()}, os.environ)
+    names = re.findall(r'^COPY --from=(\w+)', text.rpartition('\nFROM ')[2], re.M)
+    env = {'MLSERVE_PACKAGE_DIGEST': package_digest, 'MLSERVE_PACKAGE': place}
+    if builder == 'buildah':
+        tool = buildah.find_buildah(state)
+        image = BuiltImage(buildah.build(tool, context, values, labels, target, progress), 0, 0, builder=builder, state=Path(state))
+        check_config(buildah.config(tool, image.id), labels, env)
+        layers,size = (found := _held(image, names)),sum(l.mb for l in found)
+    else:
+        made = _build_docker(context, values, labels, target, progress, cache)
+        image,layers,size = BuiltImage(made.id, 0, 0),_weighed(made, names),made.attrs['Size'] / 1e6
+        check_config(made.attrs['Config'], labels, env)
+    return replace(image, size_mb=round(size, 1), seconds=round(time.monotonic() - start, 1), layers=layers)
+def _build_docker(context, values, labels, target, progress, cache): # an image of the SDK
+    client,docker = find_builder(),engine()
     pairs = [('--build-arg', f'{k}={v}') for k,v in values.items()] + [('--label', f'{k}={v}') for k,v in sorted(labels.items())]
-    run_build(builder, ['--progress', 'plain', '--network', 'none', '--target', target, '--iidfile', str(iid),
-        *(a for p in pairs for a in p), '-f', str(Path(context) / 'Dockerfile'), str(context)], progress)
-    image = docker.images.get(iid.read_text().strip())
-    return BuiltImage(image.id, round(image.attrs['Size'] / 1e6, 1), round(time.monotonic() - start, 1))
+    with tempfile.TemporaryDirectory() as tmp:
+        iid = Path(tmp) / 'iid'
+        run_build(client, ['--progress', 'plain', '--network', 'none', '--target', target, '--iidfile', str(iid), *([] if cache else ['--no-cache']),
+            *(a for p in pairs for a in p), '-f', str(Path(context) / 'Dockerfile'), str(context)], progress)
+        return docker.images.get(iid.read_text().strip())
 
 # %% ../../nbs/release/03_image.ipynb #3ae3d5cf
 def pushed_digest(
@@ -238,19 +255,26 @@ def pushed_digest(
 
 # %% ../../nbs/release/03_image.ipynb #d850922c
 def push(
-    image_id:str, # the engine's id
+    image, # a `BuiltImage`, or the engine's id
     repository:str, # `registry/name`
     tag:str='latest', # for people; a release goes by the digest
     progress=None, # called with each status
+    epoch:int=0, # time of the source, in seconds since 1970
+    ca=None, # file of the registry's authorities
 )->str: # `repository@sha256:…`
-    "Push an image and have the registry confirm its digest"
+    "Push an image, settle it, and have the registry confirm its digest"
     host = repository.split('/')[0]
     if '/' not in repository or not re.search(r'[.:]|^localhost$', host): raise UsageError(f'The repository {repository!r} names no registry.',
         mend='Set MLSERVE_REGISTRY, or `repository` in mlserve.toml as registry/name.')
+    if getattr(image, 'builder', 'docker') == 'buildah':
+        digest = buildah.push(buildah.find_buildah(image.state), image.id, repository, tag, progress)
+        return settle(f'{repository}@{digest}', tag, epoch, ca)
     docker,mend = engine(),'Check that the registry runs and that `docker login` was done, then repeat.'
     with remote(f'Pushing to {repository}', mend):
-        docker.images.get(image_id).tag(repository, tag)
+        docker.images.get(getattr(image, 'id', image)).tag(repository, tag)
         digest = pushed_digest(docker.api.push(repository, tag, stream=True, decode=True), progress)
         held = docker.api.inspect_distribution(f'{repository}@{digest}')['Descriptor']['digest']
     if held != digest: raise IntegrityError(f'The registry holds {held} where the push gave {digest}.', mend='Push again; if it stays, distrust the registry.')
-    return f'{repository}@{digest}'
+    reference = settle(f'{repository}@{digest}', tag, epoch, ca)
+    with remote(f'Pulling {reference}', mend): docker.images.pull(repository, tag=reference.partition('@')[2])
+    return reference

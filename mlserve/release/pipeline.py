@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pipelines', 'write_json', 'read_json', 'registry_of', 'reach_registry', 'reach', 'say', 'step', 'source_of', 'Run',
-           'run_folder', 'absolute', 'open_run', 'train_model', 'environment', 'build_record_check', 'build_only',
+           'run_folder', 'absolute', 'open_run', 'under_name', 'train_model', 'environment', 'build_record_check',
            'close_run', 'commands', 'release', 'write_result']
 
 # %% ../../nbs/release/07_pipeline.ipynb #88a40fa7
@@ -20,7 +20,7 @@ from ..protocol import encode_predict_request
 from . import record
 from .container import credentials
 from .image import engine
-from .notebook import check_parameters, run_cells, run_notebook
+from .notebook import check_parameters, run_notebook
 from .spec import ReleaseSpec, default_name, default_repository
 from .upload import reach_store
 
@@ -144,7 +144,7 @@ def absolute(
     spec:ReleaseSpec, # as it was read
 )->ReleaseSpec: # independent of the folder a kernel stands in
     "A spec whose paths are absolute"
-    return spec.model_copy(update={'state': Path(spec.state).absolute(), 'notebook': Path(spec.notebook).absolute()})
+    return spec.model_copy(update={k: Path(v).absolute() for k in ('state','notebook','ca') if (v := getattr(spec, k))})
 
 # %% ../../nbs/release/07_pipeline.ipynb #091cf951
 def open_run(
@@ -160,7 +160,7 @@ def open_run(
     return Run(spec, folder, made.info.run_id)
 
 # %% ../../nbs/release/07_pipeline.ipynb #1232560b
-def _under_name(spec, name):
+def under_name(spec, name):
     "The spec under the package's name, or a refusal when another was given"
     if spec.name == name: return spec
     if spec.name != default_name(Path(spec.notebook)):
@@ -178,7 +178,7 @@ def train_model(
     if not place.exists(): raise UsageError(f'{book.name} saved no package in its package_dir.', mend='Let it call save_package(model, package_dir, ...).')
     package,logged = load_package(place),record.read_logged(run.id)
     if not logged or logged.digest != package.digest: record.log_package(package.path)
-    run = replace(run, spec=_under_name(run.spec, package.name))
+    run = replace(run, spec=under_name(run.spec, package.name))
     write_json(run.folder/'spec.json', json.loads(run.spec.model_dump_json()))
     return run,Path(package.path)
 
@@ -212,19 +212,6 @@ def build_record_check(
         built['warnings'].append('There was no held-back data: only the golden rows were compared.')
         progress(f"warning: {built['warnings'][-1]}")
     return built,pair,checked
-
-# %% ../../nbs/release/07_pipeline.ipynb #5400e4cf
-def build_only(
-    spec:ReleaseSpec, # of the image
-    package_dir, # folder of a package
-)->dict: # image, base, lock, package, size_mb, seconds
-    "Build and push the image of a package, and record nothing"
-    package = load_package(Path(package_dir).absolute())
-    spec = _under_name(absolute(spec), package.name)
-    folder = run_folder(spec.state)
-    write_json(folder/'spec.json', json.loads(spec.model_dump_json()))
-    run_cells(pipelines()/'build_image.ipynb', {'run_dir': str(folder), 'package_dir': str(package.path)}, folder/'build.log')
-    return read_json(folder/'build.json')
 
 # %% ../../nbs/release/07_pipeline.ipynb #3f3aaa97
 def close_run(

@@ -131,7 +131,8 @@ def runtime(
     found = libraries(needing, wheels)
     Path(out).mkdir(parents=True, exist_ok=True)
     made = set().union(*(take(f, out) for f in [*files, *sorted(found | beside(found))])) | system(out)
-    entries(owners(made), out)
+    bundle = {'ca-certificates'} if (Path(out) / 'etc/ssl/certs/ca-certificates.crt').exists() else set() # put together by that package
+    entries(owners(made) | bundle, out)
     subprocess.run(['ldconfig', '-r', str(out)], check=True)
     shutil.rmtree(Path(out) / 'var/cache/ldconfig', ignore_errors=True)
 

@@ -173,5 +173,6 @@ def read_spec(
     try: return ReleaseSpec(**values)
     except ValidationError as e:
         said,where = told_error(first := e.errors()[0]),'.'.join(map(str, first['loc']))
-        raise UsageError(f"{where} is {first['input']!r}; {said}." if where else f'The spec is not complete: {said}.',
+        kind = Refused if first['type'] in ('string_pattern_mismatch','string_too_long') else UsageError # a name that would go into addresses and files
+        raise kind(f"{where} is {first['input']!r}; {said}." if where else f'The spec is not complete: {said}.',
             mend='Correct it in mlserve.toml or on the command line.') from None
