@@ -8,7 +8,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test soak export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env bench test-tools clean
+.PHONY: help setup release test soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-images test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -29,12 +29,16 @@ release: setup engine-start ## the main job: train, build, record, check and pro
 test: setup engine-start test-tools ## every test, with a real release in a container
 	@$(WITH_ENGINE) pytest -q
 
-test-tools: # what the tests trace, emulate, proxy, load and build with; azurite itself goes below state/
+test-tools: # what the tests trace, emulate, proxy, load and build with; azurite and checkov go below state/
 	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
 	[ -z "$${missing:-}" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $${missing/nginx/nginx-light} >&2; }
+	@[ -x state/tools/checkov/bin/checkov ] || { $(PYTHON) -m venv state/tools/checkov && state/tools/checkov/bin/pip install -q --disable-pip-version-check checkov==3.3.30; }
 
 soak: setup engine-start test-tools ## the tests' full counts: hours of load, faults and fuzzing
 	@$(WITH_ENGINE) pytest -q -m soak
+
+cuda-image: setup engine-start ## build the GPU flavour for real (2.5 GB of wheels), and see it refuse a host without a GPU
+	@$(WITH_ENGINE) pytest -q -s -m cuda_image
 
 export: setup ## package, README and Dockerfile from the notebooks
 	@$(BIN)/nbdev_clean
@@ -46,6 +50,7 @@ readme: setup
 
 dockerfile: setup
 	@env -u MLSERVE_BASE -u MLSERVE_REGISTRY $(BIN)/mlserve dockerfile $(EXAMPLE) > docker/Dockerfile
+	@env -u MLSERVE_BASE -u MLSERVE_REGISTRY $(BIN)/mlserve dockerfile $(EXAMPLE) --device cuda > docker/Dockerfile.cuda
 
 docs: setup ## the documentation site, in _docs
 	@rm -rf _proc _docs
@@ -61,6 +66,9 @@ docs-serve: docs ## the site on http://127.0.0.1:8000
 lab: setup ## JupyterLab on the notebooks
 	@$(WITH_ENGINE) jupyter lab --notebook-dir nbs
 
+bench-images: setup engine-start ## our images beside MLflow's and the tutorials', built and pushed in one run
+	@$(WITH_ENGINE) python -W ignore bench/images.py --out bench/results/$$(date +%F)-images.md
+
 BENCH ?=
 bench: setup ## mlserve beside other model servers; BENCH='--servers mlserve,fastapi' for some of them
 	@bash bench/servers/setup.sh "$(CURDIR)/state/bench"
@@ -73,6 +81,9 @@ engine-start: ## a Docker Engine, a registry and a base image, where there are n
 
 engine-stop: ## end what engine-start started
 	@$(ENGINE) stop
+
+debug-base: engine-start ## what `mlserve debug` lays over an image: a shell, strace, gdb, curl
+	@$(ENGINE) debug-base
 
 engine-env: ## NAME=value lines a shell can export
 	@$(ENGINE) env

@@ -2,6 +2,7 @@
 # A Docker Engine, a registry on loopback and a base image, for a machine that has none of them.
 #   engine.sh start   use the engine that answers (DOCKER_HOST, context), else install and start a private one
 #   engine.sh stop    end what `start` started, by pid
+#   engine.sh debug-base   make the base that `mlserve debug` adds to an image: a shell, strace, gdb, curl
 #   engine.sh env     print NAME=value lines a shell can export
 # What it starts keeps its data under state/ of this project and leaves the host's firewall alone.
 set -euo pipefail
@@ -87,6 +88,23 @@ start_base() { # the official slim image where a registry can be reached, else o
   "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" >"$dir/base"
 }
 
+debug_base() { # made like the base, with the tools of somebody who looks into a container
+  mkdir -p "$dir"
+  local docker=(docker) registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)} ref
+  [ -S "$run/docker.sock" ] && docker=("$(client)" -H "unix://$run/docker.sock")
+  if [ -s "$dir/debug-base" ] && "${docker[@]}" inspect "$(cat "$dir/debug-base")" >/dev/null 2>&1; then cat "$dir/debug-base"; return; fi
+  [ "$registry" != 127.0.0.1: ] || fail "No registry is there to hold the debug base." "Run make engine-start, or set MLSERVE_REGISTRY."
+  install_packages
+  say "making the debug base from Debian's packages"
+  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,strace,gdb,curl,procps,iproute2 bookworm "$dir/debug.tar" \
+    >"$dir/debug.log" 2>&1 || fail "mmdebstrap failed." "Read $dir/debug.log."
+  ref=$registry/mlserve/debug
+  "${docker[@]}" import "$dir/debug.tar" "$ref:bookworm" >/dev/null
+  "${docker[@]}" push -q "$ref:bookworm" >/dev/null || fail "The debug base could not be pushed to $registry." "See that it runs."
+  rm -f "$dir/debug.tar"
+  "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" | tee "$dir/debug-base"
+}
+
 start() {
   mkdir -p "$dir"
   docker=(docker)
@@ -123,6 +141,7 @@ env_lines() {
   [ -n "${MLSERVE_REGISTRY:-}" ] && echo "MLSERVE_REGISTRY=$MLSERVE_REGISTRY" \
     || { [ -s "$dir/registry.port" ] && echo "MLSERVE_REGISTRY=127.0.0.1:$(cat "$dir/registry.port")"; }
   [ -n "${MLSERVE_BASE:-}" ] && echo "MLSERVE_BASE=$MLSERVE_BASE" || { [ -s "$dir/base" ] && echo "MLSERVE_BASE=$(cat "$dir/base")"; }
+  [ -n "${MLSERVE_DEBUG_BASE:-}" ] && echo "MLSERVE_DEBUG_BASE=$MLSERVE_DEBUG_BASE" || { [ -s "$dir/debug-base" ] && echo "MLSERVE_DEBUG_BASE=$(cat "$dir/debug-base")"; }
   echo "MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$state/mlflow/mlflow.db}"
 }
 
@@ -134,5 +153,6 @@ case "${1:-}" in
     rm -rf "$run"
     ;;
   env) env_lines ;;
-  *) sed -n '2,6p' "$0"; exit 2 ;;
+  debug-base) debug_base ;;
+  *) sed -n '2,7p' "$0"; exit 2 ;;
 esac

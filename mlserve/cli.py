@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Built', 'State', 'Vendored', 'Twice', 'Recorded',
            'Model', 'Version', 'Asked', 'show', 'release', 'serve_environment', 'serve', 'dockerfile', 'build',
-           'vendor', 'check', 'promote', 'fail', 'run_command', 'main']
+           'vendor', 'check', 'promote', 'debug', 'fail', 'run_command', 'main']
 
 # %% ../nbs/11_cli.ipynb #105e7ce7
 import json, os, re, sys, traceback
@@ -134,6 +134,16 @@ def promote(model:Model, version:Version='candidate', device:Asked=None, full:Js
     from mlserve.release.record import promote as run
     pair = run(model, version, device)
     show(asdict(pair), pair.image, full)
+
+# %% ../nbs/11_cli.ipynb #17197ce1
+@app.command()
+def debug(image:Annotated[str, typer.Argument(help='REPOSITORY@sha256:…')],
+    container:Annotated[str|None, typer.Option(help='Name or id of a container of that image, running or ended.')]=None,
+    command:Annotated[str|None, typer.Option(help='A line for the shell; a terminal by default.')]=None,
+    state:State=None):
+    "Open an image with a shell and tools, beside or instead of a container."
+    from mlserve.release.debug import debug as run
+    raise typer.Exit(run(image, container, command, state or os.environ.get('MLSERVE_STATE') or 'state'))
 
 # %% ../nbs/11_cli.ipynb #1998ead1
 def fail(

@@ -62,7 +62,7 @@ class Settings(BaseModel):
     metrics_port: int = Field(0, ge=0, le=65535) # a port of their own for the metrics; 0 leaves them on the main one
 
 # %% ../nbs/03_settings.ipynb #486bf57b
-_elsewhere = {'MLSERVE_REGISTRY', 'MLSERVE_BASE', 'MLSERVE_STATE', 'MLSERVE_PRIVATE_ENGINE'} # read by the release wing and the engine's script
+_elsewhere = {'MLSERVE_REGISTRY', 'MLSERVE_BASE', 'MLSERVE_STATE', 'MLSERVE_PRIVATE_ENGINE', 'MLSERVE_DEBUG_BASE'} # read by the release wing and the engine's script
 _link = re.compile(r'_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP)(_.*)?)?)$')
 def unknown_names(
     env:dict, # the environment

@@ -50,12 +50,18 @@ def test_readme_is_its_notebook(copy):
     assert len((ROOT / "README.md").read_text().split()) <= 550
 
 
-def test_dockerfile_is_the_generated_one():
-    assert mlserve("dockerfile", EXAMPLE, env={"MLSERVE_BASE": None, "MLSERVE_REGISTRY": None}).stdout == (ROOT / "docker/Dockerfile").read_text()
+@pytest.mark.parametrize("name, device", [("Dockerfile", "cpu"), ("Dockerfile.cuda", "cuda")])
+def test_dockerfile_is_the_generated_one(name, device):
+    text = mlserve("dockerfile", EXAMPLE, "--device", device, env={"MLSERVE_BASE": None, "MLSERVE_REGISTRY": None}).stdout
+    assert text == (ROOT / "docker" / name).read_text()
 
 
-def test_hadolint_has_no_finding():
-    done = run(BIN / "hadolint", ROOT / "docker/Dockerfile")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("delivery", ["baked", "volume", "store"])
+def test_hadolint_has_no_finding(device, delivery, tmp_path):
+    from mlserve.release.dockerfile import ImageSpec, render
+    (tmp_path / "Dockerfile").write_text(render(ImageSpec("python:3.11-slim-bookworm", device, delivery)))
+    done = run(BIN / "hadolint", tmp_path / "Dockerfile")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -14,7 +14,7 @@ from . import buildah, context, dependencies, image
 from .contents import opened, read_layers
 from .digest import epoch_of
 from .dockerfile import ImageSpec, render, spec_of
-from .notebook import run_notebook
+from .notebook import run_cells
 from .pipeline import absolute, pipelines, read_json, run_folder, under_name, write_json
 from .spec import ReleaseSpec, default_repository
 from .upload import place_of
@@ -30,7 +30,7 @@ def build_only(
     spec = under_name(absolute(spec), package.name)
     folder = run_folder(spec.state)
     write_json(folder/'spec.json', json.loads(spec.model_dump_json()))
-    run_notebook(pipelines()/'build_image.ipynb', {'run_dir': str(folder), 'package_dir': str(package.path), 'twice': twice}, folder/'build_image.ipynb')
+    run_cells(pipelines()/'build_image.ipynb', {'run_dir': str(folder), 'package_dir': str(package.path), 'twice': twice}, folder/'build.log')
     return read_json(folder/'build.json')
 
 # %% ../../nbs/release/08_build.ipynb #2eb09d69
@@ -75,8 +75,8 @@ def vendor(
     target,trained,place = image.base_target(base, spec.builder, spec.state),load_environment(package),place_of(spec, package.digest, '')
     network = dependencies.Network(spec.index or '', spec.proxy or '', str(spec.ca or ''))
     asked = dependencies.requirements_of(package, spec.requirements, place)
-    lock = dependencies.lock(asked, dependencies.constraints_of(trained, spec.allow), target, spec.state/'locks', dependencies.spared_of(package.format), network)
-    dependencies.check_lock(lock, trained, spec.allow)
+    lock = dependencies.lock(asked, dependencies.constraints_of(trained, spec.allow, spec.device), target, spec.state/'locks', dependencies.spared_of(package.format), network)
+    dependencies.check_lock(lock, trained, spec.allow, spec.device)
     wheels = dependencies.vendor(lock, target, spec.state/'wheels', network)
     text = render(ImageSpec(base, spec.device, spec.delivery))
     part = out.with_name(f'{out.name}.part-{os.getpid()}')

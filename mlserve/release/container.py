@@ -68,7 +68,7 @@ def gpu_options(
     import docker
     index = device.partition(':')[2]
     which = {'device_ids': [index]} if index else {'count': -1}
-    return {'device_requests': [docker.types.DeviceRequest(capabilities=[['gpu']], **which)],
+    return {'device_requests': [docker.types.DeviceRequest(capabilities=[['gpu']], **which)], 'shm_size': '1g',
         'environment': {'MLSERVE_DEVICE': 'cuda:0' if index else 'cuda'}}
 def merged(
     *parts:dict, # options; a later part wins, and a value of None removes

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['numeric', 'Target', 'platforms', 'requirements_of', 'spared_of', 'Lock', 'read_lock', 'refusal', 'Network', 'pip',
-           'reached', 'from_report', 'lock', 'complete', 'vendor', 'constraints_of', 'check_lock']
+           'reached', 'from_report', 'lock', 'complete', 'still_complete', 'vendor', 'constraints_of', 'check_lock']
 
 # %% ../../nbs/release/01_dependencies.ipynb #2c80ecdc
 import hashlib, json, os, re, shutil, subprocess, sys, tempfile
@@ -14,6 +14,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ..errors import IntegrityError, LocalResource, RemoteUnavailable, Refused
+from .flavour import check_build, pinned, same_version
 
 # %% ../../nbs/release/01_dependencies.ipynb #f2c3f721
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def requirements_of(
 
 # %% ../../nbs/release/01_dependencies.ipynb #3f13b098
 _script = {'sympy', 'mpmath', 'networkx', 'filelock'}
-_compiler = {'setuptools', 'jinja2', 'markupsafe', 'fsspec'}
+_compiler = {'setuptools', 'jinja2', 'markupsafe', 'fsspec', 'triton'}
 _spared = {'torchscript': _script | _compiler, 'export': _compiler, 'safetensors': _compiler}
 def spared_of(
     format:str, # of a package
@@ -90,8 +91,9 @@ def refusal(
         return RemoteUnavailable('The package index did not answer pip.', mend='Check the network and the index (`pip config list`), then repeat.')
     if 'No space left' in output: return LocalResource('The disk is full: pip could not write.', mend='Free some space and repeat.')
     said = '; '.join(re.sub(r' \(from versions: .*\)', '', l)[:200] for l in blame[:6]) or '; '.join(filter(None, lines[-3:]))
-    return Refused(f'pip cannot resolve the requirements: {said}.',
-        mend='The versions are those the model was trained with: align them, or name the package in `allow`.')
+    mend = 'The versions are those the model was trained with: align them, or name the package in `allow`.'
+    if re.search(r'constraint\) torch\S*!=\S+\+cpu', output): mend = 'Let pip reach an index with a CUDA build of that version, or set device = "cpu" in mlserve.toml.'
+    return Refused(f'pip cannot resolve the requirements: {said}.', mend=mend)
 
 # %% ../../nbs/release/01_dependencies.ipynb #6985ae33
 @dataclass(frozen=True)
@@ -127,22 +129,22 @@ def pip(
     if done.returncode: raise refusal(done.stdout)
 
 # %% ../../nbs/release/01_dependencies.ipynb #9bc3851d
-def _asks(item): # names of packages that one of them needs
-    extras = item.get('requested_extras') or ['']
+def _asks(item, extras): # what one of them needs, with the extras that it asks for
     for r in map(Requirement, item['metadata'].get('requires_dist', [])):
-        if not r.marker or any(r.marker.evaluate({'extra': e}) for e in extras): yield canonicalize_name(r.name)
+        if not r.marker or any(r.marker.evaluate({'extra': e}) for e in {'', *extras}): yield canonicalize_name(r.name),frozenset(r.extras)
 def reached(
     items:list, # of a report
     spared:dict, # name → names that it asks for and need not get
 )->set: # names
     "The packages that are needed, starting from those that were requested"
     by_name = {canonicalize_name(i['metadata']['name']): i for i in items}
-    todo,found = [n for n,i in by_name.items() if i.get('requested', True)],set()
+    todo,found = [(n, frozenset(i.get('requested_extras', ()))) for n,i in by_name.items() if i.get('requested', True)],set()
     while todo:
-        if (name := todo.pop()) in found or name not in by_name: continue
-        found.add(name)
-        todo += set(_asks(by_name[name])) - set(spared.get(name, ()))
-    return found
+        name,extras = asked = todo.pop()
+        if asked in found or name not in by_name: continue
+        found.add(asked)
+        todo += [(n,e) for n,e in _asks(by_name[name], extras) if n not in spared.get(name, ())]
+    return {n for n,_ in found}
 
 # %% ../../nbs/release/01_dependencies.ipynb #7f2b3e88
 def from_report(
@@ -199,6 +201,19 @@ def complete(
     wanted = sorted(re.findall(r'--hash=sha256:([0-9a-f]{64})', lock.text))
     return folder.is_dir() and sorted(_sha(f) for f in folder.iterdir()) == wanted
 
+# %% ../../nbs/release/01_dependencies.ipynb #7d032405
+def still_complete(
+    lock:Lock, # what should be there
+    folder:Path, # where it should be
+)->bool: # every file, and no other
+    "`complete`, without reading again what was hashed before"
+    files = [(f,f.stat()) for f in sorted(folder.iterdir())] if folder.is_dir() else []
+    now,note = [[f.name,s.st_size,s.st_mtime_ns,s.st_ino] for f,s in files],folder.with_name(f'{folder.name}.json')
+    if now and note.exists() and json.loads(note.read_text()) == now: return True
+    if not complete(lock, folder): return False
+    _write(note, json.dumps(now))
+    return True
+
 # %% ../../nbs/release/01_dependencies.ipynb #efb670f4
 def vendor(
     lock:Lock, # versions and hashes
@@ -208,7 +223,7 @@ def vendor(
 )->Path: # the folder of this lock's wheels
     "Download the files of a lock, unless they are there already"
     home = Path(folder) / lock.digest.removeprefix('sha256:')[:20]
-    if complete(lock, home): return home
+    if still_complete(lock, home): return home
     home.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home.parent, prefix='part-') as tmp:
         (Path(tmp) / 'lock.txt').write_text(lock.text)
@@ -223,20 +238,24 @@ numeric = {'torch', 'numpy', 'scipy', 'onnxruntime', 'onnxruntime-gpu', 'scikit-
 def constraints_of(
     environment:dict, # a package's recorded environment
     allow=(), # names that may differ
-)->dict: # name → version
+    device:str='', # of the image, `cpu` or `cuda`; '' gives the versions as they were recorded
+)->dict: # name → version, as pip takes it behind `==`
     "The versions an image is held to"
     free = set(map(canonicalize_name, allow))
-    return {c: v for n,v in environment['packages'].items() if (c := canonicalize_name(n)) not in free}
+    held = {c: v for n,v in environment['packages'].items() if (c := canonicalize_name(n)) not in free}
+    return {n: pinned(n, v, device) for n,v in held.items()} if device else held
 
 # %% ../../nbs/release/01_dependencies.ipynb #24dc3a99
 def check_lock(
     lock:Lock, # what the image would get
     environment:dict, # what the model was trained with
     allow=(), # names that may differ
+    device:str='cpu', # of the image, `cpu` or `cuda`
 )->None:
-    "Refuse a lock whose numeric packages differ from training"
+    "Refuse a lock whose numeric packages differ from training, or are built for another device"
+    check_build(lock.packages, device)
     held = constraints_of(environment, allow)
     for name in sorted(numeric & set(held) & set(lock.packages)):
-        if lock.packages[name] == held[name]: continue
+        if same_version(held[name], lock.packages[name]): continue
         raise Refused(f'The lock has {name} {lock.packages[name]}; the model was trained with {name} {held[name]}.',
             mend=f'Lock again, or put {name!r} into `allow` of mlserve.toml.')

@@ -238,11 +238,13 @@ def commands(
     package, # of the release
     folder:Path, # gets the body of the query
     delivery:str='baked', # `baked`, `volume`, `store` or `registry`
+    device:str='cpu', # of the image, `cpu` or `cuda`
 )->dict: # `serve`, `query`, `mlflow_ui`
     "Shell lines that go on from here"
     body = Path(folder)/'query.json'
     body.write_bytes(encode_predict_request({k: v[:1] for k,v in golden(package)[0].items()}))
     more = {'baked': '', 'volume': f'-v {Path(package.path).absolute()}:/models/package:ro '}.get(delivery, _remote(os.environ, delivery))
+    if device == 'cuda': more = '--gpus all --shm-size 1g -v mlserve-cuda:/var/cache/cuda ' + more
     uri = record.tracking_uri()
     mlflow = Path(sys.executable).parent/'mlflow'
     ui = uri if uri.startswith('http') else f'{mlflow} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
@@ -278,6 +280,6 @@ def write_result(run, place, built, pair, checked, steps, evidence):
     result = {'model': now.name, 'version': now.version, 'image': now.image, 'package': now.package, 'device': checked['device'],
         'accuracy': checked['accuracy'] or None, 'image_mb': built['size_mb'], 'package_mb': built['package_mb'], 'place': built['place'], 'warnings': built['warnings'], 'aliases': record.aliases(now), 'steps': steps, 'run': run.id,
         'evidence': evidence, 'check': {k: checked[k] or None for k in ('golden','holdout','rows','latency_ms','seconds')},
-        'commands': commands(now.image, load_package(place), run.folder, run.spec.delivery)}
+        'commands': commands(now.image, load_package(place), run.folder, run.spec.delivery, run.spec.device)}
     write_json(run.spec.state/'release.json', result)
     return result
