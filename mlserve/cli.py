@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'State', 'Recorded', 'Model', 'Version', 'Asked',
-           'show', 'release', 'serve_environment', 'serve', 'dockerfile', 'build', 'check', 'promote', 'fail',
-           'run_command', 'main']
+           'show', 'release', 'serve_environment', 'serve', 'dockerfile', 'build', 'check', 'promote', 'verify', 'diff',
+           'fail', 'run_command', 'main']
 
 # %% ../nbs/11_cli.ipynb #105e7ce7
 import json, os, re, sys, traceback
@@ -116,6 +116,23 @@ def promote(model:Model, version:Version='candidate', device:Asked=None, full:Js
     from mlserve.release.record import promote as run
     pair = run(model, version, device)
     show(asdict(pair), pair.image, full)
+
+# %% ../nbs/11_cli.ipynb #7a02cbab
+@app.command()
+def verify(image:Annotated[str, typer.Argument(help='REPOSITORY@sha256:…')], full:Json=False):
+    "Recompute an image's chain, from the notebook to the record."
+    from mlserve.release.verify import failure, table, verify as run
+    result = run(image)
+    show(result, table(result), full)
+    if not result['ok']: raise failure(result)
+@app.command()
+def diff(a:Annotated[str, typer.Argument(help='REPOSITORY@sha256:…, or the name of a registered model.')],
+    b:Annotated[str, typer.Argument(help='The other image; or a version or alias of the model.')],
+    c:Annotated[str|None, typer.Argument(help='The other version or alias of the model.')]=None, full:Json=False):
+    "Explain what differs between two images."
+    from mlserve.release.diff import diff as run, table
+    result = run(a, b, c)
+    show(result, table(result), full)
 
 # %% ../nbs/11_cli.ipynb #1998ead1
 def fail(

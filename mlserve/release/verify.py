@@ -112,7 +112,7 @@ def _package(seen, pair, uri):
         try: return [('package in the store', asked, record.fetch_package(pair, Path(folder)/'package', uri).digest)] + wanted
         except IntegrityError as e: return [('package in the store', asked, e.message)]
 
-# %% ../../nbs/release/10_verify.ipynb #820daeb5
+# %% ../../nbs/release/10_verify.ipynb #262aacc6
 def _wheels(seen, pair, uri):
     said = seen.origin.wheels if seen.origin else seen.bill.wheels if seen.bill else ()
     if not said: return None
@@ -124,7 +124,7 @@ def _code(seen, pair, uri):
     files,findings = contents.code_in(seen.files, seen.env.get('PYTHONPATH','/opt/mlserve'))
     said = seen.bill.code if seen.bill else {}
     each = [(n, said.get(n, ('', 'no such file'))[1], files.get(n, ('', 'no such file'))[1]) for n in sorted(said.keys() | files.keys())] if said else []
-    return findings + each + ([('modules of the server', seen.origin.code, tree_digest(files))] if seen.origin else [])
+    return each + findings + ([('modules of the server', seen.origin.code, tree_digest(files))] if seen.origin else [])
 def _base_config(seen):
     try: return read_image(seen.origin.base).config
     except MlserveError: return None
@@ -176,16 +176,16 @@ def _provenance(seen, pair, uri):
     if not seen.origin: return None
     return [('subject', seen.image.digest, seen.docs['provenance'].subject), ('image of the statement', seen.image.digest, seen.origin.image.partition('@')[2])]
 
-# %% ../../nbs/release/10_verify.ipynb #73f59d14
+# %% ../../nbs/release/10_verify.ipynb #463340d9
 def _record(seen, pair, uri):
     if not pair: return [('model version that names this image', seen.image.digest, 'none')]
     o,tags = seen.origin,pair.tags
     place = seen.env.get('MLSERVE_PACKAGE','')
     digest = contents.package_in(seen.files, seen.contents, place)[0] if seen.files is not None else ''
-    wanted = {'image': f'{seen.image.reference.host}/{seen.image.reference.repository}@{seen.image.digest}', 'package': digest or seen.env.get('MLSERVE_PACKAGE_DIGEST',''),
+    wanted = {'package': digest or seen.env.get('MLSERVE_PACKAGE_DIGEST',''),
         **{name: doc.digest for name,doc in seen.docs.items()}}
     if o: wanted |= {'lock': attest.lock_of(o.wheels).digest, 'base': o.base, 'notebook': o.executed, 'source': o.source.get('revision',''), 'device': o.recipe.get('device',''), 'delivery': o.recipe.get('delivery','')}
-    return [(f'tag mlserve.{k}', v or 'no such tag', tags.get(f'mlserve.{k}', 'no such tag')) for k,v in wanted.items()]
+    return [('tag mlserve.image', seen.image.digest, pair.image.partition('@')[2])] + [(f'tag mlserve.{k}', v or 'no such tag', tags.get(f'mlserve.{k}', 'no such tag')) for k,v in wanted.items()]
 _links = {'notebook': _notebook, 'package': _package, 'wheels': _wheels, 'code': _code, 'dockerfile': _dockerfile, 'base': _base, 'labels': _labels, 'sbom': _sbom, 'provenance': _provenance, 'record': _record}
 
 # %% ../../nbs/release/10_verify.ipynb #78066ccf
