@@ -234,7 +234,7 @@ def test_a_planted_break_is_found_and_named(once, copied, edge, tracking, what):
 
 def test_a_planted_image_without_documents_or_version(copied, environment):
     "The same as a user meets it: exit 5, the first link named, the others listed"
-    image = planted(copied, *PLANTS["a byte of the weights"][:2])
+    image = planted(copied, -2, edit(r"package/model\.onnx$", lambda content: content + b"\0"))
     done = mlserve("verify", image, "--json", env=environment)
     assert done.returncode == 5, done.stderr
     assert json.loads(done.stdout)["broken"][0] == "package"
@@ -431,7 +431,8 @@ def test_other_bytes_on_the_way_are_found_before_the_record(edge, environment, t
         there = f"127.0.0.1:{proxy.port}"
         image = edge["image"].replace(host, there)
         attest.confirm_pushed(image)
-        proxy.flip = (b'"schemaVersion": 2', b'"schemaVersion":  2'[:-1] + b"3")
+        layer = read_image(edge["image"]).manifest["layers"][-1]["digest"].encode()
+        proxy.flip = (b'"digest": "' + layer, b'"digest": "' + layer[:-1] + (b"0" if layer[-1:] != b"0" else b"1"))
         with pytest.raises(errors.IntegrityError, match="the registry sent"):
             attest.confirm_pushed(image)
         done = mlserve("build", EDGE, "--package", package, env={**environment, "MLSERVE_REGISTRY": there})

@@ -89,7 +89,7 @@ def _beside(seen, pair):
         except (IntegrityError, NotFound) as e: wrong[name] = [(f'{name} beside the image', 'a document that can be read', e.message)]
     return wrong
 
-# %% ../../nbs/release/10_verify.ipynb #555b0845
+# %% ../../nbs/release/10_verify.ipynb #3aafff92
 def _notebook(seen, pair, uri):
     if not seen.origin or not pair: return None
     if not seen.origin.executed: return None
@@ -101,10 +101,13 @@ def _notebook(seen, pair, uri):
         try: logged = store.get_run(pair.run_id).data.tags.get('mlserve.package','nothing')
         except Exception: logged = 'no such run'
     return [(f'executed {seen.origin.notebook} among the evidence of the run', seen.origin.executed, found), ('package that the run logged', seen.origin.package, logged)]
+def _baked(seen): # whether the package is in the image
+    place = seen.env.get('MLSERVE_PACKAGE','').strip('/')
+    return seen.origin.recipe.get('delivery') == 'baked' if seen.origin else f'{place}/package.lock' in seen.contents
 def _package(seen, pair, uri):
     place,asked = seen.env.get('MLSERVE_PACKAGE',''),seen.env.get('MLSERVE_PACKAGE_DIGEST','nothing')
     wanted = [('package that the build was given', seen.origin.package if seen.origin else asked, asked)]
-    if seen.origin and seen.origin.recipe.get('delivery') == 'baked':
+    if _baked(seen):
         digest,_,findings = contents.package_in(seen.files, seen.contents, place)
         return findings + [('package.lock', asked, digest)] + wanted
     if not pair: return None
@@ -136,7 +139,7 @@ def _dockerfile(seen, pair, uri):
     config,arguments = seen.image.config,{k: seen.env.get(v,'') for k,v in {'PACKAGE_DIGEST': 'MLSERVE_PACKAGE_DIGEST', 'PACKAGE': 'MLSERVE_PACKAGE'}.items()}
     return contents.starts(text, arguments, config, _base_config(seen)) + [(by, seen.origin.dockerfile, digest_of(text.encode()))]
 
-# %% ../../nbs/release/10_verify.ipynb #e1c0853e
+# %% ../../nbs/release/10_verify.ipynb #081fcce5
 def _base(seen, pair, uri):
     if not seen.origin: return None
     reference = read_reference(seen.origin.base)
@@ -146,13 +149,13 @@ def _base(seen, pair, uri):
     have = {l.diff_id: l for l in seen.layers}
     layers = [have.get(i) or read_layer(remote, d) for d,i in zip(base.manifest['layers'], base.config['rootfs']['diff_ids'])]
     _,places,_ = contents.wheels_in(seen.files, seen.contents, {w.name for w in seen.origin.wheels})
-    own = [*places, seen.env.get('PYTHONPATH','/opt/mlserve'), seen.env.get('MLSERVE_PACKAGE','') if seen.origin.recipe.get('delivery') == 'baked' else '']
+    own = [*places, seen.env.get('PYTHONPATH','/opt/mlserve'), seen.env.get('MLSERVE_PACKAGE','') if _baked(seen) else '']
     return contents.base_in(seen.files, merged(layers)[0], own)
 def _labels(seen, pair, uri):
     if not seen.origin: return None
     o,place = seen.origin,seen.env.get('MLSERVE_PACKAGE','')
     lock = attest.lock_of(o.wheels)
-    files = contents.package_in(seen.files, seen.contents, place)[1] if o.recipe.get('delivery') == 'baked' else None
+    files = contents.package_in(seen.files, seen.contents, place)[1] if _baked(seen) else None
     texts = {t: seen.contents[p].decode(errors='replace') for p in seen.contents for t in ('torch/version.py', 'onnxruntime/capi/build_and_package_info.py') if p.endswith('/site-packages/' + t)}
     cuda,generations = cuda_of(texts, lock.packages),set().union(*(l.generations for l in seen.layers))
     gpu = Wheels((), tuple(sorted(generations, key=lambda g: (g.split('_')[0], int(g.split('_')[1])))), cuda, minimum_driver(cuda))
@@ -163,10 +166,10 @@ def _labels(seen, pair, uri):
     if files is None: have.pop('io.mlserve.weights', None)
     return [(f'label {k}', want.get(k, 'no such label'), have.get(k, 'no such label')) for k in sorted(want.keys() | have.keys())]
 
-# %% ../../nbs/release/10_verify.ipynb #6f471eb6
+# %% ../../nbs/release/10_verify.ipynb #b4c46555
 def _sbom(seen, pair, uri):
     if not seen.bill: return None
-    bill,baked = seen.bill,bool(seen.origin and seen.origin.recipe.get('delivery') == 'baked')
+    bill,baked = seen.bill,_baked(seen)
     files = contents.package_in(seen.files, seen.contents, seen.env.get('MLSERVE_PACKAGE',''))[1] if baked else {}
     lists = [('wheels', {w.name: w for w in bill.wheels}, {w.name: w for w in seen.origin.wheels} if seen.origin else {w.name: w for w in bill.wheels}),
         ('Debian package', bill.debian, debian_packages(seen.contents)), ('file of the package', {k: v for k,v in bill.weights.items() if k != 'package.lock'}, files)]
