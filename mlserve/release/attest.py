@@ -38,7 +38,7 @@ def lock_of(
     "The lock of some wheels"
     return read_lock(''.join(l + '\n' for l in sorted(f'{w.name}=={w.version} --hash=sha256:{w.sha256}' for w in wheels)))
 
-# %% ../../nbs/release/04_attest.ipynb #7063d1ac
+# %% ../../nbs/release/04_attest.ipynb #7c686150
 _type = 'https://in-toto.io/Statement/v1'
 _predicate = 'https://slsa.dev/provenance/v1'
 _ours = 'https://mlserve.github.io/mlserve'
@@ -61,7 +61,7 @@ def write_provenance(
     run = {'builder': {'id': f'{_ours}/builders/unhosted', 'version': {'mlserve': version}}}
     statement = {'_type': _type, 'subject': [{'name': repository, 'digest': _hash(digest)}], 'predicateType': _predicate,
         'predicate': {'buildDefinition': definition, 'runDetails': run, 'mlserve_slsaBuildLevel': 1}}
-    return json.dumps(statement, indent=1, sort_keys=True).encode()
+    return json.dumps(statement, separators=(',',':'), sort_keys=True).encode()
 
 # %% ../../nbs/release/04_attest.ipynb #648813ce
 def read_provenance(

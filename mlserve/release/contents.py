@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['keep', 'package_in', 'Installed', 'byte_code', 'wheels_in', 'code_in', 'variables', 'starts', 'base_in']
 
-# %% ../../nbs/release/09_contents.ipynb #25cae8ce
-import base64, csv, io, json, re, shlex
+# %% ../../nbs/release/09_contents.ipynb #2809b67b
+import base64, csv, io, json, posixpath, re, shlex
 from dataclasses import dataclass
 from packaging.utils import canonicalize_name
 from ..errors import IntegrityError, Refused
@@ -34,7 +34,7 @@ def package_in(
     def told(entry): return f'sha256:{entry[1]}' if entry else 'nothing'
     return digest_of(lock),found,[(n, told(expected.get(n)), told(found.get(n))) for n in sorted(expected.keys() | found.keys())]
 
-# %% ../../nbs/release/09_contents.ipynb #144c9f56
+# %% ../../nbs/release/09_contents.ipynb #cff8af4b
 @dataclass(frozen=True)
 class Installed:
     "A distribution in an image"
@@ -55,7 +55,10 @@ def byte_code(
     paths, # of byte code among them
 )->list: # findings
     "Byte code against its source"
-    def said(path): return getattr(files.get(_source(path)), 'source', '') or 'no source'
+    def followed(path, hops=8): # a source may be a link
+        file = files.get(path)
+        return followed(posixpath.normpath(posixpath.join('/', posixpath.dirname(path), file.target)).lstrip('/'), hops - 1) if file and file.kind == 'link' and hops else file
+    def said(path): return getattr(followed(_source(path)), 'source', '') or 'no source'
     return [(p, said(p), files[p].source or said(p)) if _source(p) in files else (p, 'byte code with its source', 'no source') for p in paths]
 
 # %% ../../nbs/release/09_contents.ipynb #b213f419

@@ -51,7 +51,7 @@ def components(
     debian = [_component('library', n, version=v, purl=(p := _purl('deb', 'debian', n, v, arch=a)), bom_ref=str(p)) for n,(v,a) in sorted(bill.debian.items())]
     return [model, server, *wheels, *debian]
 
-# %% ../../nbs/release/03_sbom.ipynb #ed5435be
+# %% ../../nbs/release/03_sbom.ipynb #7e433009
 def write_sbom(
     bill:Bill, # what is in the image
     epoch:str='', # seconds since 1970, of `SOURCE_DATE_EPOCH`; '' for no time
@@ -65,7 +65,7 @@ def write_sbom(
     short = repository.rpartition('/')[2]
     bom.metadata.component = _component('container', short, version=digest, bom_ref='image', purl=_purl('oci', None, short, digest, repository_url=repository))
     bom.register_dependency(bom.metadata.component, parts)
-    return JsonV1Dot6(bom).output_as_string(indent=1).encode()
+    return JsonV1Dot6(bom).output_as_string().encode()
 
 # %% ../../nbs/release/03_sbom.ipynb #b742c434
 def read_sbom(
