@@ -340,9 +340,9 @@ def test_what_lies_beside_the_image(edge, tracking):
 
 def test_the_labels(edge):
     labels = read_image(edge["image"]).labels
-    freeze = json.loads(labels["io.mlserve.freeze"])
+    freeze = dict(p.split("==") for p in labels["io.mlserve.freeze"].split())
     assert "onnxruntime" in freeze and "torch" not in freeze
-    assert set(json.loads(labels["io.mlserve.weights"])) == {"model.onnx"}
+    assert re.fullmatch("sha256:[0-9a-f]{64} model.onnx", labels["io.mlserve.weights"])
     for key in ("package", "lock", "code", "dockerfile"):
         assert re.fullmatch("sha256:[0-9a-f]{64}", labels[f"io.mlserve.{key}"]), key
     assert labels["org.opencontainers.image.base.digest"].startswith("sha256:") and re.fullmatch("[0-9a-f]{40}(-dirty)?", labels["org.opencontainers.image.revision"])
@@ -442,10 +442,11 @@ def test_other_bytes_on_the_way_are_found_before_the_record(edge, environment, t
 
 def test_a_registry_that_holds_another_build(copied):
     "What was pushed has the announced digest, and is not what was built"
-    with pytest.raises(errors.IntegrityError, match="was built") as e:
-        attest.confirm_pushed(copied, "sha256:" + "0" * 64)
+    layers = read_image(copied).config["rootfs"]["diff_ids"]
+    with pytest.raises(errors.IntegrityError, match="were built") as e:
+        attest.confirm_pushed(copied, layers[:-1] + ["sha256:" + "0" * 64])
     assert e.value.code == 5
-    attest.confirm_pushed(copied, read_image(copied).manifest["config"]["digest"])
+    attest.confirm_pushed(copied, layers)
 
 
 def test_a_moved_tag_moves_nothing(once, copied, edge, tracking):

@@ -175,14 +175,14 @@ def confirm(
     agree(image, bill, origin)
     return bill,origin
 
-# %% ../../nbs/release/04_attest.ipynb #06fb80a7
+# %% ../../nbs/release/04_attest.ipynb #9c77309d
 def confirm_pushed(
     image:str, # `repository@sha256:…`, of the push
-    built:str='', # the engine's id of what was built; '' when no engine built it
+    layers=(), # `sha256:…` of each layer that was built, unpacked; empty when nobody knows
 )->Image: # read back
     "Read an image back by its digest, and hold it against what was built"
     found = read_image(image)
-    config = found.manifest['config']['digest']
+    held = found.config.get('rootfs', {}).get('diff_ids', [])
     if found.digest != found.reference.which: raise IntegrityError(f'{image} is an index; the release pushed one manifest.')
-    if built and built not in (config, found.digest): raise IntegrityError(f'The registry holds the configuration {config}; {built} was built.', mend='Push it again; if it stays, distrust the registry.')
+    if layers and list(layers) != held: raise IntegrityError(f'The registry holds {image} with the layers {", ".join(held)}; {", ".join(layers)} were built.', mend='Push it again; if it stays, distrust the registry.')
     return found

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['kinds', 'Side', 'read_side', 'changes', 'layers_of', 'compare', 'diff', 'table']
 
-# %% ../../nbs/release/10_diff.ipynb #4ba0eaa1
-import json
+# %% ../../nbs/release/10_diff.ipynb #675db73a
+import json, re
 from dataclasses import dataclass
 from ..errors import IntegrityError, MlserveError, NotFound, UsageError
 from . import attest, record
-from .contents import variables
+from .parts import variables
 from .distribution import Remote, read_reference
 from .dockerfile import ImageSpec, parse, render
 from .layers import Image, read_image
 from .sbom import Bill, read_sbom
 
-# %% ../../nbs/release/10_diff.ipynb #62369474
+# %% ../../nbs/release/10_diff.ipynb #96d7a517
 @dataclass(frozen=True)
 class Side:
     "One of two images"
@@ -44,7 +44,7 @@ def read_side(
     bill = _document(remote, found, pair, 'sbom', read_sbom)
     origin = _document(remote, found, pair, 'provenance', lambda data: attest.read_provenance(attest.unseal(data)[0]))
     known = found.labels.get('io.mlserve.weights')
-    weights = bill.weights if bill and bill.weights else {n: (sha,) for n,sha in json.loads(known).items()} if known else None
+    weights = bill.weights if bill and bill.weights else {n: (sha,) for sha,n in re.findall(r'sha256:([0-9a-f]{64}) (.*?)(?:, (?=sha256:)|$)', known)} if known else None
     metrics = dict(record.client(uri).get_run(pair.run_id).data.metrics) if pair else None
     return Side(found, bill and {w.name: (w.version, w.sha256) for w in bill.wheels}, bill and bill.debian, weights, bill and bill.code, origin and origin.recipe, metrics, *((pair.name, pair.version) if pair else ()))
 def _pair(digest, uri):
@@ -77,7 +77,7 @@ def layers_of(
     named = [f'base {n+1}' for n in range(below)] + names if names and below >= 0 else [f'layer {n+1}' for n in range(len(ids))]
     return dict(zip(named, zip(ids, sizes)))
 
-# %% ../../nbs/release/10_diff.ipynb #0ad306e5
+# %% ../../nbs/release/10_diff.ipynb #f9b20d9a
 def _told(image): # labels that nothing else here tells, and the start
     derived = ('package','lock','freeze','weights','code','dockerfile','base')
     labels = {f'label {k}': v for k,v in image.labels.items() if k.removeprefix('io.mlserve.') not in derived and not k.startswith('org.opencontainers.image.base.')}
@@ -92,11 +92,11 @@ def compare(
     def side(s): return {'image': str(s.image.reference), 'digest': s.image.digest, 'model': s.model or None, 'version': s.version or None, 'mb': round(sum(d['size'] for d in s.image.manifest['layers'])/1e6, 3)}
     stages = [_stages(s) for s in (a, b)]
     layers = [layers_of(s, n if all(stages) else []) for s,n in zip((a, b), stages)]
-    parts = ('packages','debian','weights','code','recipe','metrics')
+    tables = ('packages','debian','weights','code','recipe','metrics')
     bases = [{'base': s.image.labels.get('io.mlserve.base','')} for s in (a, b)]
     return {'a': side(a), 'b': side(b), 'same': a.image.digest == b.image.digest, 'layers': [layer(c) for c in changes(*layers)], 'base': changes(*bases),
-        'settings': changes(_told(a.image), _told(b.image)), **{p: changes(getattr(a, p), getattr(b, p)) for p in parts},
-        'unknown': [p for p in parts if getattr(a, p) is None or getattr(b, p) is None]}
+        'settings': changes(_told(a.image), _told(b.image)), **{p: changes(getattr(a, p), getattr(b, p)) for p in tables},
+        'unknown': [p for p in tables if getattr(a, p) is None or getattr(b, p) is None]}
 
 # %% ../../nbs/release/10_diff.ipynb #e93c474b
 def diff(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['chain', 'Link', 'link', 'Seen', 'look', 'verify', 'table', 'failure']
 
-# %% ../../nbs/release/10_verify.ipynb #c99108ec
+# %% ../../nbs/release/10_verify.ipynb #1f69eeed
 import json, os, tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import mlserve
 from ..errors import IntegrityError, MlserveError, NotFound, RemoteUnavailable, UsageError
 from ..lock import digest_of, file_hash
-from . import attest, contents, record
+from . import attest, parts, record
 from .context import labels_of, weights_of
 from .dockerfile import ImageSpec, render
 from .distribution import Remote, read_reference
@@ -43,7 +43,7 @@ def link(
     where,expected,found = wrong[0] if wrong else ('', '', '')
     return Link(name, not wrong, where, str(expected), str(found), max(len(wrong) - 1, 0), len(findings))
 
-# %% ../../nbs/release/10_verify.ipynb #496df75b
+# %% ../../nbs/release/10_verify.ipynb #a2210fa8
 @dataclass
 class Seen:
     "What was read of an image"
@@ -61,13 +61,13 @@ def look(
     remote:Remote, # its repository
 )->tuple: # `Seen`, and findings about the layers
     "Read all layers of an image"
-    seen,findings = Seen(image, remote, env=contents.variables(image.config)),[]
+    seen,findings = Seen(image, remote, env=parts.variables(image.config)),[]
     ids = image.config.get('rootfs', {}).get('diff_ids', [])
     described = image.manifest['layers']
     if len(ids) != len(described): return seen,[('layers of manifest and configuration', len(described), len(ids))]
     for n,(descriptor,diff_id) in enumerate(zip(described, ids), 1):
         what = f'layer {n} of {len(ids)}'
-        try: layer = read_layer(remote, descriptor, contents.keep)
+        try: layer = read_layer(remote, descriptor, parts.keep)
         except IntegrityError as e: findings.append((what, descriptor['digest'], e.message.rpartition(' sent ')[2].rstrip('.') if ' sent ' in e.message else e.message)); continue
         seen.layers.append(layer)
         findings.append((f'{what}, unpacked', diff_id, layer.diff_id))
@@ -89,7 +89,7 @@ def _beside(seen, pair):
         except (IntegrityError, NotFound) as e: wrong[name] = [(f'{name} beside the image', 'a document that can be read', e.message)]
     return wrong
 
-# %% ../../nbs/release/10_verify.ipynb #3aafff92
+# %% ../../nbs/release/10_verify.ipynb #29977909
 def _notebook(seen, pair, uri):
     if not seen.origin or not pair: return None
     if not seen.origin.executed: return None
@@ -108,23 +108,23 @@ def _package(seen, pair, uri):
     place,asked = seen.env.get('MLSERVE_PACKAGE',''),seen.env.get('MLSERVE_PACKAGE_DIGEST','nothing')
     wanted = [('package that the build was given', seen.origin.package if seen.origin else asked, asked)]
     if _baked(seen):
-        digest,_,findings = contents.package_in(seen.files, seen.contents, place)
+        digest,_,findings = parts.package_in(seen.files, seen.contents, place)
         return findings + [('package.lock', asked, digest)] + wanted
     if not pair: return None
     with tempfile.TemporaryDirectory() as folder:
         try: return [('package in the store', asked, record.fetch_package(pair, Path(folder)/'package', uri).digest)] + wanted
         except IntegrityError as e: return [('package in the store', asked, e.message)]
 
-# %% ../../nbs/release/10_verify.ipynb #262aacc6
+# %% ../../nbs/release/10_verify.ipynb #20979a01
 def _wheels(seen, pair, uri):
     said = seen.origin.wheels if seen.origin else seen.bill.wheels if seen.bill else ()
     if not said: return None
-    found,_,findings = contents.wheels_in(seen.files, seen.contents, {w.name for w in said})
+    found,_,findings = parts.wheels_in(seen.files, seen.contents, {w.name for w in said})
     per = [(f'{w.name} installed', f'{w.version} {w.record}', f'{found[w.name].version} {found[w.name].record}' if w.name in found else 'nothing') for w in said]
     locked = attest.lock_of(said).digest
     return findings + per + [('lock of these wheels', seen.origin.lock if seen.origin else locked, locked)]
 def _code(seen, pair, uri):
-    files,findings = contents.code_in(seen.files, seen.env.get('PYTHONPATH','/opt/mlserve'))
+    files,findings = parts.code_in(seen.files, seen.env.get('PYTHONPATH','/opt/mlserve'))
     said = seen.bill.code if seen.bill else {}
     each = [(n, said.get(n, ('', 'no such file'))[1], files.get(n, ('', 'no such file'))[1]) for n in sorted(said.keys() | files.keys())] if said else []
     return each + findings + ([('modules of the server', seen.origin.code, tree_digest(files))] if seen.origin else [])
@@ -137,9 +137,9 @@ def _dockerfile(seen, pair, uri):
     except (TypeError, MlserveError) as e: return [('recipe', 'one that this mlserve renders', str(e))]
     by = f"text as mlserve {mlserve.__version__} renders it" + (f', built by {seen.bill.version}' if seen.bill else '')
     config,arguments = seen.image.config,{k: seen.env.get(v,'') for k,v in {'PACKAGE_DIGEST': 'MLSERVE_PACKAGE_DIGEST', 'PACKAGE': 'MLSERVE_PACKAGE'}.items()}
-    return contents.starts(text, arguments, config, _base_config(seen)) + [(by, seen.origin.dockerfile, digest_of(text.encode()))]
+    return parts.starts(text, arguments, config, _base_config(seen)) + [(by, seen.origin.dockerfile, digest_of(text.encode()))]
 
-# %% ../../nbs/release/10_verify.ipynb #081fcce5
+# %% ../../nbs/release/10_verify.ipynb #889b802d
 def _base(seen, pair, uri):
     if not seen.origin: return None
     reference = read_reference(seen.origin.base)
@@ -148,29 +148,29 @@ def _base(seen, pair, uri):
     except MlserveError: return None
     have = {l.diff_id: l for l in seen.layers}
     layers = [have.get(i) or read_layer(remote, d) for d,i in zip(base.manifest['layers'], base.config['rootfs']['diff_ids'])]
-    _,places,_ = contents.wheels_in(seen.files, seen.contents, {w.name for w in seen.origin.wheels})
+    _,places,_ = parts.wheels_in(seen.files, seen.contents, {w.name for w in seen.origin.wheels})
     own = [*places, seen.env.get('PYTHONPATH','/opt/mlserve'), seen.env.get('MLSERVE_PACKAGE','') if _baked(seen) else '']
-    return contents.base_in(seen.files, merged(layers)[0], own)
+    return parts.base_in(seen.files, merged(layers)[0], own)
 def _labels(seen, pair, uri):
     if not seen.origin: return None
     o,place = seen.origin,seen.env.get('MLSERVE_PACKAGE','')
     lock = attest.lock_of(o.wheels)
-    files = contents.package_in(seen.files, seen.contents, place)[1] if _baked(seen) else None
+    files = parts.package_in(seen.files, seen.contents, place)[1] if _baked(seen) else None
     texts = {t: seen.contents[p].decode(errors='replace') for p in seen.contents for t in ('torch/version.py', 'onnxruntime/capi/build_and_package_info.py') if p.endswith('/site-packages/' + t)}
     cuda,generations = cuda_of(texts, lock.packages),set().union(*(l.generations for l in seen.layers))
     gpu = Wheels((), tuple(sorted(generations, key=lambda g: (g.split('_')[0], int(g.split('_')[1])))), cuda, minimum_driver(cuda))
-    code,_ = contents.code_in(seen.files, seen.env.get('PYTHONPATH','/opt/mlserve'))
+    code,_ = parts.code_in(seen.files, seen.env.get('PYTHONPATH','/opt/mlserve'))
     want = labels_of(pair.name if pair else seen.bill.name if seen.bill else '', seen.env.get('MLSERVE_PACKAGE_DIGEST',''), lock, o.base, o.source, gpu,
         weights_of(files) if files is not None else None, {'dockerfile': o.dockerfile, 'code': tree_digest(code)})
     have = {k: v for k,v in seen.image.labels.items() if k in want or k.startswith('io.mlserve.')}
     if files is None: have.pop('io.mlserve.weights', None)
     return [(f'label {k}', want.get(k, 'no such label'), have.get(k, 'no such label')) for k in sorted(want.keys() | have.keys())]
 
-# %% ../../nbs/release/10_verify.ipynb #b4c46555
+# %% ../../nbs/release/10_verify.ipynb #ad61aaf2
 def _sbom(seen, pair, uri):
     if not seen.bill: return None
     bill,baked = seen.bill,_baked(seen)
-    files = contents.package_in(seen.files, seen.contents, seen.env.get('MLSERVE_PACKAGE',''))[1] if baked else {}
+    files = parts.package_in(seen.files, seen.contents, seen.env.get('MLSERVE_PACKAGE',''))[1] if baked else {}
     lists = [('wheels', {w.name: w for w in bill.wheels}, {w.name: w for w in seen.origin.wheels} if seen.origin else {w.name: w for w in bill.wheels}),
         ('Debian package', bill.debian, debian_packages(seen.contents)), ('file of the package', {k: v for k,v in bill.weights.items() if k != 'package.lock'}, files)]
     each = [(f'{what} {n}', said.get(n, 'not listed'), there.get(n, 'not there')) for what,said,there in lists for n in sorted(said.keys() | there.keys())]
@@ -179,12 +179,12 @@ def _provenance(seen, pair, uri):
     if not seen.origin: return None
     return [('subject', seen.image.digest, seen.docs['provenance'].subject), ('image of the statement', seen.image.digest, seen.origin.image.partition('@')[2])]
 
-# %% ../../nbs/release/10_verify.ipynb #463340d9
+# %% ../../nbs/release/10_verify.ipynb #cc48d721
 def _record(seen, pair, uri):
     if not pair: return [('model version that names this image', seen.image.digest, 'none')]
     o,tags = seen.origin,pair.tags
     place = seen.env.get('MLSERVE_PACKAGE','')
-    digest = contents.package_in(seen.files, seen.contents, place)[0] if seen.files is not None else ''
+    digest = parts.package_in(seen.files, seen.contents, place)[0] if seen.files is not None else ''
     wanted = {'package': digest or seen.env.get('MLSERVE_PACKAGE_DIGEST',''),
         **{name: doc.digest for name,doc in seen.docs.items()}}
     if o: wanted |= {'lock': attest.lock_of(o.wheels).digest, 'base': o.base, 'notebook': o.executed, 'source': o.source.get('revision',''), 'device': o.recipe.get('device',''), 'delivery': o.recipe.get('delivery','')}
