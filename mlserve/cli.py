@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Json', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Built', 'State', 'Vendored', 'Twice', 'Recorded',
            'Model', 'Version', 'Asked', 'show', 'release', 'serve_environment', 'serve', 'dockerfile', 'build',
-           'vendor', 'check', 'promote', 'debug', 'fail', 'run_command', 'main']
+           'vendor', 'check', 'promote', 'debug', 'verify', 'diff', 'fail', 'run_command', 'main']
 
 # %% ../nbs/11_cli.ipynb #105e7ce7
 import json, os, re, sys, traceback
@@ -144,6 +144,23 @@ def debug(image:Annotated[str, typer.Argument(help='REPOSITORY@sha256:…')],
     "Open an image with a shell and tools, beside or instead of a container."
     from mlserve.release.debug import debug as run
     raise typer.Exit(run(image, container, command, state or os.environ.get('MLSERVE_STATE') or 'state'))
+
+# %% ../nbs/11_cli.ipynb #24d65b03
+@app.command()
+def verify(image:Annotated[str, typer.Argument(help='REPOSITORY@sha256:…')], full:Json=False):
+    "Recompute an image's chain, from the notebook to the record."
+    from mlserve.release.verify import failure, table, verify as run
+    result = run(image)
+    show(result, table(result), full)
+    if not result['ok']: raise failure(result)
+@app.command()
+def diff(a:Annotated[str, typer.Argument(help='REPOSITORY@sha256:…, or the name of a registered model.')],
+    b:Annotated[str, typer.Argument(help='The other image; or a version or alias of the model.')],
+    c:Annotated[str|None, typer.Argument(help='The other version or alias of the model.')]=None, full:Json=False):
+    "Explain what differs between two images."
+    from mlserve.release.diff import diff as run, table
+    result = run(a, b, c)
+    show(result, table(result), full)
 
 # %% ../nbs/11_cli.ipynb #1998ead1
 def fail(

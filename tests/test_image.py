@@ -49,7 +49,7 @@ def context_of(state, package):
                                  dependencies.spared_of(package.format), network)
         wheels = dependencies.vendor(lock, target, home / "wheels", network)
         folder = context.stage(folder, render(ImageSpec(base)), lock, wheels, package.path)
-        return folder, base, package.digest, context.labels_of("edge", package.digest, lock.digest, base)
+        return folder, base, package.digest, context.labels_of("edge", package.digest, lock, base)
     return context_of
 
 

@@ -66,7 +66,7 @@ def build(state, tmp_path_factory):
         wheels = dependencies.vendor(lock, target, state / "wheels")
         folder = context.stage(tmp_path_factory.mktemp("build") / "context", render(ImageSpec(base, delivery=delivery)), lock, wheels,
                                package.path if delivery == "baked" else None)
-        made.append(image.build(folder, base, package.digest, context.labels_of("matrix", package.digest, lock.digest, base), place=place))
+        made.append(image.build(folder, base, package.digest, context.labels_of("matrix", package.digest, lock, base), place=place))
         return made[-1]
     yield build
     for each in {m.id for m in made}:

@@ -12,7 +12,7 @@ from ..errors import IntegrityError, Refused, UsageError
 from ..package import load_environment, load_package
 from . import buildah, context, dependencies, image
 from .contents import opened, read_layers
-from .digest import epoch_of
+from .inputs import read_inputs
 from .dockerfile import ImageSpec, render, spec_of
 from .notebook import run_cells
 from .pipeline import absolute, pipelines, read_json, run_folder, under_name, write_json
@@ -79,12 +79,13 @@ def vendor(
     dependencies.check_lock(lock, trained, spec.allow, spec.device)
     wheels = dependencies.vendor(lock, target, spec.state/'wheels', network)
     text = render(ImageSpec(base, spec.device, spec.delivery))
+    inputs = read_inputs(spec.notebook, package, lock, wheels, text)
     part = out.with_name(f'{out.name}.part-{os.getpid()}')
     try:
         context.stage(part/'context', text, lock, wheels, package.path if spec.delivery == 'baked' else None)
         layers = _save_base(spec, base, part/'base.tar')
         write_json(part/'vendor.json', {'name': spec.name, 'base': base, 'base_layers': layers, 'package': package.digest, 'lock': lock.digest, 'place': place,
-            'labels': context.labels_of(spec.name, package.digest, lock.digest, base), 'epoch': epoch_of(spec.notebook), 'files': hashes(part)})
+            'labels': inputs.labels(spec.name, package.digest, lock, base), 'epoch': inputs.epoch, 'files': hashes(part)})
         os.rename(part, out)
     finally: shutil.rmtree(part, ignore_errors=True)
     return {'folder': str(out), 'mb': round(sum(f.stat().st_size for f in out.rglob('*')) / 1e6, 1), 'package': package.digest, 'lock': lock.digest, 'base': base}
