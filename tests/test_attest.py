@@ -299,7 +299,7 @@ def test_a_damaged_layer_in_the_registry(copied, registry, tracking, environment
 def test_a_damaged_manifest_in_the_registry(copied, registry, tracking):
     path = stored(registry, copied.partition("@")[2])
     data = path.read_bytes()
-    path.write_bytes(data.replace(b'"schemaVersion": 2', b'"schemaVersion":  2'))
+    path.write_bytes(data.replace(b'"schemaVersion":', b'"schemaVersion": '))
     try:
         assert verify(copied, tracking)["broken"] == ["layers"]
     finally:
@@ -349,7 +349,7 @@ def test_the_labels(edge):
     for key in ("package", "lock", "code", "dockerfile"):
         assert re.fullmatch("sha256:[0-9a-f]{64}", labels[f"io.mlserve.{key}"]), key
     assert labels["org.opencontainers.image.base.digest"].startswith("sha256:") and re.fullmatch("[0-9a-f]{40}(-dirty)?", labels["org.opencontainers.image.revision"])
-    assert not any("cuda" in k for k in labels) and "org.opencontainers.image.created" not in labels
+    assert not any("cuda" in k for k in labels) and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", labels["org.opencontainers.image.created"])
     text = json.dumps(labels)
     assert edge["run"] not in text and "m-" + edge["run"] not in text and str(ROOT) not in text
 
@@ -435,12 +435,12 @@ def test_other_bytes_on_the_way_are_found_before_the_record(edge, environment, t
         image = edge["image"].replace(host, there)
         attest.confirm_pushed(image)
         layer = read_image(edge["image"]).manifest["layers"][-1]["digest"].encode()
-        proxy.flip = (b'"digest": "' + layer, b'"digest": "' + layer[:-1] + (b"0" if layer[-1:] != b"0" else b"1"))
+        proxy.flip = (b'"digest":"' + layer, b'"digest":"' + layer[:-1] + (b"0" if layer[-1:] != b"0" else b"1"))
         with pytest.raises(errors.IntegrityError, match="the registry sent"):
             attest.confirm_pushed(image)
         done = mlserve("build", EDGE, "--package", package, env={**environment, "MLSERVE_REGISTRY": there})
         assert done.returncode == 5, done.stderr[-2000:]
-        assert done.stdout == "" and "sent" in last_json(done.stderr)["error"]
+        assert done.stdout == "" and re.search("sent|serves", last_json(done.stderr)["error"])
 
 
 def test_a_registry_that_holds_another_build(copied):

@@ -44,7 +44,7 @@ def read_inputs(
     dockerfile:str, # its text
 )->Inputs:
     "Read what an image will be made of"
-    said = read_wheels(lock, wheels, kept=Path(wheels).with_suffix('.json'))
+    said = read_wheels(lock, wheels, kept=Path(wheels).with_suffix('.said.json'))
     files,code = parse_lock((Path(package.path)/'package.lock').read_bytes()),code_of()
     digests = {'dockerfile': digest_of(dockerfile.encode()), 'code': tree_digest(code)}
     return Inputs(said, files, code, digests, repository_of(notebook), epoch_of(notebook))
