@@ -44,8 +44,9 @@ def refused(done, code, *words):
     ({"MLFLOW_TRACKING_URI": f"http://{DEAD}"}, 6, [DEAD]),
 ], ids=["engine stopped", "engine's port closed", "registry stopped", "MLflow unreachable"])
 def test_a_missing_part_is_told_before_anything_is_recorded(environment, tracking, broken, code, words):
+    before = [v.version for v in versions(tracking, "good")]  # another module may have released it
     refused(mlserve("release", NOTEBOOKS / "good.ipynb", env={**environment, **broken}), code, *words)
-    assert versions(tracking, "good") == []
+    assert [v.version for v in versions(tracking, "good")] == before
 
 
 @pytest.mark.parametrize("name, content, words", [
