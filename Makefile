@@ -8,7 +8,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-images test-tools clean
+.PHONY: help setup release test soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -65,9 +65,6 @@ docs-serve: docs ## the site on http://127.0.0.1:8000
 
 lab: setup ## JupyterLab on the notebooks
 	@$(WITH_ENGINE) jupyter lab --notebook-dir nbs
-
-bench-images: setup engine-start ## our images beside MLflow's and the tutorials', built and pushed in one run
-	@$(WITH_ENGINE) python -W ignore bench/images.py --out bench/results/$$(date +%F)-images.md
 
 BENCH ?=
 bench: setup ## mlserve beside other model servers; BENCH='--servers mlserve,fastapi' for some of them
