@@ -5,7 +5,7 @@ import time
 import pytest
 
 from conftest import ROOT, last_json, mlserve, run
-from test_release import HARDENED, docker_cli, engine, start, wait_healthy  # noqa: F401
+from test_release import HARDENED, damaged, docker_cli, engine, start, wait_healthy  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -46,15 +46,7 @@ def test_beside_a_hardened_server_its_stack_its_calls_and_its_answers_are_seen(r
 
 def test_a_start_that_failed_fails_again_with_its_volume_and_its_environment(release, start, tools, leaves_nothing, tracking, tmp_path):
     "Without the volume the baked package would be right and the server would start; without the port's setting it would listen on 8080"
-    import mlflow
-    mlflow.set_tracking_uri(tracking)
-    path = tmp_path / "package"
-    mlflow.artifacts.download_artifacts(f"models:/digits/{release['version']}", dst_path=str(path))
-    (path / "registered_model_meta").unlink(missing_ok=True)
-    path.chmod(0o755)
-    weights = bytearray((path / "model.pt").read_bytes())
-    weights[len(weights) // 2] ^= 1
-    (path / "model.pt").write_bytes(weights)
+    path = damaged(release, tracking, tmp_path)
     container = start(release["image"], *HARDENED, "--user", "10001:10001", "-v", f"{path}:/models/package:ro", "-e", "MLSERVE_PORT=9123")
     assert container.wait(timeout=30)["StatusCode"] == 5
     again = "grep CapEff /proc/self/status; timeout 30 as-server; echo code $?; echo port $MLSERVE_PORT; df /tmp | tail -1; setpriv --reuid=${DEBUG_USER%%:*} id -u"

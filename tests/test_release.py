@@ -171,16 +171,22 @@ def test_cuda_without_a_gpu_is_refused_within_ten_seconds(release, start):
     assert "--gpus" in container.logs().decode()
 
 
-def test_a_flipped_byte_in_a_mounted_package_is_refused(release, start, tracking, tmp_path):
+def damaged(release, tracking, folder):
+    "The released package, with one bit of its weights flipped"
     import mlflow
     mlflow.set_tracking_uri(tracking)
-    path = tmp_path / "package"
+    path = folder / "package"
     mlflow.artifacts.download_artifacts(f"models:/digits/{release['version']}", dst_path=str(path))
     (path / "registered_model_meta").unlink(missing_ok=True)
     path.chmod(0o755)
     weights = bytearray((path / "model.pt").read_bytes())
     weights[len(weights) // 2] ^= 1
     (path / "model.pt").write_bytes(weights)
+    return path
+
+
+def test_a_flipped_byte_in_a_mounted_package_is_refused(release, start, tracking, tmp_path):
+    path = damaged(release, tracking, tmp_path)
     container = start(release["image"], "-v", f"{path}:/models/package:ro")
     assert container.wait(timeout=30)["StatusCode"] == 5
     assert "model.pt" in container.logs().decode()
