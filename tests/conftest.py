@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stores import az, gs, package, registry, s3, settings, store  # noqa: F401 (fixtures, one of each for all modules)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "nbs/examples/digits.ipynb"

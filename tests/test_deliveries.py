@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from stores import *  # noqa: F403 (fixtures)
 from stores import NAMES, ROOT, use
 
 from mlserve.errors import IntegrityError, LocalResource, MlserveError, Refused, RemoteUnavailable
@@ -201,6 +200,18 @@ def test_a_damaged_object_is_mended_by_uploading_again(kind, request, package, s
     assert upload_package(package, uri) == 0
 
 
+@pytest.mark.parametrize("kind", ["s3", "gs", "az"])
+def test_an_upload_goes_where_the_environment_says_now(kind, request, monkeypatch):
+    "A client that was made before is not used again"
+    from mlserve.release.upload import reach_store
+    place = request.getfixturevalue(kind)
+    use(monkeypatch, place)
+    reach_store(f"{place.root}/now")
+    use(monkeypatch, place, port=9)
+    with pytest.raises(RemoteUnavailable):
+        reach_store(f"{place.root}/now", seconds=3)
+
+
 def test_missing_credentials_are_said(s3, package, settings, monkeypatch):
     from mlserve.release.upload import reach_store
     use(monkeypatch, s3)
@@ -208,8 +219,6 @@ def test_missing_credentials_are_said(s3, package, settings, monkeypatch):
         monkeypatch.delenv(name)
     for name, value in {"AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}.items():
         monkeypatch.setenv(name, value)
-    import fsspec
-    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "_cache", {})  # a client that has credentials is not used again
     for call in (lambda: open_package(settings("s3://models/tiny")), lambda: reach_store("s3://models/tiny")):
         with pytest.raises(RemoteUnavailable, match=r"found no credentials \(AWS_ACCESS_KEY_ID …\)"):
             call()

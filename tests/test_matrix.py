@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, mlserve
-from stores import *  # noqa: F403 (fixtures)
 from stores import use
 
 from mlserve.formats import FORMATS

@@ -104,7 +104,7 @@ def roll(double, folder, cycles, each, switch=True, retry=False, last_bug={}):
                 if servers[old].stop() != 0:
                     wrong.append("exit code")
                 servers.pop(old).__exit__()
-                wrong += [(number, version) for number, (version, sent) in list(load.answers.items()) if sent > switched and version != f"v{n}"]
+                wrong += [(number, version) for number, (version, sent) in load.answers.copy().items() if sent > switched and version != f"v{n}"]
     ran = collections.Counter(seen.read_text().split())
     twice = [int(v) for v, n in ran.items() if v != "0" and n > 1 + int(v) % 3]  # so many rows has the request of this number
     return load, wrong, twice

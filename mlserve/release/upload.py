@@ -31,9 +31,9 @@ def open_store(
     "The file system of an address"
     from fsspec.core import url_to_fs
     try:
-        if not place.startswith('gs://'): return url_to_fs(place)
+        if not place.startswith('gs://'): return url_to_fs(place, skip_instance_cache=True)
         from gcsfs.core import GCSFileSystem
-        return GCSFileSystem(),place.removeprefix('gs://')
+        return GCSFileSystem(skip_instance_cache=True),place.removeprefix('gs://')
     except ImportError:
         raise LocalResource(f'The client for {place} is not installed.', mend=f"pip install 'mlserve[{place.partition(':')[0]}]'") from None
     except Exception as e: raise _failed(place, e) from None
