@@ -8,12 +8,12 @@ __all__ = ['app', 'Json', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Bu
            'vendor', 'check', 'promote', 'debug', 'verify', 'diff', 'fail', 'run_command', 'main']
 
 # %% ../nbs/11_cli.ipynb #105e7ce7
-import json, os, re, sys, traceback
+import json, os, re, signal, sys, traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 import typer
-from .errors import MlserveError, UsageError, last_line
+from .errors import Interrupted, MlserveError, UsageError, last_line
 
 # %% ../nbs/11_cli.ipynb #220b12ee
 def show(
@@ -41,11 +41,11 @@ State = Annotated[Path|None, typer.Option(help='Folder for runs, records and cac
 def release(notebook:Notebook, promote:Annotated[bool, typer.Option(help='Move production too, when the check passed.')]=False,
     name:Name=None, device:Device=None, delivery:Delivery=None, store:Store=None, state:State=None, builder:Built=None, full:Json=False):
     "Train, build, record and check; then move the aliases."
-    from mlserve.release.pipeline import release as run
+    from mlserve.release.pipeline import release as run, summary
     from mlserve.release.spec import read_spec
     result = run(read_spec(notebook, name=name, device=device, delivery=delivery, store=store, state=state, builder=builder), promote=promote)
     if not full:
-        for key,line in result['commands'].items(): print(f'{key}: {line}', file=sys.stderr)
+        for key,line in {'done': summary(result), **result['commands']}.items(): print(f'{key}: {line}', file=sys.stderr)
     show(result, result['image'], full)
 
 # %% ../nbs/11_cli.ipynb #3ad12030
@@ -121,8 +121,10 @@ def check(image:Recorded, version:Version='candidate', device:Asked=None, full:J
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
     if device: checked_device(device)
+    if '@' not in image and ('/' in image or ':' in image) and not image.startswith('sha256:'): raise UsageError(f'{image!r} is the tag of an image, which may move.', mend='Give REPOSITORY@sha256:…, or the name of a registered model.')
     pair = find_pair(image) if '@' in image or image.startswith('sha256:') else read_pair(image, version)
     result = run(pair, device)
+    if result.passed: print(f'{pair.name} version {pair.version} answers on {result.device} as the notebook did, on the golden rows and {result.rows} held-back rows.', file=sys.stderr)
     if full or result.passed: show(asdict(result), 'passed', full)
     if not result.passed:
         error = by_code(result.code)(result.reason)
@@ -131,7 +133,8 @@ def check(image:Recorded, version:Version='candidate', device:Asked=None, full:J
 @app.command()
 def promote(model:Model, version:Version='candidate', device:Asked=None, full:Json=False):
     "Move production to a version whose check passed."
-    from mlserve.release.record import promote as run
+    from mlserve.release.record import contract_change, promote as run, read_pair
+    if warning := contract_change(read_pair(model, version)): print(f'warning: {warning}', file=sys.stderr)
     pair = run(model, version, device)
     show(asdict(pair), pair.image, full)
 
@@ -181,14 +184,15 @@ def run_command(
     "Run one command, and turn every ending into a code"
     try: code = typer.main.get_command(app)(args, prog_name='mlserve', standalone_mode=False)
     except MlserveError as e: return fail(e, args)
-    except (KeyboardInterrupt, EOFError): return 130
+    except typer.Abort: return fail(Interrupted('The terminal was closed.'), args)
     except Exception as e:
-        if type(e).__name__ == 'Abort': return 130
         if hasattr(e, 'format_message'): return fail(UsageError(_sentence(e.format_message()), mend='mlserve --help lists the commands.'), args)
         traceback.print_exc()
         return fail(MlserveError(f'Unexpected {type(e).__name__}: {e}'), args)
+    if code == 130: return fail(Interrupted('The command was interrupted.'), args) # Typer's own word for ctrl-C
     return code if isinstance(code, int) else 0
 def _sentence(text): return text if text.endswith(('.','?','!')) else text + '.'
 def main():
     "What the command `mlserve` does"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run_command(sys.argv[1:]))

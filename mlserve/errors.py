@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['exit_codes', 'MlserveError', 'InvalidInput', 'NotFound', 'TooLarge', 'UnsupportedMedia', 'Unavailable',
-           'DeadlinePassed', 'ModelFailed', 'NotebookFailed', 'UsageError', 'CheckFailed', 'Conflict', 'IntegrityError',
-           'RemoteUnavailable', 'LocalResource', 'Refused', 'GpuRefused', 'error_body', 'last_line']
+           'DeadlinePassed', 'ModelFailed', 'NotebookFailed', 'Interrupted', 'UsageError', 'CheckFailed', 'Conflict',
+           'IntegrityError', 'RemoteUnavailable', 'LocalResource', 'Refused', 'GpuRefused', 'error_body', 'last_line']
 
 # %% ../nbs/00_errors.ipynb #f403a808
 import json
@@ -53,6 +53,9 @@ class ModelFailed(MlserveError):
 class NotebookFailed(MlserveError):
     "A notebook of the user's raised"
     code = 1
+class Interrupted(MlserveError):
+    "Somebody stopped the command, by ctrl-C or SIGTERM"
+    code = 130
 class UsageError(MlserveError):
     "The command, a parameter or a setting was not one that exists"
     status,code = 400,2

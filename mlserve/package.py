@@ -59,7 +59,7 @@ def load_package(
     path = Path(path)
     if not (path/'package.lock').is_file():
         found = 'a folder without package.lock' if path.is_dir() else 'no such folder'
-        raise LocalResource(f'{path} is asked for as a model package; found {found}.', mend='Make one with save_package.')
+        raise LocalResource(f'{path} is asked for as a model package; found {found}.', mend='Make one there with save_package; in a container, mount it there.')
     if (path/'package.lock').is_symlink(): differ(path, 'package.lock', 'a file', 'a link')
     got = f"sha256:{file_hash(path/'package.lock')}"
     if digest is not None and got != digest: differ(path, 'package.lock', digest, got)
@@ -261,10 +261,11 @@ def save_package(
 # %% ../nbs/04_package.ipynb #b3857d94
 def accuracy(
     outputs:dict, # scores by name; the first output counts, one row per example
-    labels:np.ndarray, # the right class of each row
-)->float: # 0 to 1
+    labels:np.ndarray, # the right class of each row, or anything else
+)->float|None: # 0 to 1; nothing when the labels are no classes of the scores
     "The share of rows whose highest score is the label"
     scores,labels = next(iter(outputs.values())),np.asarray(labels)
-    if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
-        raise InvalidInput(f'Scores of shape {list(scores.shape)} and labels of shape {list(labels.shape)} do not fit; [n, classes] and [n] do.')
-    return float((scores.argmax(1) == labels).mean())
+    if labels.shape[:1] != scores.shape[:1] or not len(labels):
+        raise InvalidInput(f'Scores of shape {list(scores.shape)} and labels of shape {list(labels.shape)} do not fit; there is one label for each row.')
+    if scores.ndim != 2 or scores.shape[1] < 2 or labels.ndim != 1 or labels.dtype.kind not in 'iub': return None
+    return float((scores.argmax(1) == labels).mean()) if 0 <= labels.min() and labels.max() < scores.shape[1] else None

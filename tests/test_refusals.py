@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from conftest import ROOT, last_json, mlserve
+from conftest import ROOT, last_json, mlserve, run
+from serving import until
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 DEAD = "127.0.0.1:1"
@@ -48,7 +49,8 @@ def refused(done, code, *words):
     ({"DOCKER_HOST": f"tcp://{DEAD}"}, 7, ["Docker", f"tcp://{DEAD}: connection refused", "make engine-start"]),
     ({"MLSERVE_REGISTRY": DEAD}, 6, [DEAD]),
     ({"MLFLOW_TRACKING_URI": f"http://{DEAD}"}, 6, [DEAD]),
-], ids=["engine stopped", "engine's port closed", "registry stopped", "MLflow unreachable"])
+    ({"MLFLOW_TRACKING_URI": "htpp://mlflow.test"}, 2, ["htpp://mlflow.test", "allowed are http://"]),
+], ids=["engine stopped", "engine's port closed", "registry stopped", "MLflow unreachable", "misspelt scheme"])
 def test_a_missing_part_is_told_before_anything_is_recorded(environment, tracking, broken, code, words, before):
     refused(mlserve("release", NOTEBOOKS / "good.ipynb", env={**environment, **broken}), code, *words)
     assert [v.version for v in versions(tracking, "good")] == before
@@ -72,13 +74,20 @@ def test_what_is_no_model_notebook_is_told_before_anything_is_asked_or_made(tmp_
     (["check", "nothing", "--device", "tpu"], ["'tpu'", "allowed: cpu, cuda, cuda:N."]),
     (["promote", "nothing", "--device", "tpu"], ["'tpu'", "allowed: cpu, cuda, cuda:N."]),
     (["check", "nothing@sha256:abc"], ["nothing@sha256:abc", "64"]),
-    (["check", "sha256:" + "0" * 64], ["No model version", "sqlite:///"]),
-    (["check", "nothing"], ["No alias 'candidate'", "sqlite:///"]),
+    (["check", "sha256:" + "0" * 64], ["Nothing is recorded in sqlite:///", "no such file", "MLSERVE_STATE"]),
+    (["check", "nothing"], ["Nothing is recorded in sqlite:///"]),
+    (["check", "nothing/at:all"], ["'nothing/at:all' is the tag of an image", "@sha256:"]),
     (["check", "nothing", "--devise", "cpu"], ["--devise (Possible options: --device). mlserve --help"]),
-], ids=["release on gpu", "check on tpu", "promote on tpu", "cut digest", "unknown digest", "unknown model", "misspelt option"])
+], ids=["release on gpu", "check on tpu", "promote on tpu", "cut digest", "unknown digest", "unknown model", "tag", "misspelt option"])
 def test_what_does_not_exist_is_named(tmp_path, arguments, words):
-    empty = {"MLSERVE_STATE": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    refused(mlserve(*arguments, env=empty), 2, *words)
+    "Whoever only asks leaves nothing behind"
+    refused(mlserve(*arguments, env={"MLSERVE_STATE": None, "MLFLOW_TRACKING_URI": None}, cwd=tmp_path), 2, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_store_has_is_not_in_this_one(environment):
+    refused(mlserve("check", "sha256:" + "0" * 64, env=environment), 2, "No model version", "http://")
+    refused(mlserve("check", "nothing", env=environment), 2, "No alias 'candidate'", "http://")
 
 
 def test_the_server_takes_an_address_as_it_is_typed():
@@ -91,6 +100,71 @@ def test_a_training_notebook_that_raises_is_kept(environment, state, tracking):
     refused(mlserve("release", NOTEBOOKS / "raises.ipynb", env=environment), 1, "ZeroDivisionError")
     kept = [p for p in (state / "runs").rglob("*.ipynb") if "ZeroDivisionError" in p.read_text()]
     assert kept and versions(tracking, "raises") == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_release_is_closed_and_kept(environment, state, tracking, sign):
+    "Ctrl-C, or a job that is cancelled, while the notebook trains"
+    from mlflow import MlflowClient
+    (state / "release.json").write_text("{}")
+    process = start_mlserve("release", NOTEBOOKS / "slow.ipynb", env=environment)
+    until(lambda: [p for p in (state / "runs").rglob("slow.ipynb") if '"a long way to go\\n"' in p.read_text()], 60)
+    kernels = run_out("pgrep", "-P", process.pid).split()
+    code, stderr = interrupted(process, sign)
+    line = last_json(stderr)
+    assert code == line["code"] == 130 and line["step"] == "train" and line["resume"].startswith("mlserve release"), stderr
+    assert not (state / "release.json").exists()  # of a release before
+    client = MlflowClient(tracking_uri=tracking)
+    [run] = client.search_runs([client.get_experiment_by_name("mlserve").experiment_id], "attributes.run_name = 'slow'", max_results=1)
+    assert run.info.status == "KILLED" and [f.path for f in client.list_artifacts(run.info.run_id, "evidence") if f.path.endswith("slow.ipynb")]
+    assert kernels and not [k for k in kernels if Path(f"/proc/{k}").exists()]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_check_leaves_no_container(release, environment, sign):
+    image = release["image"]
+    process = start_mlserve("check", image, env=environment)
+    until(lambda: image in run_out("docker", "ps", "--format", "{{.Image}}"), 60)
+    code, stderr = interrupted(process, sign)
+    assert code == last_json(stderr)["code"] == 130, stderr
+    assert image not in run_out("docker", "ps", "-a", "--format", "{{.Image}}")
+
+
+def start_mlserve(*arguments, env):
+    "A command that goes on while the test looks; ctrl-C reaches it alone"
+    command = [str(c) for c in (Path(sys.executable).parent / "mlserve", *arguments)]
+    return subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
+
+
+def interrupted(process, sign):
+    process.send_signal(sign)
+    _, stderr = process.communicate(timeout=30)
+    return process.returncode, stderr
+
+
+def run_out(*command):
+    return run(*command).stdout
+
+
+def test_two_first_commands_share_a_new_store(tmp_path):
+    "Both make the tables of one file"
+    code = "from mlserve.release import record; print(record.experiment(record.client()))"
+    env = {**os.environ, "MLSERVE_STATE": str(tmp_path), "MLFLOW_TRACKING_URI": ""}
+    both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [p.communicate(timeout=120) for p in both]
+    assert len({out for out, _ in said}) == 1 and said[0][0].strip(), said
+
+
+def test_a_regression_has_no_accuracy(environment, tracking, tmp_path):
+    "And none can be asked for"
+    done = mlserve("release", NOTEBOOKS / "price.ipynb", "--json", env=environment)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["accuracy"] is None and result["check"]["rows"] == 64 and any("no classes" in w for w in result["warnings"])
+    assert "warning: The labels are no classes" in done.stderr
+    [version] = versions(tracking, "price")
+    assert version.tags["mlserve.contract"] == "x FP32[-1,4] → price FP32[-1,1]"
+    refused(mlserve("release", beside(tmp_path, "price", "min_accuracy = 0.9\n"), env=environment), 3, "are no classes", "min_accuracy")
 
 
 def test_a_golden_output_that_is_wrong_fails_the_check(environment, tracking):

@@ -90,7 +90,7 @@ class CheckResult:
     code: int = 0 # exit code for the reason
     device_name: str = '' # for people
     rows: int = 0 # of held-back data that were compared
-    accuracy: dict = field(default_factory=dict) # `notebook` and `container`, when there are labels
+    accuracy: dict = field(default_factory=dict) # `notebook` and `container`, when the labels are classes
     golden: dict = field(default_factory=dict) # largest differences, absolute and relative
     holdout: dict = field(default_factory=dict) # the same
     latency_ms: dict = field(default_factory=dict) # `p50`, `p99` at batch 1
@@ -132,8 +132,8 @@ def ask(
     found = {'device': kind, 'device_name': name, 'golden': agree('golden', outputs, replay(client, inputs), package.tolerance)}
     if holdout:
         got,labels = replay(client, holdout['inputs']),holdout['labels']['labels']
-        found |= {'rows': len(labels), 'holdout': agree('held-back', holdout['outputs'], got, package.tolerance),
-            'accuracy': {'notebook': float(accuracy(holdout['outputs'], labels)), 'container': float(accuracy(got, labels))}}
+        found |= {'rows': len(labels), 'holdout': agree('held-back', holdout['outputs'], got, package.tolerance)}
+        if (share := accuracy(holdout['outputs'], labels)) is not None: found['accuracy'] = {'notebook': share, 'container': accuracy(got, labels)}
     return finite(found) | {'latency_ms': latency(client, inputs)}
 
 # %% ../../nbs/release/06_check.ipynb #155f5c81
@@ -188,5 +188,6 @@ def _readable(folder):
 def _enough(result, least):
     if least is None: return
     got = result.accuracy.get('container')
-    if got is None: raise CheckFailed(f'The release asks for an accuracy of {least:g}; the run logged no held-back data to measure it on.', mend='Give log_package a holdout.')
+    if got is None: raise CheckFailed(f"The release asks for an accuracy of {least:g}; {'the labels of the held-back data are no classes of the first output' if result.rows else 'the run logged no held-back data to measure it on'}.",
+        mend='Give log_package a holdout whose labels count the columns of the first output, or drop min_accuracy.')
     if got < least: raise CheckFailed(f'The container reaches an accuracy of {got:.4g}; the release asks for {least:g}.')

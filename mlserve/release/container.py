@@ -108,10 +108,11 @@ def started(
                 raise GpuRefused(f'The engine cannot give a GPU: {text[:200]}.', mend='Use a host with a GPU and the NVIDIA Container Toolkit.') from None
             raise LocalResource(f'The container does not start: {text[:300]}.') from None
         yield container
+    except KeyboardInterrupt: _remove(container, 0); raise
     finally: _remove(container)
-def _remove(container):
+def _remove(container, seconds=10):
     import docker
-    try: container.stop(timeout=10)
+    try: container.stop(timeout=seconds)
     except docker.errors.DockerException: pass
     try: container.remove(force=True, v=True)
     except docker.errors.DockerException: pass

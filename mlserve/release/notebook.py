@@ -53,7 +53,7 @@ def cell_error(
 )->MlserveError: # of the same class, where it is ours
     "The failure that a cell's exception stands for"
     if ename in family(): return family()[ename](evalue)
-    where = f'cell {count}' if count else 'a cell'
+    where = f'cell [{count}]' if count else 'a cell'
     return NotebookFailed(f"{name} raised {ename} in {where}: {evalue[:600].rstrip('. ')}.")
 
 # %% ../../nbs/release/04_notebook.ipynb #c3839f31
@@ -70,7 +70,7 @@ def run_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger('tornado.general').setLevel(logging.CRITICAL) # a kernel that ends is told once, by us
     try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name='python3', cwd=str(path.parent),
-        progress_bar=False, log_output=False, request_save_on_cell_execute=False, extra_arguments=['--log-level=50'])
+        progress_bar={'disable': None, 'leave': False, 'desc': path.stem}, log_output=False, extra_arguments=['--log-level=50'])
     except PapermillExecutionError as e: error = cell_error(path.name, e.ename, e.evalue, e.exec_count)
     except (RuntimeError, OSError) as e: error = NotebookFailed(f"{path.name} could not be run to its end: {str(e).rstrip('. ')}.")
     else: return out

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['pipelines', 'write_json', 'read_json', 'registry_of', 'reach_registry', 'reach', 'say', 'step', 'Run', 'run_folder',
            'absolute', 'open_run', 'under_name', 'train_model', 'environment', 'build_record_check', 'close_run',
-           'commands', 'release', 'write_result']
+           'commands', 'release', 'write_result', 'summary']
 
 # %% ../../nbs/release/07_pipeline.ipynb #88a40fa7
-import json, os, sys, time
+import json, os, sys, threading, time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 import httpx
 import mlserve
-from ..errors import LocalResource, MlserveError, RemoteUnavailable, UsageError
+from ..errors import Interrupted, LocalResource, MlserveError, RemoteUnavailable, UsageError
 from ..package import golden, load_package
 from ..protocol import encode_predict_request
 from . import record
@@ -96,13 +96,19 @@ def step(
     progress=say, # called with a line of text
 ):
     "Time a step, and name it on a failure"
-    start = time.monotonic()
+    start,ended = time.monotonic(),threading.Event()
+    def tell(how): progress(f'{name:<8} {time.monotonic() - start:6.1f} s{how}')
+    def go_on():
+        while not ended.wait(30): tell('  …')
     progress(f'{name:<8} …')
+    threading.Thread(target=go_on, daemon=True).start()
     try: yield
-    except MlserveError as e:
-        e.step = getattr(e, 'step', name)
-        progress(f'{name:<8} {time.monotonic() - start:6.1f} s  failed')
-        raise
+    except (MlserveError, KeyboardInterrupt) as e:
+        error = Interrupted('The release was interrupted.') if isinstance(e, KeyboardInterrupt) else e
+        error.step = getattr(error, 'step', name)
+        tell('  interrupted' if isinstance(error, Interrupted) else '  failed')
+        raise error from None
+    finally: ended.set()
     steps.append({'name': name, 'seconds': round(time.monotonic() - start, 2)})
     progress(f"{name:<8} {steps[-1]['seconds']:6.1f} s")
 
@@ -197,24 +203,26 @@ def build_record_check(
     with step('check', steps, progress):
         run.notebook(pipelines()/'check_inference.ipynb', run_dir=str(run.folder), name=pair['name'], version=pair['version'])
     built,checked = run.result('build'),run.result('check')
-    if not checked['rows']:
-        built['warnings'].append('There was no held-back data: only the golden rows were compared.')
-        progress(f"warning: {built['warnings'][-1]}")
+    found = [record.contract_change(record.read_pair(pair['name'], pair['version']))]
+    if not checked['rows']: found.append('There was no held-back data: only the golden rows were compared.')
+    elif not checked['accuracy']: found.append('The labels are no classes of the first output: answers were compared, and no accuracy was measured.')
+    for warning in filter(None, found): progress(f'warning: {warning}')
+    built['warnings'] += filter(None, found)
     return built,pair,checked
 
 # %% ../../nbs/release/07_pipeline.ipynb #3f3aaa97
 def close_run(
     run:Run, # under way
-    ok:bool, # it reached its end
+    status:str, # `FINISHED`, `FAILED` or `KILLED`
 )->list: # paths of the executed notebooks, in order
     "Log the evidence, and close the MLflow run"
     books = sorted(run.folder.glob('*.ipynb'), key=lambda p: p.stat().st_mtime)
     try:
         store = record.client()
         for path in [*books, *run.folder.glob('*.json')]: store.log_artifact(run.id, str(path), 'evidence')
-        store.set_terminated(run.id, 'FINISHED' if ok else 'FAILED')
+        store.set_terminated(run.id, status)
     except Exception as e:
-        if ok: raise RemoteUnavailable(f'The evidence could not be logged: {e}') from None
+        if status == 'FINISHED': raise RemoteUnavailable(f'The evidence could not be logged: {e}') from None
     return [str(p) for p in books]
 
 # %% ../../nbs/release/07_pipeline.ipynb #cba0b3f4
@@ -252,14 +260,16 @@ def release(
     uri = record.tracking_uri(state)
     with environment(MLSERVE_STATE=str(state), MLFLOW_TRACKING_URI=uri):
         with step('reach', steps, progress): reach(spec)
-        run,ok = open_run(spec),False
+        (state/'release.json').unlink(missing_ok=True)
+        run,status = open_run(spec),'FAILED'
         try:
             with environment(MLFLOW_RUN_ID=run.id), step('train', steps, progress): run,place = train_model(run)
             built,pair,checked = build_record_check(run, place, steps, progress)
             if promote:
                 with step('promote', steps, progress): record.promote(pair['name'], pair['version'], device=spec.device)
-            ok = True
-        finally: evidence = close_run(run, ok)
+            status = 'FINISHED'
+        except (Interrupted, KeyboardInterrupt): status = 'KILLED'; raise
+        finally: evidence = close_run(run, status)
         return write_result(run, place, built, pair, checked, steps, evidence)
 
 # %% ../../nbs/release/07_pipeline.ipynb #aeff5424
@@ -272,3 +282,14 @@ def write_result(run, place, built, pair, checked, steps, evidence):
         'commands': commands(now.image, load_package(place), run.folder, run.spec.delivery, run.spec.device)}
     write_json(run.spec.state/'release.json', result)
     return result
+
+# %% ../../nbs/release/07_pipeline.ipynb #b47f3e8d
+def summary(
+    result:dict, # of `release`
+)->str: # one line
+    "What a release did"
+    rows,shares = result['check']['rows'],result['accuracy']
+    share = f"accuracy {shares['container']:.4g} (notebook {shares['notebook']:.4g}), " if shares else ''
+    return (f"{result['model']} version {result['version']} answers on {result['device']} as the notebook did, on the golden rows{f' and {rows} held-back rows' if rows else ''}: {share}"
+        f"p50 {result['check']['latency_ms']['p50']:.3g} ms, {result['image_mb']:.0f} MB; now {' and '.join(result['aliases']) or 'without an alias'}.")
+

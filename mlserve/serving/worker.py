@@ -227,7 +227,7 @@ async def serve(
     own = own_route(life.model)
     listeners[0].routes = paths(life.package.name, settings.model_version) | ({b'/handle': own} if own else {})
     if late: await _open(listeners, sockets, row)
-    making = asyncio.gather(*[l.app.made() for l in listeners])
+    making = asyncio.ensure_future(_make(listeners))
     proving = asyncio.ensure_future(keep_proving(life, settings.prove_seconds))
     await stop.wait()
     proving.cancel()
@@ -235,6 +235,9 @@ async def serve(
     return await _drain(life, listeners, settings, row)
 
 # %% ../../nbs/serving/05_worker.ipynb #9ddd3436
+async def _make(listeners):
+    "The routes that need FastAPI, once the first answers are given"
+    for l in listeners: await l.app.made()
 def _fault(life, error):
     "The batcher found the model or the device broken"
     log('fault', error=error.message)
