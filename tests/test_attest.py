@@ -19,8 +19,9 @@ import pytest
 
 from conftest import ROOT, last_json, mlserve
 from mlserve import errors
+from mlserve.lock import digest_of
 from mlserve.release import attest, record
-from mlserve.release.distribution import Remote, _index, _tagged, attach, blob, manifest, put_blob, put_manifest, read_reference, referrers, sha256
+from mlserve.release.distribution import Remote, _index, _tagged, attach, blob, manifest, put_blob, put_manifest, read_reference, referrers
 from mlserve.release.layers import read_image
 from mlserve.release.sbom import read_sbom, write_sbom
 from mlserve.release.verify import chain, verify
@@ -106,7 +107,7 @@ def planted(image, layer=None, change=None, config=None):
     value, settings = json.loads(json.dumps(found.manifest)), json.loads(json.dumps(found.config))
     if change:
         plain = retar(blob(remote, value["layers"][layer]["digest"]), change)
-        settings["rootfs"]["diff_ids"][layer] = sha256(plain)
+        settings["rootfs"]["diff_ids"][layer] = digest_of(plain)
         value["layers"][layer] |= put_blob(remote, gzip.compress(plain, 1, mtime=0))
     if config:
         config(settings)

@@ -162,9 +162,10 @@ def agree(
 def confirm(
     image:str, # `repository@sha256:…`
     attached:dict, # of `lay`
+    ca=None, # file of authorities
 )->tuple: # `Bill` and `Origin`
     "Read back what lies beside an image, or refuse"
-    remote = Remote(read_reference(image))
+    remote = Remote(read_reference(image), ca=ca)
     found = read_image(image, remote)
     listed,docs = {d['digest'] for d in referrers(remote, found.digest)},{}
     for name,digest in attached.items():
@@ -179,9 +180,10 @@ def confirm(
 def confirm_pushed(
     image:str, # `repository@sha256:…`, of the push
     layers=(), # `sha256:…` of each layer that was built, unpacked; empty when nobody knows
+    ca=None, # file of authorities
 )->Image: # read back
     "Read an image back by its digest, and hold it against what was built"
-    found = read_image(image)
+    found = read_image(image, Remote(read_reference(image), ca=ca))
     held = found.config.get('rootfs', {}).get('diff_ids', [])
     if found.digest != found.reference.which: raise IntegrityError(f'{image} is an index; the release pushed one manifest.')
     if layers and list(layers) != held: raise IntegrityError(f'The registry holds {image} with the layers {", ".join(held)}; {", ".join(layers)} were built.', mend='Push it again; if it stays, distrust the registry.')

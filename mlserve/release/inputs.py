@@ -11,8 +11,7 @@ from pathlib import Path
 from ..lock import digest_of, parse_lock
 from .context import code_of, created_of, labels_of, weights_of
 from .dependencies import Lock
-from .digest import epoch_of
-from .repository import repository_of
+from .repository import epoch_of, repository_of
 from .sbom import tree_digest
 from .wheels import Wheels, read_wheels
 
