@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 NOTEBOOK = ROOT / "tests/notebooks/edge.ipynb"
-STAGES = ["runtime", "builder", "weights", "code"]
+STAGES = ["runtime", "builder", "weights", "ground", "code"]
 SENTINEL = "hunter2-sentinel-of-the-tests"
 TINY = "ARG BASE\nFROM scratch AS production\nARG PACKAGE_DIGEST\nENV MLSERVE_PACKAGE=/models/package MLSERVE_PACKAGE_DIGEST=${PACKAGE_DIGEST}\nCOPY Dockerfile /\n"
 

@@ -75,7 +75,9 @@ def stage(
     folder = Path(folder)
     try:
         shutil.rmtree(folder, ignore_errors=True)
-        stage_code(folder / 'code', source)
+        stage_code(folder / 'ground', source)
+        (folder / 'code/mlserve').mkdir(parents=True)
+        os.rename(folder / 'ground/mlserve/serving', folder / 'code/mlserve/serving')
         (folder / 'Dockerfile').write_text(dockerfile)
         (folder / 'tools').mkdir()
         shutil.copyfile(slim.__file__, folder / 'tools/slim.py')
