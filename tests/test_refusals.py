@@ -74,7 +74,7 @@ def test_what_is_no_model_notebook_is_told_before_anything_is_asked_or_made(tmp_
     (["check", "nothing", "--device", "tpu"], ["'tpu'", "allowed: cpu, cuda, cuda:N."]),
     (["promote", "nothing", "--device", "tpu"], ["'tpu'", "allowed: cpu, cuda, cuda:N."]),
     (["check", "nothing@sha256:abc"], ["nothing@sha256:abc", "64"]),
-    (["check", "sha256:" + "0" * 64], ["Nothing is recorded in sqlite:///", "no such file", "MLSERVE_STATE"]),
+    (["check", "sha256:" + "0" * 64], ["Nothing is recorded in sqlite:///", "which does not exist", "MLSERVE_STATE"]),
     (["check", "nothing"], ["Nothing is recorded in sqlite:///"]),
     (["check", "nothing/at:all"], ["'nothing/at:all' is the tag of an image", "@sha256:"]),
     (["check", "nothing", "--devise", "cpu"], ["--devise (Possible options: --device). mlserve --help"]),
@@ -148,7 +148,7 @@ def run_out(*command):
 
 def test_two_first_commands_share_a_new_store(tmp_path):
     "Both make the tables of one file"
-    code = "from mlserve.release import record; print(record.experiment(record.client()))"
+    code = "from mlserve.release import tracking; print(tracking.experiment(tracking.client()))"
     env = {**os.environ, "MLSERVE_STATE": str(tmp_path), "MLFLOW_TRACKING_URI": ""}
     both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     said = [p.communicate(timeout=120) for p in both]

@@ -96,6 +96,20 @@ def test_pages_open_with_a_title_and_a_sentence():
         assert first[0] == f"# {name.split('.')[-1]}" and first[2].startswith("> "), path
 
 
+def test_the_architecture_page_shows_the_house_as_it_is():
+    "Its tables are made by its code; what stands under the cells is what they give now"
+    names, tables = {}, 0
+    for cell in cells(ROOT / "nbs/explanations/architecture.ipynb"):
+        *body, last = ast.parse(cell["source"]).body
+        exec(compile(ast.Module(body, []), "architecture", "exec"), names)
+        if isinstance(last, ast.Expr) and hasattr(value := eval(compile(ast.Expression(last.value), "architecture", "eval"), names), "data"):
+            assert value.data == "".join(cell["outputs"][0]["data"]["text/markdown"])
+            tables += 1
+        else:
+            exec(compile(ast.Module([last], []), "architecture", "exec"), names)
+    assert tables == 4
+
+
 def test_serving_needs_nothing_of_a_notebook():
     for path in (ROOT / "mlserve").rglob("*.py"):
         if path.name != "_modidx.py":

@@ -9,7 +9,7 @@ __all__ = ['kinds', 'Side', 'read_side', 'changes', 'layers_of', 'compare', 'dif
 import json, re
 from dataclasses import dataclass
 from ..errors import IntegrityError, MlserveError, NotFound, UsageError
-from . import attest, record
+from . import attest, record, tracking
 from .parts import variables
 from .distribution import Remote, read_reference
 from .dockerfile import ImageSpec, parse, render
@@ -45,7 +45,7 @@ def read_side(
     origin = _document(remote, found, pair, 'provenance', lambda data: attest.read_provenance(attest.unseal(data)[0]))
     known = found.labels.get('io.mlserve.weights')
     weights = bill.weights if bill and bill.weights else {n: (sha,) for sha,n in re.findall(r'sha256:([0-9a-f]{64}) (.*?)(?:, (?=sha256:)|$)', known)} if known else None
-    metrics = dict(record.client(uri).get_run(pair.run_id).data.metrics) if pair else None
+    metrics = dict(tracking.client(uri).get_run(pair.run_id).data.metrics) if pair else None
     return Side(found, bill and {w.name: (w.version, w.sha256) for w in bill.wheels}, bill and bill.debian, weights, bill and bill.code, origin and origin.recipe, metrics, *((pair.name, pair.version) if pair else ()))
 def _pair(digest, uri):
     try: return record.find_pair(digest, uri) if digest.startswith('sha256:') else None

@@ -17,7 +17,7 @@ import mlserve
 from ..errors import Interrupted, LocalResource, MlserveError, RemoteUnavailable, UsageError
 from ..package import golden, load_package
 from ..protocol import encode_predict_request
-from . import record
+from . import record, tracking
 from .container import credentials
 from .image import engine
 from .notebook import check_parameters, run_notebook
@@ -82,9 +82,9 @@ def reach(
     check_parameters(spec.notebook, {'package_dir': 'package'})
     engine(seconds=10).close()
     reach_registry(spec.repository)
-    record.experiment(record.client())
+    tracking.experiment(tracking.client())
     if spec.delivery == 'store': reach_store(spec.store)
-    if spec.delivery == 'registry' and not record.tracking_uri().startswith('http'):
+    if spec.delivery == 'registry' and not tracking.tracking_uri().startswith('http'):
         raise UsageError("Delivery 'registry' needs a tracking server that containers reach by http; this store is a file.", mend='Set MLFLOW_TRACKING_URI.')
 
 # %% ../../nbs/release/07_pipeline.ipynb #3504d036
@@ -148,9 +148,9 @@ def open_run(
     "Make the folder and the MLflow run of a release"
     spec = absolute(spec)
     folder = run_folder(spec.state)
-    store = record.client()
+    store = tracking.client()
     tags = {'mlserve.source': source_of(spec.notebook), 'mlserve.spec': spec.model_dump_json()}
-    made = store.create_run(record.experiment(store), run_name=spec.name, tags=tags)
+    made = store.create_run(tracking.experiment(store), run_name=spec.name, tags=tags)
     write_json(folder/'spec.json', json.loads(spec.model_dump_json()))
     return Run(spec, folder, made.info.run_id)
 
@@ -218,7 +218,7 @@ def close_run(
     "Log the evidence, and close the MLflow run"
     books = sorted(run.folder.glob('*.ipynb'), key=lambda p: p.stat().st_mtime)
     try:
-        store = record.client()
+        store = tracking.client()
         for path in [*books, *run.folder.glob('*.json')]: store.log_artifact(run.id, str(path), 'evidence')
         store.set_terminated(run.id, status)
     except Exception as e:
@@ -242,7 +242,7 @@ def commands(
     body.write_bytes(encode_predict_request({k: v[:1] for k,v in golden(package)[0].items()}))
     more = {'baked': '', 'volume': f'-v {Path(package.path).absolute()}:/models/package:ro '}.get(delivery, _remote(os.environ, delivery))
     if device == 'cuda': more = '--gpus all --shm-size 1g -v mlserve-cuda:/var/cache/cuda ' + more
-    uri = record.tracking_uri()
+    uri = tracking.tracking_uri()
     mlflow = Path(sys.executable).parent/'mlflow'
     ui = uri if uri.startswith('http') else f'{mlflow} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
     engine = f"DOCKER_HOST={os.environ['DOCKER_HOST']} " if 'DOCKER_HOST' in os.environ else ''
@@ -257,7 +257,7 @@ def release(
 )->dict: # the content of `state/release.json`
     "From a model notebook to a checked pair of version and image"
     steps,state = [],Path(spec.state).absolute()
-    uri = record.tracking_uri(state)
+    uri = tracking.tracking_uri(state)
     with environment(MLSERVE_STATE=str(state), MLFLOW_TRACKING_URI=uri):
         with step('reach', steps, progress): reach(spec)
         (state/'release.json').unlink(missing_ok=True)
@@ -292,4 +292,3 @@ def summary(
     share = f"accuracy {shares['container']:.4g} (notebook {shares['notebook']:.4g}), " if shares else ''
     return (f"{result['model']} version {result['version']} answers on {result['device']} as the notebook did, on the golden rows{f' and {rows} held-back rows' if rows else ''}: {share}"
         f"p50 {result['check']['latency_ms']['p50']:.3g} ms, {result['image_mb']:.0f} MB; now {' and '.join(result['aliases']) or 'without an alias'}.")
-

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlserve
 from ..errors import IntegrityError, MlserveError, NotFound, RemoteUnavailable, UsageError
 from ..lock import digest_of, file_hash
-from . import attest, parts, record
+from . import attest, parts, record, tracking
 from .context import labels_of, weights_of
 from .dockerfile import ImageSpec, render
 from .distribution import Remote, read_reference
@@ -93,7 +93,7 @@ def _beside(seen, pair):
 def _notebook(seen, pair, uri):
     if not seen.origin or not pair: return None
     if not seen.origin.executed: return None
-    store,found = record.client(uri),'nothing'
+    store,found = tracking.client(uri),'nothing'
     with tempfile.TemporaryDirectory() as folder:
         try: found = 'sha256:' + file_hash(Path(store.download_artifacts(pair.run_id, f'evidence/{seen.origin.notebook}', folder)))
         except RemoteUnavailable: raise
