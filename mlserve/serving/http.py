@@ -164,6 +164,7 @@ def _begin(self, e):
     "Start the work on a request"
     self.current = e
     self.web.life.in_flight += 1
+    if e.refused is None and e.method == b'POST' and self.web.life.state == 'loading': e.refused = Unavailable('The model is loading.')
     if e.refused is not None: self._answer(*refusal(e.refused))
     elif e.method == b'GET' and e.path in PROBES: self._answer(*self.web.probed(e.path))
     elif e.route is not None: e.call = self.web.inference.start(e.route, e.h, e.body, self._answer, e.id, e.arrived)
