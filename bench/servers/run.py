@@ -242,6 +242,9 @@ def one(a, name, model, batching, emit, refs, concs):
                 with concurrent.futures.ThreadPoolExecutor(16) as ex:
                     rs = list(ex.map(lambda r: call(c.port, r), reqs))
                 bad = [r[:1] + r[2:] for r in rs if r[0] != 200]
+                if bad and all(status == 503 for status, _ in bad) and time.perf_counter() - t0 < 30:  # another worker is loading
+                    time.sleep(0.2)
+                    return check()
                 if bad:
                     raise RuntimeError(f"{len(bad)} bad answers: {str(bad[0])[:300]}")
                 return max(diff(ad, c, r, y) for r, y in zip(rs, ys))
