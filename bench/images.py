@@ -259,7 +259,7 @@ def main():
     try:
         package = load_package(o.package or trained(work))
         wheels = wheels_for(state / "bench-wheels/tutorial", "torch==2.13.0", "fastapi", "uvicorn[standard]", "numpy")
-        more = wheels_for(state / "bench-wheels/mlflow", f"mlflow=={version('mlflow')}", "torch==2.13.0", f"numpy=={version('numpy')}",
+        more = wheels_for(state / "bench-wheels/mlflow", "gunicorn[gevent]", f"mlflow=={version('mlflow')}", "torch==2.13.0", f"numpy=={version('numpy')}",
                           *(f"{n}=={version(n)}" for n in ("pip", "setuptools", "wheel")))  # its image sets these three to training's
         torch, edge = ours("ours-torch", package, work, state, registry), ours("ours-onnx", as_onnx(package, work), work, state, registry)
         code = lambda b: change_file(b.folder / "mlserve/serving/app.py", "\n# change {n}\n")
@@ -325,7 +325,7 @@ def table(rows, runs):
     import psutil
     tutorial, names = rows[0], {"tutorial": "two-stage Dockerfile of the tutorials", "ours-torch": "mlserve, torch", "ours-onnx": "mlserve, ONNX (edge)", "mlflow": "MLflow's generated Dockerfile"}
     lines = [f"# Images side by side, {time.strftime('%Y-%m-%d')}", "",
-             f"One run of `make bench-images` on {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()} {platform.release()}, engine "
+             f"One run of `make bench-images` on {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}, engine "
              f"{image.engine().version()['Version']}, a registry on loopback, load {os.getloadavg()[0]:.1f} at its end; the least of {runs} runs each (MLflow: 1). MB are 10**6 bytes.", "",
              "| image | MB | of the tutorials' | compressed MB | layers | cold build s | code: build s | code: push s | code: kB moved | weights: build + push s | weights: kB moved |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
