@@ -173,15 +173,16 @@ def flip(content):
     return content[:len(content) // 2] + bytes([content[len(content) // 2] ^ 1]) + content[len(content) // 2 + 1:]
 
 
+WHEELS, WEIGHTS, CODE = -4, -3, -1  # layers, counted from the end
 PLANTS = {  # what is done to which layer, and the first link that must break
-    "a byte of the weights": (-2, edit(r"package/model\.onnx$", flip), None, "package", "model.onnx"),
-    "a file beside the weights": (-2, extra("models/package/handler.py", b"import os\n"), None, "package", "handler.py"),
-    "a byte of a wheel's file": (-3, edit(r"site-packages/idna/core\.py$", flip), None, "wheels", "idna/core.py"),
-    "a wheel's file and its list": (-3, forged, None, "wheels", "idna installed"),
-    "a file that no wheel has": (-3, extra("opt/venv/lib/python3.11/site-packages/evil.pth", b"import evil\n"), None, "wheels", "evil.pth"),
-    "old byte code": (-3, edit(r"site-packages/idna/__pycache__/core\.cpython-311\.pyc$", lambda c: c[:8] + bytes(8) + c[16:]), None, "wheels", "core.cpython-311.pyc"),
-    "a module of the server": (-1, edit(r"mlserve/serving/app\.py$", lambda c: c + b"\n"), None, "code", "mlserve/serving/app.py"),
-    "a file of the system": (-1, extra("etc/ld.so.preload", b"/tmp/x.so\n"), None, "base", "etc/ld.so.preload"),
+    "a byte of the weights": (WEIGHTS, edit(r"package/model\.onnx$", flip), None, "package", "model.onnx"),
+    "a file beside the weights": (WEIGHTS, extra("models/package/handler.py", b"import os\n"), None, "package", "handler.py"),
+    "a byte of a wheel's file": (WHEELS, edit(r"site-packages/idna/core\.py$", flip), None, "wheels", "idna/core.py"),
+    "a wheel's file and its list": (WHEELS, forged, None, "wheels", "idna installed"),
+    "a file that no wheel has": (WHEELS, extra("opt/venv/lib/python3.11/site-packages/evil.pth", b"import evil\n"), None, "wheels", "evil.pth"),
+    "old byte code": (WHEELS, edit(r"site-packages/idna/__pycache__/core\.cpython-311\.pyc$", lambda c: c[:8] + bytes(8) + c[16:]), None, "wheels", "core.cpython-311.pyc"),
+    "a module of the server": (CODE, edit(r"mlserve/serving/app\.py$", lambda c: c + b"\n"), None, "code", "mlserve/serving/app.py"),
+    "a file of the system": (CODE, extra("etc/ld.so.preload", b"/tmp/x.so\n"), None, "base", "etc/ld.so.preload"),
     "a label": (None, None, labelled, "labels", "io.mlserve.lock"),
     "a variable": (None, None, preloading, "dockerfile", "LD_PRELOAD"),
     "the user": (None, None, as_root, "dockerfile", "user"),
@@ -238,7 +239,7 @@ def test_a_planted_break_is_found_and_named(once, copied, edge, tracking, what):
 
 def test_a_planted_image_without_documents_or_version(copied, environment):
     "The same as a user meets it: exit 5, the first link named, the others listed"
-    image = planted(copied, -2, edit(r"package/model\.onnx$", lambda content: content + b"\0"))
+    image = planted(copied, WEIGHTS, edit(r"package/model\.onnx$", lambda content: content + b"\0"))
     done = mlserve("verify", image, "--json", env=environment)
     assert done.returncode == 5, done.stderr
     assert json.loads(done.stdout)["broken"][0] == "package"
