@@ -95,6 +95,7 @@ def build(notebook:Annotated[Path|None, typer.Argument(help='The model notebook.
     if vendored: result = build_vendored(vendored, builder, state)
     else: result = build_only(read_spec(notebook, name=name, device=device, delivery=delivery, store=store, state=state, builder=builder), package, twice)
     for warning in result['warnings']: print(f'warning: {warning}', file=sys.stderr)
+    if twice: print('Built twice, the second time from nothing: every layer and the digest are the same.', file=sys.stderr)
     show(result, result['image'], full)
 
 # %% ../nbs/11_cli.ipynb #754fb5e5
@@ -111,10 +112,10 @@ def vendor(notebook:Notebook, package:Annotated[Path, typer.Option(help='Folder 
 # %% ../nbs/11_cli.ipynb #2ac50bcf
 Recorded = Annotated[str, typer.Argument(help='REPOSITORY@sha256:…, or the name of a registered model.')]
 Model = Annotated[str, typer.Argument(help='Name of the registered model.')]
-Version = Annotated[str, typer.Option(help='Version, or an alias.')]
+Version = Annotated[str|None, typer.Option(help='Of a model by name: a version, or an alias; candidate by default.')]
 Asked = Annotated[str|None, typer.Option('--device', help='cpu, cuda or cuda:N; as recorded by default.')]
 @app.command()
-def check(image:Recorded, version:Version='candidate', device:Asked=None, full:Json=False):
+def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=False):
     "Run a recorded image by its digest, and prove that it infers."
     from mlserve.release.check import check as run
     from mlserve.release.container import by_code
@@ -122,7 +123,9 @@ def check(image:Recorded, version:Version='candidate', device:Asked=None, full:J
     from mlserve.release.spec import checked_device
     if device: checked_device(device)
     if '@' not in image and ('/' in image or ':' in image) and not image.startswith('sha256:'): raise UsageError(f'{image!r} is the tag of an image, which may move.', mend='Give REPOSITORY@sha256:…, or the name of a registered model.')
-    pair = find_pair(image) if '@' in image or image.startswith('sha256:') else read_pair(image, version)
+    digest = '@' in image or image.startswith('sha256:')
+    if digest and version: raise UsageError('--version was given with an image; a digest has one version.', mend='Give the name of a model with --version, or the image alone.')
+    pair = find_pair(image) if digest else read_pair(image, version or 'candidate')
     result = run(pair, device)
     if result.passed: print(f'{pair.name} version {pair.version} answers on {result.device} as the notebook did, on the golden rows and {result.rows} held-back rows.', file=sys.stderr)
     if full or result.passed: show(asdict(result), 'passed', full)
@@ -131,10 +134,10 @@ def check(image:Recorded, version:Version='candidate', device:Asked=None, full:J
         error.step = 'check'
         raise error
 @app.command()
-def promote(model:Model, version:Version='candidate', device:Asked=None, full:Json=False):
+def promote(model:Model, version:Version=None, device:Asked=None, full:Json=False):
     "Move production to a version whose check passed."
     from mlserve.release.record import contract_change, promote as run, read_pair
-    if warning := contract_change(read_pair(model, version)): print(f'warning: {warning}', file=sys.stderr)
+    if warning := contract_change(read_pair(model, version or 'candidate')): print(f'warning: {warning}', file=sys.stderr)
     pair = run(model, version, device)
     show(asdict(pair), pair.image, full)
 

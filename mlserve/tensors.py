@@ -229,7 +229,8 @@ def check_names(
     want = [s.name for s in specs]
     if want == list(names): return
     missing,extra = [n for n in want if n not in names],[n for n in names if n not in want]
-    if missing: raise InvalidInput(f"Input '{missing[0]}' is missing; the model takes {', '.join(want)}.")
+    given = f", and '{str(extra[0])[:80]}' was given" if extra else ''
+    if missing: raise InvalidInput(f"Input '{missing[0]}' is missing{given}; the model takes {', '.join(want)}.")
     if extra: raise InvalidInput(f"There is no input '{str(extra[0])[:80]}'; the model takes {', '.join(want)}.")
 
 # %% ../nbs/01_tensors.ipynb #b89f0697

@@ -31,10 +31,12 @@ def check_parameters(
 )->None:
     "Refuse a parameter that is unknown, and a run that lacks one"
     known,name = parameters_of(path),Path(path).name
+    if parameters and not known: raise UsageError(f"{name} has no cell that is tagged parameters, so {', '.join(map(repr, parameters))} cannot be given to it.",
+        mend='Tag the cell with the defaults as parameters, in the property inspector of JupyterLab.')
     for p in parameters:
         if p in known: continue
         near = next(iter(difflib.get_close_matches(p, known, 1)), '')
-        raise UsageError(f'{name} has no parameter {p!r}' + (f'; did you mean {near!r}?' if near else f"; it has {', '.join(known) or 'none'}."),
+        raise UsageError(f'{name} has no parameter {p!r}' + (f'; did you mean {near!r}?' if near else f"; it has {', '.join(known)}."),
             mend='Its parameters stand in the one cell with the tag parameters.')
     missing = [p for p,default in known.items() if default.strip() == 'None' and parameters.get(p) is None]
     if missing: raise UsageError(f"{name} needs a value for {', '.join(missing)}.")

@@ -72,14 +72,21 @@ def log_package(
     "Log a package, its held-back data and its metrics to the store"
     package,store = load_package(path),client(uri)
     run_id,ours = _open_run(store, package.name)
+    status = 'FAILED'
+    try:
+        logged = _log(store, run_id, package, holdout, metrics or {})
+        status = 'FINISHED'
+    finally:
+        if ours: store.set_terminated(run_id, status)
+    return logged
+def _log(store, run_id, package, holdout, metrics):
     if holdout is not None: _log_holdout(store, run_id, package, *holdout)
-    for name,value in (metrics or {}).items(): store.log_metric(run_id, name, float(value))
+    for name,value in metrics.items(): store.log_metric(run_id, name, float(value))
     model = store.create_logged_model(store.get_run(run_id).info.experiment_id, name=package.name, source_run_id=run_id)
     store.log_model_artifacts(model.model_id, str(package.path))
     store.finalize_logged_model(model.model_id, 'READY')
     logged = Logged(run_id, model.model_id, package.digest, contract_of(package))
     for key,value in {'mlserve.package': package.digest, 'mlserve.model_id': model.model_id, 'mlserve.contract': logged.contract}.items(): store.set_tag(run_id, key, value)
-    if ours: store.set_terminated(run_id)
     return logged
 
 # %% ../../nbs/release/05_record.ipynb #4b667c0f

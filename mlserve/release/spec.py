@@ -104,8 +104,8 @@ def checked_store(
 )->str: # the same
     "The address of a store, or a refusal that says what is allowed"
     if len(place) <= 512 and _store.fullmatch(place): return place
-    raise Refused(f'A store was asked for at {place.partition("://")[0][:20]!r}://…; s3://, gs:// and az:// are allowed, with a bucket and plain names.',
-        mend='Write it as s3://bucket/prefix; credentials belong into the environment.')
+    raise Refused(f'A store was asked for at {place.partition("://")[0][:20]}://…; s3://, gs:// and az:// are allowed, with a bucket and plain names.',
+        mend='Write it as s3://bucket/prefix; credentials belong in the environment.')
 
 # %% ../../nbs/release/00_spec.ipynb #ac7a892f
 def baked_warning(

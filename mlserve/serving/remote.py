@@ -21,7 +21,7 @@ def parse_store(
     plain = folders and all(re.fullmatch(r'[^@?#%*\[\]{}\\\s\x00-\x1f]{1,255}', f) and f not in ('.', '..') for f in folders)
     if scheme not in _schemes or not _bucket.fullmatch(bucket) or not plain:
         raise Refused(f'The package is asked for at an address of the kind {scheme[:12]!r}; allowed are s3://, gs:// or az:// with bucket/folder, and nothing else.',
-            mend='Endpoint and credentials belong into the environment, not into the address.')
+            mend='Endpoint and credentials belong in the environment, not into the address.')
     return _schemes[scheme], f"{bucket}/{'/'.join(folders)}"
 
 # %% ../../nbs/serving/00_remote.ipynb #18b504d5
