@@ -137,6 +137,8 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
 def promote(model:Model, version:Version=None, device:Asked=None, full:Json=False):
     "Move production to a version whose check passed."
     from mlserve.release.record import contract_change, promote as run, read_pair
+    from mlserve.release.spec import checked_device
+    if device: checked_device(device)
     if warning := contract_change(read_pair(model, version or 'candidate')): print(f'warning: {warning}', file=sys.stderr)
     pair = run(model, version, device)
     show(asdict(pair), pair.image, full)

@@ -19,6 +19,7 @@ def pytest_addoption(parser):
 IMAGES = {"test_attest", "test_cuda_image", "test_debug", "test_hardened", "test_image", "test_matrix", "test_refusals", "test_release"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
     "Two halves that share nothing, for two processes: what needs an engine, and what does not; the full counts may take hours"
     for item in items:

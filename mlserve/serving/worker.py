@@ -236,8 +236,7 @@ async def serve(
 
 # %% ../../nbs/serving/05_worker.ipynb #9ddd3436
 async def _make(listeners):
-    "The routes that need FastAPI, a second after the first answers; a request for one of them does not wait for it"
-    await asyncio.sleep(1)
+    "The routes that need FastAPI"
     for l in listeners: await l.app.made()
 def _fault(life, error):
     "The batcher found the model or the device broken"
