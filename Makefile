@@ -26,8 +26,8 @@ setup: .venv/.installed ## the environment, in .venv
 release: setup engine-start ## the main job: train, build, record, check and promote the example
 	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote --json
 
-test: setup engine-start test-tools ## every test, with real releases in containers; two processes
-	@$(WITH_ENGINE) pytest -q -n 2 --dist loadgroup
+test: setup engine-start test-tools ## every test, with real releases in containers
+	@$(WITH_ENGINE) pytest -q
 
 test-tools: # what the tests trace, emulate, proxy, load and build with; azurite and checkov go below state/
 	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \

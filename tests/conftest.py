@@ -16,14 +16,9 @@ def pytest_addoption(parser):
     parser.addoption("--url", help="a server that the conformance suite shall ask")
 
 
-IMAGES = {"test_attest", "test_cuda_image", "test_debug", "test_hardened", "test_image", "test_matrix", "test_refusals", "test_release"}
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items):
-    "Two halves that share nothing, for two processes: what needs an engine, and what does not; the full counts may take hours"
+    "The full counts may take hours"
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("images" if item.module.__name__ in IMAGES else "servers"))
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(4 * 3600))
 
