@@ -6,7 +6,7 @@
 __all__ = ['parameters_of', 'check_parameters', 'family', 'cell_error', 'run_notebook', 'run_cells']
 
 # %% ../../nbs/release/04_notebook.ipynb #4ab55e9a
-import contextlib, difflib, json, logging
+import contextlib, difflib, json, logging, subprocess
 from pathlib import Path
 from ..errors import MlserveError, NotebookFailed, UsageError
 
@@ -59,6 +59,12 @@ def cell_error(
     return NotebookFailed(f"{name} raised {ename} in {where}: {evalue[:600].rstrip('. ')}.")
 
 # %% ../../nbs/release/04_notebook.ipynb #c3839f31
+def _quiet_kernels(): # imported late, for `run_cells` needs no kernel
+    from jupyter_client.manager import AsyncKernelManager
+    class Quiet(AsyncKernelManager):
+        async def _async_launch_kernel(self, kernel_cmd, **kw): await super()._async_launch_kernel(kernel_cmd, **kw, stderr=subprocess.DEVNULL)
+        _launch_kernel = _async_launch_kernel
+    return Quiet
 def run_notebook(
     path, # of the notebook; it is not changed
     parameters:dict, # values to inject
@@ -72,7 +78,8 @@ def run_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     logging.getLogger('tornado.general').setLevel(logging.CRITICAL) # a kernel that ends is told once, by us
     try: papermill.execute_notebook(str(path), str(out), parameters=parameters, kernel_name='python3', cwd=str(path.parent),
-        progress_bar={'disable': None, 'leave': False, 'desc': path.stem}, log_output=False, extra_arguments=['--log-level=50'])
+        progress_bar={'disable': None, 'leave': False, 'desc': path.stem}, log_output=False,
+        kernel_manager_class=_quiet_kernels(), extra_arguments=['--log-level=50'])
     except PapermillExecutionError as e: error = cell_error(path.name, e.ename, e.evalue, e.exec_count)
     except (RuntimeError, OSError) as e: error = NotebookFailed(f"{path.name} could not be run to its end: {str(e).rstrip('. ')}.")
     else: return out
