@@ -27,10 +27,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import httpx
-
 from mlserve.package import load_environment, load_package
-from mlserve.release import context, dependencies, image, inputs
+from mlserve.release import context, dependencies, distribution, image, inputs
 from mlserve.release.dockerfile import ImageSpec, render
 
 ROOT = Path(__file__).parent.parent
@@ -90,11 +88,9 @@ def pushed(b, made):
 
 def manifest(reference):
     "Layers of a pushed image: digest → compressed bytes, in order; and the bytes of its configuration"
-    host, rest = reference.split("/", 1)
-    repository, digest = rest.split("@")
-    got = httpx.get(f"http://{host}/v2/{repository}/manifests/{digest}", trust_env=False, headers={"Accept": "application/vnd.docker.distribution.manifest.v2+json"})
-    m = got.raise_for_status().json()
-    return {layer["digest"]: layer["size"] for layer in m["layers"]}, m["config"]["size"] + len(got.content)
+    data, _ = distribution.manifest(distribution.Remote(where := distribution.read_reference(reference)), where.which)
+    m = json.loads(data)
+    return {layer["digest"]: layer["size"] for layer in m["layers"]}, m["config"]["size"] + len(data)
 
 
 def moved(before, after):
@@ -116,7 +112,7 @@ def link(source, dest):
     shutil.copytree(source, dest, copy_function=os.link)
 
 
-def ours(name, package, work, state, registry, extra=(), source=None):
+def ours(name, package, work, state, registry, extra=()):
     "Our image, made as `build_image` makes it; everything but the wheels' download belongs to a build"
     place = work / name
     shutil.copytree(package.path, place / "package")
@@ -292,14 +288,10 @@ def trained(work):
 
 def as_onnx(package, work):
     "The same program as ONNX"
-    import io
-
     import torch
     from mlserve.package import golden, save_package
     model, (inputs, _) = torch.jit.load(str(package.path / "model.pt")), golden(package)
     [(name, x)] = inputs.items()
-    body = torch.nn.Sequential()
-    body.forward = None
     file = work / "digits.onnx"
     torch.onnx.export(model, (torch.from_numpy(x),), str(file), dynamo=False, input_names=[name], output_names=[s.name for s in package.outputs],
                       dynamic_axes={name: {0: "rows"}, package.outputs[0].name: {0: "rows"}})

@@ -122,8 +122,8 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
     if device: checked_device(device)
-    if '@' not in image and ('/' in image or ':' in image) and not image.startswith('sha256:'): raise UsageError(f'{image!r} is the tag of an image, which may move.', mend='Give REPOSITORY@sha256:…, or the name of a registered model.')
     digest = '@' in image or image.startswith('sha256:')
+    if not digest and ('/' in image or ':' in image): raise UsageError(f'{image!r} is the tag of an image, which may move.', mend='Give REPOSITORY@sha256:…, or the name of a registered model.')
     if digest and version: raise UsageError('--version was given with an image; a digest has one version.', mend='Give the name of a model with --version, or the image alone.')
     pair = find_pair(image) if digest else read_pair(image, version or 'candidate')
     result = run(pair, device)
@@ -136,11 +136,8 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
 @app.command()
 def promote(model:Model, version:Version=None, device:Asked=None, full:Json=False):
     "Move production to a version whose check passed."
-    from mlserve.release.record import contract_change, promote as run, read_pair
-    from mlserve.release.spec import checked_device
-    if device: checked_device(device)
-    if warning := contract_change(read_pair(model, version or 'candidate')): print(f'warning: {warning}', file=sys.stderr)
-    pair = run(model, version, device)
+    from mlserve.release.record import promote as run
+    pair = run(model, version, device, warn=lambda text: print(f'warning: {text}', file=sys.stderr))
     show(asdict(pair), pair.image, full)
 
 # %% ../nbs/11_cli.ipynb #17197ce1
@@ -151,7 +148,8 @@ def debug(image:Annotated[str, typer.Argument(help='REPOSITORY@sha256:…')],
     state:State=None):
     "Open an image with a shell and tools, beside or instead of a container."
     from mlserve.release.debug import debug as run
-    raise typer.Exit(run(image, container, command, state or os.environ.get('MLSERVE_STATE') or 'state'))
+    from mlserve.release.tracking import state_folder
+    raise typer.Exit(run(image, container, command, state or state_folder()))
 
 # %% ../nbs/11_cli.ipynb #24d65b03
 @app.command()

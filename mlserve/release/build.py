@@ -17,6 +17,7 @@ from .dockerfile import ImageSpec, render, spec_of
 from .notebook import run_cells
 from .pipeline import absolute, pipelines, read_json, run_folder, under_name, write_json
 from .spec import ReleaseSpec, default_repository
+from .tracking import state_folder
 from .upload import place_of
 
 # %% ../../nbs/release/08_build.ipynb #b6c88b0a
@@ -111,7 +112,7 @@ def build_vendored(
     state=None, # the state folder
 )->dict: # as `build_only`
     "Build and push from a vendored folder, without any network but the registry's"
-    builder,state,folder = builder or 'docker',Path(state or os.environ.get('MLSERVE_STATE') or 'state').absolute(),Path(folder).absolute()
+    builder,state,folder = builder or 'docker',Path(state or state_folder()).absolute(),Path(folder).absolute()
     if builder not in ('docker','buildah'): raise UsageError(f'The builder {builder!r} was asked for; allowed: docker, buildah.')
     said = check_folder(folder)
     spec_of((folder/'context/Dockerfile').read_text())

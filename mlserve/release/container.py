@@ -99,7 +99,7 @@ def started(
     import docker
     _pull(client, image)
     if 'network' in options: _network(client, options['network'])
-    container = client.containers.create(image, **{k: v for k,v in options.items() if k != 'detach'})
+    container,seconds = client.containers.create(image, **{k: v for k,v in options.items() if k != 'detach'}),10
     try:
         try: container.start()
         except docker.errors.APIError as e:
@@ -108,9 +108,11 @@ def started(
                 raise GpuRefused(f'The engine cannot give a GPU: {text[:200]}.', mend='Use a host with a GPU and the NVIDIA Container Toolkit.') from None
             raise LocalResource(f'The container does not start: {text[:300]}.') from None
         yield container
-    except KeyboardInterrupt: _remove(container, 0); raise
-    finally: _remove(container)
-def _remove(container, seconds=10):
+    except KeyboardInterrupt:
+        seconds = 0
+        raise
+    finally: _remove(container, seconds)
+def _remove(container, seconds):
     import docker
     try: container.stop(timeout=seconds)
     except docker.errors.DockerException: pass

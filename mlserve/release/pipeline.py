@@ -203,11 +203,11 @@ def build_record_check(
     with step('check', steps, progress):
         run.notebook(pipelines()/'check_inference.ipynb', run_dir=str(run.folder), name=pair['name'], version=pair['version'])
     built,checked = run.result('build'),run.result('check')
-    found = [record.contract_change(record.read_pair(pair['name'], pair['version']))]
+    found = list(filter(None, [record.contract_change(record.read_pair(pair['name'], pair['version']))]))
     if not checked['rows']: found.append('There was no held-back data: only the golden rows were compared.')
     elif not checked['accuracy']: found.append('The labels are no classes of the first output: answers were compared, and no accuracy was measured.')
-    for warning in filter(None, found): progress(f'warning: {warning}')
-    built['warnings'] += filter(None, found)
+    for warning in found: progress(f'warning: {warning}')
+    built['warnings'] += found
     return built,pair,checked
 
 # %% ../../nbs/release/07_pipeline.ipynb #3f3aaa97

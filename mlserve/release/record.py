@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Logged', 'contract_of', 'saved_answers', 'log_package', 'read_logged', 'fetch_package', 'fetch_holdout', 'Pair',
-           'record', 'read_pair', 'find_pair', 'mark', 'promote', 'contract_change', 'aliases']
+           'record', 'read_pair', 'find_pair', 'mark', 'contract_change', 'promote', 'aliases']
 
 # %% ../../nbs/release/05_record.ipynb #981af554
 import json, os, re, tempfile
@@ -221,23 +221,6 @@ def _move(store, pair, alias):
     now = str(store.get_model_version_by_alias(pair.name, alias).version)
     if now != pair.version: raise Conflict(f'The alias {alias!r} of {pair.name} was moved to version {now} while version {pair.version} was being set.')
 
-# %% ../../nbs/release/05_record.ipynb #719a365f
-def promote(
-    name:str, # of the registered model
-    version:str|None=None, # the alias `candidate` by default
-    device:str|None=None, # that the deployment asks for; the recorded one by default
-    uri:str|None=None, # of the store
-)->Pair: # now `production`
-    "Move `production` to a pair whose check passed"
-    asked = checked_device(device) if device else ''
-    pair = read_pair(name, version or 'candidate', uri)
-    kind = asked or pair.tags.get('mlserve.device', 'cpu')
-    if pair.status != 'checked' or not pair.checks.get(kind, {}).get('passed'):
-        raise CheckFailed(f'{name} version {pair.version} is {pair.status}; its check has not passed on {kind}.',
-            mend=f"Run mlserve check {name} --version {pair.version}{' --device ' + device if device else ''}.")
-    _move(client(uri), pair, 'production')
-    return pair
-
 # %% ../../nbs/release/05_record.ipynb #356fcd41
 def contract_change(
     pair:Pair, # to be promoted
@@ -248,6 +231,25 @@ def contract_change(
     except NotFound: return ''
     old,new = (p.tags.get('mlserve.contract') for p in (now, pair))
     return '' if not old or old == new else f'{pair.name} in production (version {now.version}) is {old}; version {pair.version} is {new}: its clients must change with it.'
+
+# %% ../../nbs/release/05_record.ipynb #719a365f
+def promote(
+    name:str, # of the registered model
+    version:str|None=None, # the alias `candidate` by default
+    device:str|None=None, # that the deployment asks for; the recorded one by default
+    uri:str|None=None, # of the store
+    warn=lambda text: None, # called with a sentence when the contract changes
+)->Pair: # now `production`
+    "Move `production` to a pair whose check passed"
+    asked = checked_device(device) if device else ''
+    pair = read_pair(name, version or 'candidate', uri)
+    if change := contract_change(pair, uri): warn(change)
+    kind = asked or pair.tags.get('mlserve.device', 'cpu')
+    if pair.status != 'checked' or not pair.checks.get(kind, {}).get('passed'):
+        raise CheckFailed(f'{name} version {pair.version} is {pair.status}; its check has not passed on {kind}.',
+            mend=f"Run mlserve check {name} --version {pair.version}{' --device ' + device if device else ''}.")
+    _move(client(uri), pair, 'production')
+    return pair
 
 # %% ../../nbs/release/05_record.ipynb #b7c698f5
 def aliases(

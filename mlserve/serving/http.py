@@ -164,17 +164,20 @@ def _begin(self, e):
     "Start the work on a request"
     self.current = e
     self.web.life.in_flight += 1
-    if e.refused is None and e.method == b'POST' and self.web.life.state == 'loading': e.refused = Unavailable('The model is loading.')
     if e.refused is not None: self._answer(*refusal(e.refused))
     elif e.method == b'GET' and e.path in PROBES: self._answer(*self.web.probed(e.path))
     elif e.route is not None: e.call = self.web.inference.start(e.route, e.h, e.body, self._answer, e.id, e.arrived)
+    elif e.method == b'POST' and self.web.life.state == 'loading': self._refuse_early(e)
     else: self._to_application(e)
+def _refuse_early(self, e):
+    e.refused = Unavailable('The model is loading.')
+    self._answer(*refusal(e.refused))
 def _advance(self):
     "Go on with the next request of this connection"
     if self.current is not None or self.transport.is_closing() or self.flow.write_paused: return
     if self.waiting: self._begin(self.waiting.popleft())
     if not self.waiting and self.current is None and self.phase != LEAVING: self.flow.resume_reading()
-Connection._enqueue,Connection._begin,Connection._advance = _enqueue,_begin,_advance
+Connection._enqueue,Connection._begin,Connection._refuse_early,Connection._advance = _enqueue,_begin,_refuse_early,_advance
 
 # %% ../../nbs/serving/05_http.ipynb #363d3e72
 def _answer(self, status, media, more, body):
