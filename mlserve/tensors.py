@@ -159,7 +159,9 @@ def finite(
     array:np.ndarray, # of floats
 )->bool: # no NaN and no infinity
     "Whether every value is a finite number"
-    return math.isfinite(np.vdot(array, array)) or bool(np.isfinite(array).all())
+    if array.size == 1: return math.isfinite(array.item())
+    flat = array.ravel()
+    return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())
 
 def _quick(flat, shape, spec):
     "An array from a list without booleans, or None when something needs a closer look"

@@ -15,7 +15,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from ..errors import InvalidInput, MlserveError, TooLarge, Unavailable
 from .events import request_id
-from .head import HeadRefused, body_size, check_token, fields, path_of, too_many
+from .head import Head, HeadRefused, body_size, check_token, fields, path_of, too_many
 from .lifecycle import PROBES
 from .routes import refusal
 
@@ -37,7 +37,7 @@ class Connection(HttpToolsProtocol):
         self.web,self.limits,self.parser = web,web.limits,httptools.HttpRequestParser(self)
         self.waiting,self.current,self.next,self.phase = deque(),None,None,SILENT
         self.late = self.write_late = math.inf
-        self.head_size,self.wire,self.paused,self.answered = 0,0,False,False
+        self.head_size,self.wire,self.whole = 0,0,None
     def connection_made(self, transport):
         super().connection_made(transport)
         self.late = self.loop.time() + self.limits.silent
@@ -73,7 +73,9 @@ def data_received(self, data):
     "Bytes from the client"
     if self.phase == LEAVING: return
     self.arrived = self.loop.time()
-    if self.phase == SILENT: self.phase,self.late,self.head_size = HEAD,self.arrived + self.limits.head,0
+    if self.phase == SILENT:
+        if self._again(data): return
+        self.phase,self.late,self.head_size,self.whole = HEAD,self.arrived + self.limits.head,0,data
     try:
         while self.phase == HEAD and len(data) > _slice:
             part,data = data[:_slice],data[_slice:]
@@ -85,6 +87,7 @@ def data_received(self, data):
     except httptools.HttpParserUpgrade: self.leave_after()
     except httptools.HttpParserError as e:
         if self.phase != LEAVING: self.refuse(InvalidInput(f'The request is not HTTP: {str(e)[:100]}.'))
+    self.whole = None
 def _check_head(self, size):
     "Refuse a head that grows without end"
     if self.phase != HEAD: return
@@ -149,10 +152,24 @@ def on_message_complete(self):
     self._unbuffer(e)
     if type(e.body) is bytearray: e.body = bytes(e.body)
     self.phase,self.head_size = SILENT,0
-    self.late = math.inf if e.keep else self.late
-    if not e.keep: self.leave_after()
+    if e.keep:
+        self.late = math.inf
+        if self.whole is not None and e.route is not None: self.web.heads.keep(self.whole, Head(len(e.body), e.h, e.version, e.path, e.route))
+    else: self.leave_after()
     self._enqueue(e)
 Connection.on_body,Connection.on_message_complete = on_body,on_message_complete
+
+# %% ../../nbs/serving/05_http.ipynb #a81cfc6a
+def _again(self, data):
+    "Take a whole request with a known head; whether it was one"
+    web,head = self.web,self.web.heads.find(data)
+    if head is None or web.crowded or web.buffered + head.size > self.limits.buffered: return False
+    e,self.late = Exchange(),math.inf
+    e.h,e.version,e.path,e.route,e.method,e.keep = head.fields,head.version,head.path,head.route,b'POST',True
+    e.id,e.arrived,e.body = request_id(head.fields.get(b'x-request-id')),self.arrived,data[len(data) - head.size:]
+    self._enqueue(e)
+    return True
+Connection._again = _again
 
 # %% ../../nbs/serving/05_http.ipynb #f6c96bd4
 def _enqueue(self, e):
@@ -164,20 +181,17 @@ def _begin(self, e):
     "Start the work on a request"
     self.current = e
     self.web.life.in_flight += 1
+    if e.route is None and e.refused is None and e.method == b'POST' and self.web.life.state == 'loading': e.refused = Unavailable('The model is loading.')
     if e.refused is not None: self._answer(*refusal(e.refused))
     elif e.method == b'GET' and e.path in PROBES: self._answer(*self.web.probed(e.path))
     elif e.route is not None: e.call = self.web.inference.start(e.route, e.h, e.body, self._answer, e.id, e.arrived)
-    elif e.method == b'POST' and self.web.life.state == 'loading': self._refuse_early(e)
     else: self._to_application(e)
-def _refuse_early(self, e):
-    e.refused = Unavailable('The model is loading.')
-    self._answer(*refusal(e.refused))
 def _advance(self):
     "Go on with the next request of this connection"
     if self.current is not None or self.transport.is_closing() or self.flow.write_paused: return
     if self.waiting: self._begin(self.waiting.popleft())
     if not self.waiting and self.current is None and self.phase != LEAVING: self.flow.resume_reading()
-Connection._enqueue,Connection._begin,Connection._refuse_early,Connection._advance = _enqueue,_begin,_refuse_early,_advance
+Connection._enqueue,Connection._begin,Connection._advance = _enqueue,_begin,_advance
 
 # %% ../../nbs/serving/05_http.ipynb #363d3e72
 def _answer(self, status, media, more, body):
@@ -194,7 +208,7 @@ def _answer(self, status, media, more, body):
     self._answered(keep)
 def _answered(self, keep):
     "The answer is written: what next?"
-    self.current,self.answered = None,True
+    self.current = None
     self.web.life.in_flight -= 1
     if not keep: return self.leave()
     if self.phase == SILENT: self.late = self.loop.time() + self.limits.keep_alive

@@ -12,7 +12,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 from ..errors import Unavailable
 from .events import Sparingly
-from .head import Limits
+from .head import Heads, Limits
 from .http import BODY, HEAD, SILENT, Connection
 from .lifecycle import PROBES
 from .routes import JSON, refusal
@@ -40,7 +40,7 @@ class Listener:
     ):
         self.app,self.config = app,Config(app, http='httptools', ws='none', lifespan='off', access_log=False, log_config=None, server_header=False, proxy_headers=False)
         self.life,self.numbers,self.limits,self.token,self.state = life,numbers,limits,token,ServerState()
-        self.routes,self.inference,self.crowded,self.stopping,self.buffered,self.date = {},None,False,False,0,b''
+        self.routes,self.heads,self.inference,self.crowded,self.stopping,self.buffered,self.date = {},Heads(),None,False,False,0,b''
         self.loop = self.socket = self.server = self.sweeping = None
         self.sparingly = Sparingly()
     @property

@@ -32,16 +32,17 @@ class Numbers:
         worker:int=0, # whose row is written
         routes=(), # patterns that requests are counted under
     ):
-        self.routes,self.at,self.size = [],{},0
+        self.routes,self.at,self.buckets,self.size = [],{},{},0
         self.rows = [board.metrics(w) for w in range(board.workers)]
         self.row,self._status = self.rows[worker],{s: i for i,s in enumerate(STATUSES)}
-        for h,(_,bounds) in HISTOGRAMS.items(): self.place(h, len(bounds) + 2)
+        for h,(_,bounds) in HISTOGRAMS.items(): self.buckets[h] = bounds,self.size,self.place(h, len(bounds) + 2) - 1
         for name in (*COUNTERS, *GAUGES, *(f'phase_{p}' for p in PHASES)): self.place(name)
         self.add_routes(['none', *routes])
     def place(self, name, size=1):
-        "Give a name its place in the row"
+        "Give a name its place in the row; where it ends"
         self.at[name],self.size = self.size,self.size + size
         if self.size > len(self.row): raise ValueError('A row of the board is too short for the metrics.')
+        return self.size
     def add_routes(self, patterns):
         "Count requests under these patterns as well"
         for p in patterns:
@@ -57,8 +58,8 @@ def _count(self, route, status):
     self.row[self.at.get(route, self.at['none']) + self._status.get(status, len(STATUSES) - 1)] += 1
 def _observe(self, name, value):
     "One measurement more"
-    at,bounds = self.at[name],HISTOGRAMS[name][1]
+    bounds,at,last = self.buckets[name]
     self.row[at + bisect_left(bounds, value)] += 1
-    self.row[at + len(bounds) + 1] += value
+    self.row[last] += value
 def _sum(self, name, i=0): return sum(r[self.at[name] + i] for r in self.rows)
 Numbers.count,Numbers.observe,Numbers.sum = _count,_observe,_sum

@@ -97,6 +97,7 @@ def check_media(
     headers:dict, # of the request, names in lower case, all bytes
 )->None: # or UnsupportedMedia
     "Refuse a type of body that the route cannot read"
+    if headers.get(b'content-type', JSON) in route.media: return
     media = _media(headers)
     if media not in route.media: raise UnsupportedMedia(
         f"The body is {media[:80].decode('latin-1')!r}; allowed is {' or '.join(m.decode() for m in route.media)}.")
