@@ -17,7 +17,6 @@ from .environment import environment
 from .errors import CheckFailed, IntegrityError, InvalidInput, LocalResource, MlserveError, ModelFailed, Refused, UsageError
 from .formats import FORMATS, check_format, read_module, read_program, run_module
 from .freeze import check_order, example_arrays, first_answer, freeze, live_program
-from .handler import read_handler, write_handler
 from .lock import differ, file_hash, locked_files, verify_lock, write_lock
 from .mlmodel import example_files, mlmodel
 from .tensors import TensorSpec, check_tensors, compare, spec_of
@@ -92,8 +91,10 @@ def load_program(
     handler=None, # the package's handler, if it is loaded already
 ): # with `run(arrays, names)`, `devices()` and `sync()`
     "Load the program of a package, whatever its format"
-    build = package.module and (lambda: _build(handler or read_handler(package.path), package.module))
-    return read_program(package.path/package.file, package.format, device, threads, build)
+    def build():
+        from mlserve.handler import read_handler
+        return _build(handler or read_handler(package.path), package.module)
+    return read_program(package.path/package.file, package.format, device, threads, build if package.module else None)
 
 # %% ../nbs/04_package.ipynb #27d0fc4e
 def _agree(expected:dict, got:dict, tolerance:dict, what:str):
@@ -170,6 +171,7 @@ def _copy_files(files, temp:Path):
 # %% ../nbs/04_package.ipynb #d9be40b2
 def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files):
     "Write, run and prove everything of a package in a scratch folder"
+    from mlserve.handler import write_handler
     file,inputs = temp/ours['file'],_specs(arrays)
     live = live_program(model, file, ours['format'])
     check_order(live, list(arrays))

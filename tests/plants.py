@@ -469,7 +469,7 @@ def ready_while_it_loads(put):
 @plant
 def the_digest_is_not_compared(put):
     good = now("serving.worker.open_package")
-    put("serving.worker.open_package", lambda settings, **kw: good(settings.model_copy(update={"package_digest": None}), **kw))
+    put("serving.worker.open_package", lambda settings, **kw: good(dataclasses.replace(settings, package_digest=None), **kw))
 
 
 @plant

@@ -9,7 +9,6 @@ __all__ = ['Model', 'load_model']
 from dataclasses import dataclass
 import numpy as np
 from ..errors import InvalidInput, MlserveError, ModelFailed
-from ..handler import Handler, read_handler
 from ..package import Package, load_package, load_program
 from .device import torch_name
 from ..tensors import DATATYPES, TensorSpec, check_tensors
@@ -21,7 +20,7 @@ class Model:
     package: Package # verified
     program: object # what runs: `run`, `devices`, `sync`
     device: str # 'cpu' or 'cuda:0'
-    handler: Handler|None=None # the notebook's pre- and post-processing, where the package has it
+    handler: object=None # a `Handler`: the notebook's pre- and post-processing, where the package has it
     def predict(self,
         arrays:dict, # inputs by name, each [rows, …]
     )->dict: # outputs by name, each [rows, …]
@@ -65,7 +64,10 @@ def load_model(
 )->Model: # ready to predict, not yet warm
     "Put a package's program on a device"
     place = torch_name(device)
-    handler = read_handler(package.path) if package.handler else None
+    handler = None
+    if package.handler:
+        from mlserve.handler import read_handler
+        handler = read_handler(package.path)
     return Model(package, load_program(package, place, threads, handler), place, handler)
 
 # %% ../../nbs/serving/02_model.ipynb #f6b1a54c

@@ -6,7 +6,7 @@
 __all__ = ['run', 'main', 'error_from', 'free_port', 'start_process', 'serve_local']
 
 # %% ../../nbs/serving/06_server.ipynb #daa140f3
-import contextlib, importlib, json, os, signal, socket, subprocess, sys, tempfile
+import contextlib, gc, importlib, json, os, signal, socket, subprocess, sys, tempfile
 from mlserve.errors import (CheckFailed, GpuRefused, IntegrityError, LocalResource, MlserveError, RemoteUnavailable, Refused,
     UsageError)
 from .board import Board
@@ -21,7 +21,9 @@ def run(
     try: sockets = [listen(settings.host, p) for p in (settings.port, *([settings.metrics_port] if settings.metrics_port else []))]
     except MlserveError as e: return finish(e, 'listen')
     board = Board(settings.workers)
-    def work(worker): return importlib.import_module('mlserve.serving.worker').work(settings, sockets, board, worker)
+    def work(worker):
+        gc.disable() # until it is ready
+        return importlib.import_module('mlserve.serving.worker').work(settings, sockets, board, worker)
     return watch(work, settings, board)
 
 # %% ../../nbs/serving/06_server.ipynb #e1aa12cf

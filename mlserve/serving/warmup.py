@@ -40,6 +40,7 @@ class WarmupReport:
         return {n: n / s for n,s in self.seconds.items()}
 
 # %% ../../nbs/serving/03_warmup.ipynb #ff2beb78
+_slow = 0.005 # seconds
 def _timed(model, inputs):
     "Seconds of one finished call"
     start = time.perf_counter()
@@ -48,13 +49,13 @@ def _timed(model, inputs):
     return time.perf_counter() - start
 def _usual(model, inputs, budget):
     "Seconds of one call, after those in which a compiler works"
-    for _ in range(2): _timed(model, inputs)
-    taken,end = [_timed(model, inputs)],time.perf_counter() + budget
-    while time.perf_counter() < end: taken.append(_timed(model, inputs))
+    before,took = _timed(model, inputs),_timed(model, inputs)
+    if _slow < took < 1.1 * before: return took
+    taken = [_timed(model, inputs)]
+    while sum(taken) < budget: taken.append(_timed(model, inputs))
     return statistics.median(taken)
 
 # %% ../../nbs/serving/03_warmup.ipynb #5cce62d1
-_slow = 0.005 # seconds
 def warm(
     model, # a loaded model: `forward` and `sync`
     package, # the package it was loaded from

@@ -93,6 +93,7 @@ async def start(
     else:
         life.phases['total'] = time.perf_counter() - began
         gc.freeze()
+        gc.enable()
         life.state = 'ready'
         log('ready', model=life.package.name, package=life.package.digest, device=life.device.name, phases=life.phases)
 
