@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from mlserve.package import load_environment, load_package
+from mlserve.package import load_package
 from mlserve.release import context, dependencies, distribution, image, inputs
 from mlserve.release.dockerfile import ImageSpec, render
 
@@ -121,11 +121,8 @@ def ours(name, package, work, state, registry, extra=()):
     def make(cache=True):
         model = load_package(place / "package")
         base = image.resolve_base(os.environ["MLSERVE_BASE"])
-        target, trained = context.known_target(base, state / "targets", lambda: image.base_target(base)), load_environment(model)
-        lock = dependencies.lock(dependencies.requirements_of(model, extra), dependencies.constraints_of(trained, (), "cpu"), target, state / "locks",
-                                 dependencies.spared_of(model.format))
-        dependencies.check_lock(lock, trained)
-        wheels = dependencies.vendor(lock, target, state / "wheels")
+        target = context.known_target(base, state / "targets", lambda: image.base_target(base))
+        lock, wheels = dependencies.resolve(model, target, state, extra=extra)
         with context.kept_place(state / "contexts" if cache else place / "again", lock) as folder:
             text = render(ImageSpec(base))
             labels = inputs.read_inputs(ROOT / "nbs/examples/digits.ipynb", model, lock, wheels, text).labels("digits", model.digest, lock, base)

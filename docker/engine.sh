@@ -142,6 +142,7 @@ env_lines() {
     || { [ -s "$dir/registry.port" ] && echo "MLSERVE_REGISTRY=127.0.0.1:$(cat "$dir/registry.port")"; }
   [ -n "${MLSERVE_BASE:-}" ] && echo "MLSERVE_BASE=$MLSERVE_BASE" || { [ -s "$dir/base" ] && echo "MLSERVE_BASE=$(cat "$dir/base")"; }
   [ -n "${MLSERVE_DEBUG_BASE:-}" ] && echo "MLSERVE_DEBUG_BASE=$MLSERVE_DEBUG_BASE" || { [ -s "$dir/debug-base" ] && echo "MLSERVE_DEBUG_BASE=$(cat "$dir/debug-base")"; }
+  echo "MLSERVE_STATE=$state"
   echo "MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$state/mlflow/mlflow.db}"
 }
 

@@ -8,12 +8,12 @@ __all__ = ['app', 'Json', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Bu
            'vendor', 'check', 'promote', 'debug', 'verify', 'diff', 'fail', 'run_command', 'main']
 
 # %% ../nbs/11_cli.ipynb #105e7ce7
-import json, os, re, signal, sys, traceback
+import json, os, signal, sys, traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 import typer
-from .errors import Interrupted, MlserveError, UsageError, last_line
+from .errors import Interrupted, MlserveError, UsageError, hidden, last_line
 
 # %% ../nbs/11_cli.ipynb #220b12ee
 def show(
@@ -176,7 +176,7 @@ def fail(
     "Print a failure for people and for machines"
     print(f'mlserve: {error}', file=sys.stderr)
     step = getattr(error, 'step', None) or (args[0] if args else 'mlserve')
-    resume = '' if error.code == 2 else re.sub(r'://[^/@\s]*@', '://…@', ' '.join(['mlserve', *args]))
+    resume = '' if error.code == 2 else hidden(' '.join(['mlserve', *args]))
     print(last_line(error, step, resume), file=sys.stderr, flush=True)
     return error.code
 
@@ -189,12 +189,14 @@ def run_command(
     except MlserveError as e: return fail(e, args)
     except typer.Abort: return fail(Interrupted('The terminal was closed.'), args)
     except Exception as e:
-        if hasattr(e, 'format_message'): return fail(UsageError(_sentence(e.format_message()), mend='mlserve --help lists the commands.'), args)
+        if hasattr(e, 'format_message'): return fail(_misused(e), args)
         traceback.print_exc()
         return fail(MlserveError(f'Unexpected {type(e).__name__}: {e}'), args)
     if code == 130: return fail(Interrupted('The command was interrupted.'), args) # Typer's own word for ctrl-C
     return code if isinstance(code, int) else 0
-def _sentence(text): return text if text.endswith(('.','?','!')) else text + '.'
+def _misused(e): # what Click says of words that it does not know
+    text,command = e.format_message(),e.ctx.command_path if getattr(e, 'ctx', None) else 'mlserve'
+    return UsageError(text if text.endswith(('.','?','!')) else text + '.', mend=f"{command} --help lists {'the commands' if command == 'mlserve' else 'what it takes'}.")
 def main():
     "What the command `mlserve` does"
     signal.signal(signal.SIGTERM, signal.default_int_handler)

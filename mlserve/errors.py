@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['exit_codes', 'MlserveError', 'InvalidInput', 'NotFound', 'TooLarge', 'UnsupportedMedia', 'Unavailable',
            'DeadlinePassed', 'ModelFailed', 'NotebookFailed', 'Interrupted', 'UsageError', 'CheckFailed', 'Conflict',
-           'IntegrityError', 'RemoteUnavailable', 'LocalResource', 'Refused', 'GpuRefused', 'error_body', 'last_line']
+           'IntegrityError', 'RemoteUnavailable', 'LocalResource', 'Refused', 'GpuRefused', 'error_body', 'hidden',
+           'last_line']
 
 # %% ../nbs/00_errors.ipynb #f403a808
-import json
+import json, re
 
 # %% ../nbs/00_errors.ipynb #d30182be
 class MlserveError(Exception):
@@ -92,6 +93,13 @@ def error_body(
 )->dict: # the JSON body a client sees
     "The one shape in which every route reports a failure"
     return {'error': error.message[:900]}
+
+# %% ../nbs/00_errors.ipynb #040f66c4
+def hidden(
+    text:str, # with addresses in it
+)->str: # the same, with `…` for who and by which word
+    "A text without the passwords of its addresses"
+    return re.sub(r'://[^/@\s]*@', '://…@', text)
 
 # %% ../nbs/00_errors.ipynb #1d3f1abe
 def last_line(

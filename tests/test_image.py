@@ -38,16 +38,12 @@ def package(tmp_path_factory):
 @pytest.fixture(scope="module")
 def context_of(state, package):
     "The context of the package's image, and what a build wants beside it"
-    from mlserve.package import load_environment
     from mlserve.release import context, dependencies, image
     from mlserve.release.dockerfile import ImageSpec, render
     base = image.resolve_base(os.environ["MLSERVE_BASE"])
 
     def context_of(folder, base=base, network=dependencies.Network(), home=state):
-        target, trained = image.base_target(base), load_environment(package)
-        lock = dependencies.lock(dependencies.requirements_of(package), dependencies.constraints_of(trained), target, home / "locks",
-                                 dependencies.spared_of(package.format), network)
-        wheels = dependencies.vendor(lock, target, home / "wheels", network)
+        lock, wheels = dependencies.resolve(package, image.base_target(base), home, network=network)
         folder = context.stage(folder, render(ImageSpec(base)), lock, wheels, package.path)
         return folder, base, package.digest, context.labels_of("edge", package.digest, lock, base)
     return context_of

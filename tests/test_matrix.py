@@ -51,18 +51,13 @@ def same(packages):
 @pytest.fixture(scope="module")
 def build(state, tmp_path_factory):
     "An image from a package, as `build_image` makes it, but not pushed"
-    from mlserve.package import load_environment
     from mlserve.release import context, dependencies, image
     from mlserve.release.dockerfile import ImageSpec, render
     base = image.resolve_base(os.environ["MLSERVE_BASE"])
     target, made = image.base_target(base), []
 
     def build(package, delivery, place="/models/package", extra=()):
-        trained = load_environment(package)
-        needs = dependencies.requirements_of(package, extra, "" if extra else place)  # one lock for all stores
-        lock = dependencies.lock(needs, dependencies.constraints_of(trained), target, state / "locks", dependencies.spared_of(package.format))
-        dependencies.check_lock(lock, trained)
-        wheels = dependencies.vendor(lock, target, state / "wheels")
+        lock, wheels = dependencies.resolve(package, target, state, "" if extra else place, extra)  # one lock for all stores
         folder = context.stage(tmp_path_factory.mktemp("build") / "context", render(ImageSpec(base, delivery=delivery)), lock, wheels,
                                package.path if delivery == "baked" else None)
         made.append(image.build(folder, base, package.digest, context.labels_of("matrix", package.digest, lock, base), place=place))

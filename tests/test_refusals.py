@@ -77,7 +77,7 @@ def test_what_is_no_model_notebook_is_told_before_anything_is_asked_or_made(tmp_
     (["check", "sha256:" + "0" * 64], ["Nothing is recorded in sqlite:///", "which does not exist", "MLSERVE_STATE"]),
     (["check", "nothing"], ["Nothing is recorded in sqlite:///"]),
     (["check", "nothing/at:all"], ["'nothing/at:all' is the tag of an image", "@sha256:"]),
-    (["check", "nothing", "--devise", "cpu"], ["--devise (Possible options: --device). mlserve --help"]),
+    (["check", "nothing", "--devise", "cpu"], ["--devise (Possible options: --device). mlserve check --help lists what it takes"]),
 ], ids=["release on gpu", "check on tpu", "promote on tpu", "cut digest", "unknown digest", "unknown model", "tag", "misspelt option"])
 def test_what_does_not_exist_is_named(tmp_path, arguments, words):
     "Whoever only asks leaves nothing behind"
@@ -87,7 +87,7 @@ def test_what_does_not_exist_is_named(tmp_path, arguments, words):
 
 def test_what_another_store_has_is_not_in_this_one(environment):
     refused(mlserve("check", "sha256:" + "0" * 64, env=environment), 2, "No model version", "http://")
-    refused(mlserve("check", "nothing", env=environment), 2, "No alias 'candidate'", "http://")
+    refused(mlserve("check", "nothing", env=environment), 2, "No model 'nothing' is recorded", "http://")
 
 
 def test_the_server_takes_an_address_as_it_is_typed():

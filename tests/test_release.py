@@ -241,7 +241,7 @@ def test_a_change_of_serving_code_rebuilds_only_the_code_layer(release, engine, 
 def test_the_debug_image_has_the_layers_of_the_release_and_a_shell(release, engine, environment, state, tmp_path, monkeypatch):
     "`docker build --target debug` of the same context: the same layers on a base, root, and /bin/sh"
     import mlflow
-    from mlserve.package import load_environment, load_package
+    from mlserve.package import load_package
     from mlserve.release import context, dependencies, image
     from mlserve.release.dockerfile import ImageSpec, render
     mlflow.set_tracking_uri(environment["MLFLOW_TRACKING_URI"])
@@ -249,10 +249,8 @@ def test_the_debug_image_has_the_layers_of_the_release_and_a_shell(release, engi
     (tmp_path / "package/registered_model_meta").unlink(missing_ok=True)
     package = load_package(tmp_path / "package", release["package"])
     base = image.resolve_base(os.environ["MLSERVE_BASE"])
-    target, trained = image.base_target(base), load_environment(package)
-    lock = dependencies.lock(dependencies.requirements_of(package), dependencies.constraints_of(trained), target, state / "locks",
-                             dependencies.spared_of(package.format))
-    folder = context.stage(tmp_path / "context", render(ImageSpec(base)), lock, dependencies.vendor(lock, target, state / "wheels"), package.path)
+    lock, wheels = dependencies.resolve(package, image.base_target(base), state)
+    folder = context.stage(tmp_path / "context", render(ImageSpec(base)), lock, wheels, package.path)
     debug, production = (image.build(folder, base, package.digest, {}, target=t) for t in ("debug", "production"))
     try:
         debug_layers, layers, released = (engine.images.get(i).attrs["RootFS"]["Layers"] for i in (debug.id, production.id, release["image"]))

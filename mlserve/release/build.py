@@ -9,7 +9,7 @@ __all__ = ['build_only', 'hashes', 'check_folder', 'vendor', 'load_base', 'build
 import hashlib, json, os, shutil
 from pathlib import Path
 from ..errors import IntegrityError, Refused, UsageError
-from ..package import load_environment, load_package
+from ..package import load_package
 from . import buildah, context, dependencies, image
 from .contents import opened, read_layers
 from .inputs import read_inputs
@@ -73,12 +73,9 @@ def vendor(
     if out.exists(): raise UsageError(f'{out} is there already.', mend='Give the name of a new folder.')
     if spec.delivery == 'registry': raise UsageError("Delivery 'registry' asks for the logged model of a release; a vendored build has none.", mend="Vendor with another delivery.")
     base = image.resolve_base(spec.base, spec.builder, spec.state)
-    target,trained,place = image.base_target(base, spec.builder, spec.state),load_environment(package),place_of(spec, package.digest, '')
+    target,place = image.base_target(base, spec.builder, spec.state),place_of(spec, package.digest, '')
     network = dependencies.Network(spec.index or '', spec.proxy or '', str(spec.ca or ''))
-    asked = dependencies.requirements_of(package, spec.requirements, place)
-    lock = dependencies.lock(asked, dependencies.constraints_of(trained, spec.allow, spec.device), target, spec.state/'locks', dependencies.spared_of(package.format), network)
-    dependencies.check_lock(lock, trained, spec.allow, spec.device)
-    wheels = dependencies.vendor(lock, target, spec.state/'wheels', network)
+    lock,wheels = dependencies.resolve(package, target, spec.state, place, spec.requirements, spec.allow, spec.device, network)
     text = render(ImageSpec(base, spec.device, spec.delivery))
     inputs = read_inputs(spec.notebook, package, lock, wheels, text)
     part = out.with_name(f'{out.name}.part-{os.getpid()}')

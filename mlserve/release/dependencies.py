@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['numeric', 'Target', 'platforms', 'requirements_of', 'spared_of', 'Lock', 'read_lock', 'refusal', 'Network', 'pip',
-           'reached', 'from_report', 'lock', 'complete', 'still_complete', 'vendor', 'constraints_of', 'check_lock']
+           'reached', 'from_report', 'lock', 'complete', 'still_complete', 'vendor', 'constraints_of', 'check_lock',
+           'resolve']
 
 # %% ../../nbs/release/01_dependencies.ipynb #2c80ecdc
 import hashlib, json, os, re, shutil, subprocess, sys, tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ..errors import IntegrityError, LocalResource, RemoteUnavailable, Refused
+from ..package import load_environment
 from .flavour import check_build, pinned, same_version
 
 # %% ../../nbs/release/01_dependencies.ipynb #f2c3f721
@@ -259,3 +261,20 @@ def check_lock(
         if same_version(held[name], lock.packages[name]): continue
         raise Refused(f'The lock has {name} {lock.packages[name]}; the model was trained with {name} {held[name]}.',
             mend=f'Lock again, or put {name!r} into `allow` of mlserve.toml.')
+
+# %% ../../nbs/release/01_dependencies.ipynb #88207bf1
+def resolve(
+    package, # verified; it knows its format and its training environment
+    target:Target, # the image
+    state, # folder that keeps locks and wheels
+    place:str='', # where the server reads the package
+    extra=(), # further requirements of the model
+    allow=(), # names that may differ from training
+    device:str='cpu', # of the image, `cpu` or `cuda`
+    network:Network=Network(), # the way to the index
+)->tuple: # the lock, and the folder of its wheels
+    "The lock of an image, held to training, and its wheels on this disk"
+    trained,asked = load_environment(package),requirements_of(package, extra, place)
+    found = lock(asked, constraints_of(trained, allow, device), target, Path(state)/'locks', spared_of(package.format), network)
+    check_lock(found, trained, allow, device)
+    return found, vendor(found, target, Path(state)/'wheels', network)

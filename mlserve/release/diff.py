@@ -26,6 +26,7 @@ class Side:
     weights: dict|None # file of the package → (bytes, hash); only hashes where the image does not hold it
     code: dict|None # file of the server → (bytes, hash)
     recipe: dict|None # what the Dockerfile was rendered from
+    contract: dict|None # of the recorded model, in one line
     metrics: dict|None # name → number
     model: str = '' # registered model, where one is recorded
     version: str = '' # of the model
@@ -45,8 +46,8 @@ def read_side(
     origin = _document(remote, found, pair, 'provenance', lambda data: attest.read_provenance(attest.unseal(data)[0]))
     known = found.labels.get('io.mlserve.weights')
     weights = bill.weights if bill and bill.weights else {n: (sha,) for sha,n in re.findall(r'sha256:([0-9a-f]{64}) (.*?)(?:, (?=sha256:)|$)', known)} if known else None
-    metrics = dict(tracking.client(uri).get_run(pair.run_id).data.metrics) if pair else None
-    return Side(found, bill and {w.name: (w.version, w.sha256) for w in bill.wheels}, bill and bill.debian, weights, bill and bill.code, origin and origin.recipe, metrics, *((pair.name, pair.version) if pair else ()))
+    metrics,said = (dict(tracking.client(uri).get_run(pair.run_id).data.metrics),pair.tags.get('mlserve.contract')) if pair else (None,None)
+    return Side(found, bill and {w.name: (w.version, w.sha256) for w in bill.wheels}, bill and bill.debian, weights, bill and bill.code, origin and origin.recipe, said and {'contract': said}, metrics, *((pair.name, pair.version) if pair else ()))
 def _pair(digest, uri):
     try: return record.find_pair(digest, uri) if digest.startswith('sha256:') else None
     except NotFound: return None
@@ -92,7 +93,7 @@ def compare(
     def side(s): return {'image': str(s.image.reference), 'digest': s.image.digest, 'model': s.model or None, 'version': s.version or None, 'mb': round(sum(d['size'] for d in s.image.manifest['layers'])/1e6, 3)}
     stages = [_stages(s) for s in (a, b)]
     layers = [layers_of(s, n if all(stages) else []) for s,n in zip((a, b), stages)]
-    tables = ('packages','debian','weights','code','recipe','metrics')
+    tables = ('packages','debian','weights','code','recipe','contract','metrics')
     bases = [{'base': s.image.labels.get('io.mlserve.base','')} for s in (a, b)]
     return {'a': side(a), 'b': side(b), 'same': a.image.digest == b.image.digest, 'layers': [layer(c) for c in changes(*layers)], 'base': changes(*bases),
         'settings': changes(_told(a.image), _told(b.image)), **{p: changes(getattr(a, p), getattr(b, p)) for p in tables},
@@ -123,7 +124,7 @@ def _line(kind, c):
     unit = ' MB' if kind == 'layers' else ''
     said = {'added': f'{_short(b)}{unit}', 'removed': f'was {_short(a)}{unit}', 'changed': f'{_short(a)}{unit} → {_short(b)}{unit}'}[c['change']]
     return f"{kind:<9} {c['change']:<8} {c['name']}: {said}"
-kinds = ('layers','packages','debian','weights','code','base','recipe','settings','metrics')
+kinds = ('layers','packages','debian','weights','code','base','recipe','settings','contract','metrics')
 def table(
     result:dict, # of `compare`
     most:int=20, # lines of one kind

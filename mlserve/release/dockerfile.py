@@ -28,7 +28,7 @@ class ImageSpec:
         checked_reference(self.base)
 
 # %% ../../nbs/release/02_dockerfile.ipynb #d2b2dbdd
-_slim = 'python3 /tools/slim.py'
+_slim = 'python3 -X no_debug_ranges /tools/slim.py'
 def _run(*steps, mounts=()): # a RUN instruction, one step per line
     named = [m if '=' in m else f'source={m},target=/{m}' for m in (*mounts, 'tools')]
     return 'RUN ' + ' \\\n    '.join([f'--mount=type=bind,{m}' for m in named] + [' \\\n    && '.join(steps)])
@@ -57,7 +57,7 @@ def _remote(spec): return spec.delivery in ('store','registry')
 def _floor(title, stage, caches=()): # one of the two parts of the code
     return [title, f'FROM ${{BASE}} AS {stage}', 'ENV PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0',
         _run(' '.join(['mkdir -p /out/opt', *(f'/out/{c}' for c in caches)]), f'cp -R /{stage} /out/opt/mlserve',
-            f"{_slim.replace('python3', 'python3 -X no_debug_ranges')} byte_code /out", ' '.join([f'{_slim} settle /out', *caches]), mounts=(stage,))]
+            f'{_slim} byte_code /out', ' '.join([f'{_slim} settle /out', *caches]), mounts=(stage,))]
 def _ground(spec): return _floor('# What the server stands on', 'ground')
 def _code(spec):
     return _floor('# The server', 'code', (['var/cache/mlserve'] if _remote(spec) else []) + (['var/cache/cuda'] if spec.device == 'cuda' else []))

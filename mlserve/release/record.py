@@ -186,7 +186,8 @@ def read_pair(
     try: found = store.get_model_version(name, which) if which.isdigit() else store.get_model_version_by_alias(name, which)
     except MlflowException as e:
         if e.error_code not in ('RESOURCE_DOES_NOT_EXIST','INVALID_PARAMETER_VALUE'): raise
-        raise unrecorded(f'No {"version" if which.isdigit() else "alias"} {which!r} is recorded for the model {name!r}', uri) from None
+        known = store.search_registered_models(f"name='{name}'")
+        raise unrecorded(f'No {"version" if which.isdigit() else "alias"} {which!r} is recorded for the model {name!r}' if known else f'No model {name!r} is recorded', uri) from None
     return _pair(store.get_model_version(name, found.version))
 
 # %% ../../nbs/release/05_record.ipynb #4708c208

@@ -237,8 +237,12 @@ async def serve(
 
 # %% ../../nbs/serving/05_worker.ipynb #9ddd3436
 async def _make(listeners):
-    "The routes that need FastAPI"
-    for l in listeners: await l.app.made()
+    "The routes that need FastAPI; its import takes short turns, as requests are being answered"
+    turn = sys.getswitchinterval()
+    sys.setswitchinterval(0.0002)
+    try:
+        for l in listeners: await l.app.made()
+    finally: sys.setswitchinterval(turn)
 def _fault(life, error):
     "The batcher found the model or the device broken"
     log('fault', error=error.message)
