@@ -168,7 +168,9 @@ async def fetch(
     total = sum(partial.files.values())
     meter = Meter(total, total - sum(end - start for _,start,end in gaps), progress)
     async def keep(name, start, chunk):
-        await asyncio.to_thread(partial.write, name, start, chunk)
+        write = asyncio.ensure_future(asyncio.to_thread(partial.write, name, start, chunk))
+        try: await asyncio.shield(write)
+        finally: await asyncio.gather(write, return_exceptions=True) # a thread cannot be called back
         meter.add(len(chunk))
     todo = iter(split(gaps, store.part))
     async def reader():
