@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 
+import hypothesis.internal.conjecture.optimiser  # noqa: F401 - pytest parses it when it is first needed; before CPython 3.11.8 that fails while a thread parses (gh-106905)
 import numpy as np
 import pytest
 from hypothesis import given, settings
