@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .errors import Interrupted, MlserveError, UsageError, hidden, last_line
+from .settings import refuse_unknown
 
 # %% ../nbs/11_cli.ipynb #220b12ee
 def show(
@@ -69,7 +70,9 @@ def serve(package:Annotated[str|None, typer.Argument(help='Folder, s3://…, gs:
     "Serve a package without a container, until stopped."
     from mlserve.serving.server import run
     from mlserve.settings import read_settings
-    raise typer.Exit(run(read_settings(serve_environment(dict(os.environ), package, device, host, port))))
+    env = serve_environment(dict(os.environ), package, device, host, port)
+    if 'MLSERVE_PACKAGE' not in env: raise UsageError('A server needs a package.', mend='Give its folder or its place: mlserve serve PACKAGE; or set MLSERVE_PACKAGE.')
+    raise typer.Exit(run(read_settings(env)))
 
 # %% ../nbs/11_cli.ipynb #a1439432
 @app.command()
@@ -185,7 +188,9 @@ def run_command(
     args:list, # words after `mlserve`
 )->int: # the exit code
     "Run one command, and turn every ending into a code"
-    try: code = typer.main.get_command(app)(args, prog_name='mlserve', standalone_mode=False)
+    try:
+        refuse_unknown(os.environ)
+        code = typer.main.get_command(app)(args, prog_name='mlserve', standalone_mode=False)
     except MlserveError as e: return fail(e, args)
     except typer.Abort: return fail(Interrupted('The terminal was closed.'), args)
     except Exception as e:

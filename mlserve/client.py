@@ -38,6 +38,8 @@ class Client:
     model: str|None = None # the model's name; the server is asked for it if not given
     timeout: float = 10.0 # seconds for one answer
     transport: httpx.BaseTransport|None = None # another way to reach a server, for tests
+    def __post_init__(self):
+        if not self.url.startswith(('http://', 'https://')): raise errors.UsageError(f'{self.url!r} is no address of a server; it begins with http:// or https://.')
 
     @cached_property
     def http(self): return httpx.Client(base_url=self.url, timeout=self.timeout, transport=self.transport, trust_env=False)
@@ -49,7 +51,7 @@ class Client:
         "The answer, whatever its status, or RemoteUnavailable"
         try: return self.http.request(method, path, **kw)
         except httpx.HTTPError as e:
-            raise RemoteUnavailable(f'{self.url}{path} did not answer: {type(e).__name__} {e}'.strip() + '.') from None
+            raise RemoteUnavailable(f'{self.url}{path} did not answer: {type(e).__name__} {e}'.strip(' .') + '.') from None
     def ask(self, method, path, **kw):
         "The answer, when it is a success"
         r = self.request(method, path, **kw)

@@ -77,8 +77,9 @@ def test_what_is_no_model_notebook_is_told_before_anything_is_asked_or_made(tmp_
     (["check", "sha256:" + "0" * 64], ["Nothing is recorded in sqlite:///", "which does not exist", "MLSERVE_STATE"]),
     (["check", "nothing"], ["Nothing is recorded in sqlite:///"]),
     (["check", "nothing/at:all"], ["'nothing/at:all' is the tag of an image", "@sha256:"]),
+    (["serve"], ["A server needs a package", "mlserve serve PACKAGE"]),
     (["check", "nothing", "--devise", "cpu"], ["--devise (Possible options: --device). mlserve check --help lists what it takes"]),
-], ids=["release on gpu", "check on tpu", "promote on tpu", "cut digest", "unknown digest", "unknown model", "tag", "misspelt option"])
+], ids=["release on gpu", "check on tpu", "promote on tpu", "cut digest", "unknown digest", "unknown model", "tag", "no package", "misspelt option"])
 def test_what_does_not_exist_is_named(tmp_path, arguments, words):
     "Whoever only asks leaves nothing behind"
     refused(mlserve(*arguments, env={"MLSERVE_STATE": None, "MLFLOW_TRACKING_URI": None}, cwd=tmp_path), 2, *words)
@@ -216,6 +217,12 @@ def test_a_delivery_that_cannot_be_is_told_before_training(environment, tracking
 def test_a_name_that_is_not_the_packages_is_refused_before_the_build(environment, state, tracking, tmp_path):
     refused(mlserve("release", beside(tmp_path, "good", 'name = "stored"\n'), env=environment), 2, "The spec's name is 'stored', the package's 'good'.")
     assert versions(tracking, "stored") == []
+
+
+def test_a_variable_that_nothing_reads_is_refused_by_every_command(tmp_path):
+    "A misspelt MLSERVE_STATE would ask another record"
+    for command in (["diff", "digits", "1", "1"], ["check", "digits"], ["release", "nothing.ipynb"]):
+        refused(mlserve(*command, env={"MLSERVE_STAT": str(tmp_path)}, cwd=tmp_path), 2, "Did you mean MLSERVE_STATE?")
 
 
 def test_a_torch_that_did_not_train_is_refused(environment, tracking, tmp_path, before):

@@ -347,6 +347,20 @@ def test_L3_in_the_drain_delay_it_serves_and_is_not_ready(double, tmp_path, pool
         assert right([(1, WAIT + 1)], slow.result()) and s.ended(20) == 0
 
 
+def test_L3_a_request_that_is_not_sent_to_its_end_does_not_hold_the_stop(double, tmp_path):
+    "It would have 30 s for its body; a platform kills after 10"
+    whole = request(body=b'{"inputs": [[1, 0]]}')
+    with Server(double, tmp_path) as s:
+        with Wire(s.port) as half, Wire(s.port) as head:
+            half.send(whole[:-3])
+            head.send(whole[:20])
+            time.sleep(0.3)
+            s.process.terminate()
+            assert s.ended(8) == 0
+            assert [w.answer()[0] for w in (half, head)] == [408, 408]
+        assert any(e["event"] == "draining" and e["receiving"] == 2 for e in map(json.loads, s.events().splitlines()))
+
+
 def test_L4_after_the_grace_the_client_is_told_and_the_exit_code_is_75(double, tmp_path, pool):
     with Server(double, tmp_path, grace=0.5) as s:
         cut = pool.submit(s.predict, [1, WAIT + 20])

@@ -34,7 +34,7 @@ def _library():
     "The driver's library, or a refusal"
     try: return ctypes.CDLL('libcuda.so.1')
     except OSError:
-        raise GpuRefused('A GPU was asked for, but this container has no NVIDIA driver: libcuda.so.1 is not there.',
+        raise GpuRefused('A GPU was asked for, but there is no NVIDIA driver here: libcuda.so.1 was not found.',
             mend=_mend) from None
 
 # %% ../../nbs/serving/01_device.ipynb #f63e32b9

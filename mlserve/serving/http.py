@@ -151,11 +151,9 @@ def on_message_complete(self):
     e = self.next
     self._unbuffer(e)
     if type(e.body) is bytearray: e.body = bytes(e.body)
-    self.phase,self.head_size = SILENT,0
-    if e.keep:
-        self.late = math.inf
-        if self.whole is not None and e.route is not None: self.web.heads.keep(self.whole, Head(len(e.body), e.h, e.version, e.path, e.route))
-    else: self.leave_after()
+    self.phase,self.head_size,self.late = SILENT,0,math.inf
+    if not e.keep: self.leave_after()
+    elif self.whole is not None and e.route is not None: self.web.heads.keep(self.whole, Head(len(e.body), e.h, e.version, e.path, e.route))
     self._enqueue(e)
 Connection.on_body,Connection.on_message_complete = on_body,on_message_complete
 
@@ -259,8 +257,9 @@ def overdue(self, now):
     "What the sweep does with a connection that is late"
     if now > self.write_late: return self.web.aborted(self)
     if now <= self.late: return
-    if self.phase == HEAD: self.refuse(HeadRefused(408, f'The head of the request did not come within {self.limits.head:g} s.'))
-    elif self.phase == BODY: self.refuse(HeadRefused(408, f'The body of the request did not come within {self.limits.body:g} s.'))
+    if self.phase in (HEAD, BODY):
+        part,seconds = ('head', self.limits.head) if self.phase == HEAD else ('body', self.limits.body)
+        self.refuse(HeadRefused(408, f'The {part} of the request did not come ' + ('before the server stopped.' if self.web.stopping else f'within {seconds:g} s.')))
     elif self.transport.get_write_buffer_size(): self.late = now + 1
     else: self.transport.abort() if self.phase == LEAVING else self.transport.close()
 def pause_writing(self):
@@ -274,8 +273,9 @@ Connection.overdue,Connection.pause_writing,Connection.resume_writing = overdue,
 
 # %% ../../nbs/serving/05_http.ipynb #e200f093
 def shutdown(self):
-    "The server stops: leave, if there is nothing to answer"
-    if self.current is None and not self.waiting and self.phase == SILENT: self.transport.close()
+    "The server stops: leave, if there is nothing to answer; who is still sending has two seconds"
+    if self.phase in (HEAD, BODY): self.late = min(self.late, self.loop.time() + 2)
+    elif self.current is None and not self.waiting and self.phase == SILENT: self.transport.close()
 def give_up(self):
     "The grace is over: tell the client, and how many answers were lost"
     e = self.current

@@ -112,6 +112,7 @@ Listener.refuse_more = _refuse_more
 
 # %% ../../nbs/serving/05_listener.ipynb #bb3b69eb
 def _busy(self): return [c for c in self.connections if c.current is not None or c.waiting or c.phase in (HEAD, BODY)]
+def _receiving(self): return sum(c.phase in (HEAD, BODY) for c in self.connections)
 async def _stop(self,
     grace:float, # seconds to finish what was accepted
 )->int: # answers that were given up
@@ -129,4 +130,4 @@ async def _stop(self,
     while any(c.transport.get_write_buffer_size() for c in self.connections) and self.loop.time() < end: await asyncio.sleep(0.01)
     self.sweeping.cancel()
     return cut
-Listener.busy,Listener.stop = property(_busy),_stop
+Listener.busy,Listener.receiving,Listener.stop = property(_busy),property(_receiving),_stop

@@ -113,7 +113,7 @@ def deadline(
     if given is None: return float('inf') if timeout is None else arrived + timeout
     try: seconds = float(given)
     except ValueError: seconds = 0.
-    if not 0 < seconds < 1e6: raise InvalidInput(f'X-Request-Timeout is {given[:40]!r}; seconds above 0 are allowed.')
+    if not 0 < seconds < 1e6: raise InvalidInput(f"X-Request-Timeout is {given[:40].decode('latin-1')!r}; seconds above 0 are allowed.")
     return arrived + min(seconds, seconds if timeout is None else timeout)
 
 # %% ../../nbs/serving/04_routes.ipynb #28011ad6

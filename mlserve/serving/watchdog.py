@@ -6,9 +6,9 @@
 __all__ = ['SIGNALS', 'leave', 'finish', 'cut_error', 'listen', 'Watch', 'watch']
 
 # %% ../../nbs/serving/05_watchdog.ipynb #f3d3b978
-import contextlib, ctypes, faulthandler, os, signal, socket, sys, time
+import contextlib, ctypes, errno, faulthandler, os, signal, socket, sys, time
 from dataclasses import dataclass, field
-from ..errors import LocalResource, MlserveError, Unavailable, last_line
+from ..errors import LocalResource, MlserveError, Unavailable, UsageError, last_line
 from .board import OPEN, STATE, STATES, Board, hung
 from .events import fresh_ids, log
 
@@ -27,7 +27,7 @@ def finish(
     "Say what went wrong, for people and for machines"
     with contextlib.suppress(OSError, ValueError): print(f'{error}\n{last_line(error, step)}', file=sys.stderr, flush=True)
     return error.code
-def cut_error(n): return Unavailable(f"{n} request{'s were' if n > 1 else ' was'} cut when the server stopped.", mend='Raise MLSERVE_GRACE.')
+def cut_error(n, mend='Raise MLSERVE_GRACE.'): return Unavailable(f"{n} request{'s were' if n > 1 else ' was'} cut when the server stopped.", mend=mend)
 
 # %% ../../nbs/serving/05_watchdog.ipynb #6bd2bfbe
 def listen(
@@ -38,6 +38,8 @@ def listen(
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     try: return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as e:
+        if e.errno == errno.EADDRNOTAVAIL or e.errno < 0: raise UsageError(
+            f'MLSERVE_HOST is {host!r}, which is no address of this machine.', mend='127.0.0.1 is for this machine alone, 0.0.0.0 for all who can reach it.') from None # a name that nobody knows has a negative number
         raise LocalResource(f'Port {port} of {host} cannot be opened: {e.strerror}.', mend='Set MLSERVE_PORT to a free port.') from None
 
 # %% ../../nbs/serving/05_watchdog.ipynb #df0edaa9

@@ -170,14 +170,14 @@ def on_signal(
     if life.state in ('ready', 'broken'):
         life.state = 'draining'
         stop.set()
-    elif life.state == 'draining': leave(finish(cut_error(life.in_flight), 'drain') if life.in_flight else 0)
+    elif life.state == 'draining': leave(finish(cut_error(life.in_flight, 'It was told to stop twice; the second signal does not wait.'), 'drain') if life.in_flight else 0)
     elif life.state == 'loading':
         log('stopped', step=life.phase)
         leave(0)
 async def _drain(life, listeners, settings, row):
     "Not ready, still serving, then stop; the exit code"
     sign(life, row)
-    log('draining', seconds=settings.drain_delay, in_flight=life.in_flight)
+    log('draining', seconds=settings.drain_delay, in_flight=life.in_flight, receiving=sum(l.receiving for l in listeners))
     await asyncio.sleep(settings.drain_delay)
     cut = sum(await asyncio.gather(*[l.stop(settings.grace) for l in listeners]))
     row[CUT] = cut
