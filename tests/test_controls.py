@@ -39,7 +39,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N4", H.test_N4_a_body_over_the_limit_is_told_413_before_it_is_read, {}, "a_body_is_measured_after_it_was_read", "408 == 413"),
     ("N4", H.test_N4_a_chunked_body_over_the_limit_is_told_413_and_memory_stays, {}, "only_announced_bodies_are_measured", "408 == 413"),
     ("N4", H.test_N4_a_gzip_bomb_is_told_413, {}, "all_is_inflated_before_it_is_measured", "no more is inflated"),
-    ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_is_kept", r"memory\(server\) - before"),
+    ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_is_kept", r"memory\(server\) - before|cpu\(server\) - began"),
     ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_copies_the_body", r"cpu\(server\) - began"),
     ("N5", H.test_N5_chunks_that_are_mostly_wrapping_are_refused, {}, "the_wrapping_of_chunks_is_not_counted", "408 == 400"),
     ("N6", H.test_N6_a_head_that_is_too_large_is_refused_early, {"head": b"GET / HTTP/1.1\r\nhost: a\r\nx: " + b"a" * 2**20, "status": 431}, "a_head_without_limit", "408 == 431"),
