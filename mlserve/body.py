@@ -40,10 +40,11 @@ def _keys(o):
         elif type(v) is list and v and type(v[0]) is dict: n += sum(_keys(e) for e in v if type(e) is dict)
     return n
 
-def _has_colons(text, n):
-    "Whether there are exactly `n` colons; for a few, counting takes longer than finding"
-    if n != 1: return text.count(b':') == n
-    return text.find(b':', text.find(b':') + 1) < 0
+def _as_many_colons(text, o):
+    "Whether text has as many colons as its object has keys; a single one is found sooner than counted"
+    if len(o) == 1 and text.find(b':', text.find(b':') + 1) < 0: return True
+    colons = text.count(b':')
+    return colons == len(o) or colons == _keys(o)
 
 def _unique(pairs):
     "A dict from pairs, each key once"
@@ -64,7 +65,7 @@ def read_object(
     if type(o) is not dict: raise InvalidInput(f'The body is a JSON {type(o).__name__}; allowed is an object with {next(iter(allowed))!r}.')
     if type(body) is not bytes: body = bytes(body)
     try:
-        if not _has_colons(body, len(o)) and body.count(b':') != _keys(o): json.loads(body, object_pairs_hook=_unique)
+        if not _as_many_colons(body, o): json.loads(body, object_pairs_hook=_unique)
     except (RecursionError, ValueError): raise InvalidInput('The body is nested too deeply, or has a number too long to read.') from None
     check_keys(o, allowed, 'The body')
     return o

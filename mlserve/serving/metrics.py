@@ -35,14 +35,15 @@ class Numbers:
         self.routes,self.at,self.buckets,self.size = [],{},{},0
         self.rows = [board.metrics(w) for w in range(board.workers)]
         self.row,self._status = self.rows[worker],{s: i for i,s in enumerate(STATUSES)}
-        for h,(_,bounds) in HISTOGRAMS.items(): self.buckets[h] = bounds,self.size,self.place(h, len(bounds) + 2) - 1
+        for h,(_,bounds) in HISTOGRAMS.items():
+            self.place(h, len(bounds) + 2)
+            self.buckets[h] = bounds,self.at[h],self.size - 1
         for name in (*COUNTERS, *GAUGES, *(f'phase_{p}' for p in PHASES)): self.place(name)
         self.add_routes(['none', *routes])
     def place(self, name, size=1):
-        "Give a name its place in the row; where it ends"
+        "Give a name its place in the row"
         self.at[name],self.size = self.size,self.size + size
         if self.size > len(self.row): raise ValueError('A row of the board is too short for the metrics.')
-        return self.size
     def add_routes(self, patterns):
         "Count requests under these patterns as well"
         for p in patterns:
