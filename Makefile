@@ -17,10 +17,8 @@ setup: .venv/.installed ## the environment, in .venv
 
 .venv/.installed: settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'mlserve needs Python 3.11 or later; set PYTHON=...' >&2; exit 7; }
-	@echo 'setup: installing into .venv (a minute or two)' >&2
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel 2> >(grep -v '^WARNING: Location' >&2)
-	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
+	@echo 'setup: installing into .venv' >&2
+	@PYTHON=$(PYTHON) bash .ci/install .venv -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 release: setup engine-start ## the main job: train, build, record, check and promote the example
@@ -32,7 +30,7 @@ test: setup engine-start test-tools ## every test, with real releases in contain
 test-tools: # what the tests trace, emulate, proxy, load and build with; azurite and checkov go below state/
 	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
 	[ -z "$${missing:-}" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $${missing/nginx/nginx-light} >&2; }
-	@[ -x state/tools/checkov/bin/checkov ] || { $(PYTHON) -m venv state/tools/checkov && state/tools/checkov/bin/pip install -q --disable-pip-version-check checkov==3.3.30; }
+	@[ -x state/tools/checkov/bin/checkov ] || bash .ci/install state/tools/checkov checkov==3.3.30
 
 soak: setup engine-start test-tools ## the tests' full counts: hours of load, faults and fuzzing
 	@$(WITH_ENGINE) pytest -q -m soak
