@@ -8,7 +8,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-images test-tools clean
+.PHONY: help setup release test soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -70,6 +70,13 @@ bench: setup ## mlserve beside other model servers; BENCH='--servers mlserve,fas
 	@[ -f state/bench/models/cnn.npz ] || $(BIN)/python -W ignore bench/servers/make_models.py state/bench/models
 	@$(BIN)/python -W ignore bench/servers/run.py --root state/bench --out state/bench/results.jsonl $(BENCH)
 	@$(BIN)/python bench/servers/table.py state/bench/results.jsonl
+
+REV ?= HEAD~1
+bench-since: setup ## this tree beside an earlier commit, five interleaved rounds, as ratios; REV=COMMIT
+	@rev=$$(git rev-parse --short $(REV)) && bash bench/servers/setup.sh "$(CURDIR)/state/bench" mlserve mlserve@$$rev && \
+	{ [ -f state/bench/models/cnn.npz ] || $(BIN)/python -W ignore bench/servers/make_models.py state/bench/models; } && \
+	rm -f state/bench/since.jsonl && $(BIN)/python -W ignore bench/servers/run.py --root state/bench --out state/bench/since.jsonl --rounds 5 --conc 8,64 --no-off --no-floor --servers mlserve,mlserve@$$rev $(BENCH) && \
+	$(BIN)/python bench/servers/table.py state/bench/since.jsonl
 
 bench-images: setup engine-start ## our images beside MLflow's and the tutorials': size, builds, bytes pushed
 	@$(WITH_ENGINE) python -W ignore bench/images.py $(BENCH)
