@@ -8,7 +8,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images test-tools clean
+.PHONY: help setup release test test-fast soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -25,7 +25,10 @@ release: setup engine-start ## the main job: train, build, record, check and pro
 	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote --json
 
 test: setup engine-start test-tools ## every test, with real releases in containers
-	@$(WITH_ENGINE) pytest -q
+	@$(WITH_ENGINE) bash .ci/test
+
+test-fast: setup ## pages and units, without an engine
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m pages
 
 test-tools: # what the tests trace, emulate, proxy, load and build with; azurite and checkov go below state/
 	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
