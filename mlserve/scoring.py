@@ -51,10 +51,11 @@ def decode_instances(
 def answer_instances(
     request:InferRequest, # as decoded
     outputs:dict, # name to array, from the model
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
     "The V1 answer to a request"
-    if not request.rows: return encode_predict(outputs)
-    values = {n: jsonable(n, a, ModelFailed) for n,a in outputs.items()}
+    if not request.rows: return encode_predict(outputs, nonfinite)
+    values = {n: jsonable(n, a, ModelFailed, nonfinite) for n,a in outputs.items()}
     if len(values) == 1: return dump({'predictions': next(iter(values.values()))})
     lists = [v if type(v) is list else v.tolist() for v in values.values()]
     return dump({'predictions': [dict(zip(values, row)) for row in zip(*lists)]})
@@ -149,7 +150,8 @@ def decode_invocations(
 # %% ../nbs/02_scoring.ipynb #53cc51f6
 def encode_invocations(
     outputs:dict, # name to array
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
     "An answer of `/invocations`"
-    values = {n: jsonable(n, a, ModelFailed) for n,a in outputs.items()}
+    values = {n: jsonable(n, a, ModelFailed, nonfinite) for n,a in outputs.items()}
     return dump({'predictions': next(iter(values.values())) if len(values) == 1 else values})

@@ -34,9 +34,9 @@ class Route:
 
 # %% ../../nbs/serving/04_routes.ipynb #878f9b53
 def _plain(body, headers, package, limit): return decode_predict(body, package.inputs, limit)
-def _plain_answer(request, outputs, package, version): return encode_predict(outputs), JSON, ()
+def _plain_answer(request, outputs, package, version): return encode_predict(outputs, package.nonfinite), JSON, ()
 def _instances(body, headers, package, limit): return decode_instances(body, package.inputs, limit)
-def _instances_answer(request, outputs, package, version): return answer_instances(request, outputs), JSON, ()
+def _instances_answer(request, outputs, package, version): return answer_instances(request, outputs, package.nonfinite), JSON, ()
 
 # %% ../../nbs/serving/04_routes.ipynb #68c851c6
 def _infer(body, headers, package, limit):
@@ -47,12 +47,12 @@ def _infer(body, headers, package, limit):
     return decode_infer(body, package.inputs, package.outputs, limit, None if header is None else header.decode('latin-1'))
 def _infer_answer(request, outputs, package, version):
     "A V2 answer, with or without binary tensors"
-    body,header = answer_infer(request, outputs, package.name, version)
+    body,header = answer_infer(request, outputs, package.name, version, package.nonfinite)
     return (body, JSON, ()) if header is None else (body, BINARY, ((b'inference-header-content-length', b'%d' % header),))
 def _invocations(body, headers, package, limit):
     "A request of MLflow's scoring server, which is SageMaker's as well"
     return decode_invocations(body, package.inputs, limit, headers.get(b'content-type', JSON).decode('latin-1'))
-def _invocations_answer(request, outputs, package, version): return encode_invocations(outputs), JSON, ()
+def _invocations_answer(request, outputs, package, version): return encode_invocations(outputs, package.nonfinite), JSON, ()
 
 # %% ../../nbs/serving/04_routes.ipynb #12450d62
 class _Handled(InferRequest):
@@ -69,7 +69,9 @@ def own_route(
     "The route of a model's own steps, when it has any"
     handler = getattr(model, 'handler', None)
     if handler is None or not handler.typed: return None
-    def answer(request, outputs, package, version): return handler.encode(handler.respond(outputs, request.asked)), JSON, ()
+    def answer(request, outputs, package, version):
+        response = handler.respond(outputs, request.asked, package.nonfinite)
+        return handler.encode(response, package.nonfinite), JSON, ()
     return Route('/handle', partial(_handle, handler=handler), answer, beside=True)
 
 # %% ../../nbs/serving/04_routes.ipynb #f00a044f
