@@ -65,6 +65,19 @@ def around(put, where, before=never, after=never):
     put(where, wrapped)
 
 
+# ---- A: answers, and who gives them
+
+
+@plant
+def an_untold_version_is_1(put):
+    good = now("serving.server.read_settings")
+
+    def read(*env):
+        settings = good(*env)
+        return dataclasses.replace(settings, model_version=settings.model_version or "1")
+    put("serving.server.read_settings", read)
+
+
 # ---- N: the network
 
 
