@@ -149,14 +149,14 @@ def _framed(o, key, arrays, binary, error, nonfinite=None):
 # %% ../nbs/02_protocol.ipynb #edf38ec8
 def _answer_head(model, version, id):
     "What an answer says besides its outputs"
-    o = {'model_name': model, 'model_version': version}
+    o = {'model_name': model, 'model_version': version} if version else {'model_name': model}
     if id is not None: o['id'] = id
     return o
 
 def encode_infer(
     outputs:dict, # name to array
     model:str, # the model's name
-    version:str, # its version
+    version:str, # its version; '' when nobody told it, and then the answer has none
     id:str|None=None, # the request's, if it had one
     nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
@@ -168,7 +168,7 @@ def encode_infer(
 def encode_infer_binary(
     outputs:dict, # name to array
     model:str, # the model's name
-    version:str, # its version
+    version:str, # its version; '' when nobody told it, and then the answer has none
     id:str|None=None, # the request's, if it had one
     binary=None, # names of the outputs behind the JSON; all if not given
     nonfinite:str|None=None, # 'strings': in the JSON, NaN and infinities are written as words

@@ -18,7 +18,7 @@ from ..plain import InferRequest, decode_predict, encode_predict
 from ..protocol import answer_infer, decode_infer
 from ..scoring import answer_instances, decode_instances, decode_invocations, encode_invocations
 from .batch import shape_key
-from .events import Sparingly, trace
+from .events import Sparingly, log_refused, trace
 from .lifecycle import Lifecycle, serving
 
 # %% ../../nbs/serving/04_routes.ipynb #37c40b91
@@ -84,10 +84,10 @@ ROUTES = (Route('/predict', _plain, _plain_answer),
     Route('/predictions/{name}/{version}', _plain, _plain_answer))
 def paths(
     name:str, # the model's name
-    version:str, # its version
+    version:str, # its version; '' when nobody told it
 )->dict: # path in bytes to its `Route`
     "The exact paths on which this model is asked"
-    return {r.pattern.format(name=name, version=version).encode(): r for r in ROUTES}
+    return {r.pattern.format(name=name, version=version).encode(): r for r in ROUTES if version or '{version}' not in r.pattern}
 
 # %% ../../nbs/serving/04_routes.ipynb #29a6a42f
 def _media(headers):
@@ -241,6 +241,7 @@ def _failed(way, call, error):
         error = MlserveError(f"internal error {call.id.decode('latin-1')}")
     elif isinstance(error, ModelFailed): way.sparingly('model_failed', id=call.id.decode('latin-1'), route=call.route.pattern,
         error=error.message, **({'traceback': trace(error.__cause__)} if error.__cause__ else {}))
+    elif error.status < 500: log_refused(call.route.pattern, error.status, call.id, error.message)
     call.finish(refusal(error))
 def _counted(way, call, status):
     "One request more in the metrics"
