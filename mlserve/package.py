@@ -183,7 +183,7 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files):
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
     prove_program(live, load_program(saved), arrays, names, expected, ours['tolerance'], batch, bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
-    texts = example_files(arrays) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
+    texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
     for name,text in texts.items(): (temp/name).write_text(text)
     write_lock(temp)
 

@@ -20,12 +20,13 @@ import test_batcher
 import test_conformance
 import test_endurance
 import test_http_limits
+import test_invariance
 import test_platforms
 import test_protocol
 import test_server
 
 HERE = Path(__file__).parent
-H, C, P, B, S, D = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance
+H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
 T = test_platforms
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
@@ -101,6 +102,14 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("L5", S.test_L5_a_signal_during_the_load_ends_it_at_once, {}, "a_signal_waits_for_the_load", HELD),
     ("L5", S.test_L5_a_second_signal_does_not_wait, {}, "a_second_signal_is_not_heard", HELD),
     ("L5", S.test_L5_a_killed_parent_leaves_no_worker_and_its_port_is_free, {}, "a_worker_outlives_its_parent", HELD),
+    ("A2", I.test_A2_a_row_that_depends_on_its_company_is_refused, {"name": "over the batch", "rows": 1}, "rows_are_asked_beside_rows_like_theirs", "DID NOT RAISE"),
+    ("A2", I.test_A2_requests_whose_rows_belong_together_are_never_joined_and_never_cut, {}, "requests_are_always_joined", "wholes"),
+    ("A2", I.test_A2_recorded_rows_are_asked_in_the_calls_of_the_reference, {}, "recorded_rows_are_asked_by_thirty_two", "held-back"),
+    ("A3", I.test_A3_a_model_that_works_in_place_changes_no_array_of_anybody, {"format": "torchscript"}, "memory_is_shared_with_the_model", "before|otherwise|differ"),
+    ("A3", I.test_A3_an_answer_is_not_overwritten_by_the_next, {}, "memory_is_shared_with_the_model", "first == 1"),
+    ("A3", I.test_A3_a_model_that_writes_to_what_it_keeps_is_refused, {}, "writes_of_the_model_are_not_counted", "DID NOT RAISE"),
+    ("A3", I.test_A3_an_answer_that_json_cannot_carry_is_refused_at_save, {"word": "-Infinity"}, "what_is_no_number_is_saved", "DID NOT RAISE"),
+    ("A3", I.test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route, {}, "what_is_no_number_is_null", "null"),
 ]
 
 

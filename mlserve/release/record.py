@@ -30,7 +30,8 @@ def contract_of(
     package, # a verified package
 )->str: # such as `x FP32[-1,4] → y FP32[-1,2]`
     "The tensors that a model takes and gives, in one line"
-    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs))
+    words = ', NaN and infinities as words' if package.nonfinite else ''
+    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs)) + words
 def _open_run(store, name):
     if run_id := os.environ.get('MLFLOW_RUN_ID'): return run_id,False
     import mlflow
