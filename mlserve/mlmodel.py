@@ -16,7 +16,7 @@ def _signature(specs:tuple)->str:
     return json.dumps([{'name': s.name, 'type': 'tensor',
         'tensor-spec': {'dtype': DATATYPES[s.datatype].name, 'shape': list(s.shape)}} for s in specs])
 def mlmodel(
-    ours:dict, # name, format, file, handler, tolerance, and module where there is one
+    ours:dict, # name, format, file, handler, tolerance; module, batch and nonfinite where they are said
     inputs:tuple, # tensor specs
     outputs:tuple, # tensor specs
 )->str: # the text of `MLmodel`

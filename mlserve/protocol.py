@@ -10,7 +10,7 @@ __all__ = ['decode_infer', 'encode_infer', 'encode_infer_binary', 'answer_infer'
 from functools import lru_cache
 import numpy as np
 from .binary import from_base64, from_bytes, from_raw, split, to_bytes
-from .body import check_keys, dump, jsonable, may_hold_booleans, read_object
+from .body import check_keys, dump, jsonable, lift_words, may_hold_booleans, put_words, read_object
 from .classification import classify
 from .errors import InvalidInput, MlserveError, ModelFailed
 from .plain import InferRequest, decode_predict, decode_predict_response, encode_predict, encode_predict_request
@@ -157,59 +157,67 @@ def decode_infer(
     return InferRequest(_arrays(claims, rest, limit, may_hold_booleans(head)), *fields)
 
 # %% ../nbs/02_protocol.ipynb #fce71b75
-def _entry(name, a, error):
+def _entry(name, a, error, nonfinite=None):
     "An array as V2's tensor in JSON"
     if a.dtype == np.float16: raise InvalidInput(f"Tensor '{name}' is FP16, which has no JSON form in V2; ask for it as binary.")
-    return {'name': name, 'shape': a.shape, 'datatype': datatype_of(a), 'data': jsonable(name, a.ravel(), error)}
+    return {'name': name, 'shape': a.shape, 'datatype': datatype_of(a), 'data': jsonable(name, a.ravel(), error, nonfinite)}
 
-def _framed(o, key, arrays, binary, error):
+def _framed(o, key, arrays, binary, error, nonfinite=None):
     "A V2 message with some tensors behind the JSON, and the JSON's length"
     parts = {n: to_bytes(arrays[n]) for n in arrays if n in binary}
     o[key] = [{'name': n, 'shape': a.shape, 'datatype': datatype_of(a), 'parameters': {'binary_data_size': len(parts[n])}}
-              if n in parts else _entry(n, a, error) for n,a in arrays.items()]
+              if n in parts else _entry(n, a, error, nonfinite) for n,a in arrays.items()]
     head = dump(o)
     return b''.join([head, *parts.values()]),len(head)
 
 # %% ../nbs/02_protocol.ipynb #edf38ec8
 def _answer_head(model, version, id):
     "What an answer says besides its outputs"
-    o = {'model_name': model, 'model_version': version}
+    o = {'model_name': model, 'model_version': version} if version else {'model_name': model}
     if id is not None: o['id'] = id
     return o
 
 def encode_infer(
     outputs:dict, # name to array
     model:str, # the model's name
-    version:str, # its version
+    version:str, # its version; '' when nobody told it, and then the answer has none
     id:str|None=None, # the request's, if it had one
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
     "A V2 answer in JSON"
     o = _answer_head(model, version, id)
-    o['outputs'] = [_entry(n, a, ModelFailed) for n,a in outputs.items()]
+    o['outputs'] = [_entry(n, a, ModelFailed, nonfinite) for n,a in outputs.items()]
     return dump(o)
 
 def encode_infer_binary(
     outputs:dict, # name to array
     model:str, # the model's name
-    version:str, # its version
+    version:str, # its version; '' when nobody told it, and then the answer has none
     id:str|None=None, # the request's, if it had one
     binary=None, # names of the outputs behind the JSON; all if not given
+    nonfinite:str|None=None, # 'strings': in the JSON, NaN and infinities are written as words
 )->tuple: # the body, and the length of its JSON
     "A V2 answer with binary tensors"
-    return _framed(_answer_head(model, version, id), 'outputs', outputs, outputs if binary is None else binary, ModelFailed)
+    return _framed(_answer_head(model, version, id), 'outputs', outputs, outputs if binary is None else binary, ModelFailed, nonfinite)
 
 # %% ../nbs/02_protocol.ipynb #2f0da8c3
+def _classified(request, arrays, nonfinite):
+    "The outputs of which the largest values are wanted, as texts"
+    for n in request.classes:
+        if n not in request.binary: jsonable(n, arrays[n], ModelFailed, nonfinite)
+    return {n: classify(arrays[n], top) for n,top in request.classes.items()}
 def answer_infer(
     request:InferRequest, # as decoded
     outputs:dict, # name to array, from the model
     model:str, # the model's name
     version:str, # its version
+    nonfinite:str|None=None, # 'strings': in JSON, NaN and infinities are written as words
 )->tuple: # the body, and the length of its JSON; None if it is all JSON
     "The V2 answer to a request"
     arrays = {n: outputs[n] for n in request.outputs} if request.outputs else outputs
-    if request.classes: arrays = arrays | {n: classify(arrays[n], top) for n,top in request.classes.items()}
-    if request.binary: return encode_infer_binary(arrays, model, version, request.id, request.binary)
-    return encode_infer(arrays, model, version, request.id),None
+    if request.classes: arrays = arrays | _classified(request, arrays, nonfinite)
+    if request.binary: return encode_infer_binary(arrays, model, version, request.id, request.binary, nonfinite)
+    return encode_infer(arrays, model, version, request.id, nonfinite),None
 
 # %% ../nbs/02_protocol.ipynb #4b62e85f
 def _request_head(id, timeout):
@@ -249,6 +257,9 @@ def decode_infer_response(
     try:
         head,rest = (body, None) if header is None else split(body, header)
         o = read_object(head, dict.fromkeys(['outputs', 'model_name', 'model_version', 'id', 'parameters']))
-        specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in _entries(o, 'outputs', _tensor).items()]
-        return _arrays(_claims({'inputs': o.get('outputs', [])}, specs), rest, 2**31, True)
+        entries,words = _entries(o, 'outputs', _tensor),{}
+        specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in entries.items()]
+        for n,e in entries.items():
+            if 'data' in e: e['data'],words[n] = lift_words(e['data'], e['datatype'])
+        return put_words(_arrays(_claims({'inputs': o.get('outputs', [])}, specs), rest, 2**31, True), words)
     except (MlserveError, TypeError) as e: raise ModelFailed(f'The answer is not V2: {e}') from None

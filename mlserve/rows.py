@@ -147,25 +147,28 @@ def from_lines(
 # %% ../nbs/02_rows.ipynb #d0a10034
 def to_lines(
     outputs:dict, # name to array
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # one JSON value on each line
     "JSON lines, one for each row"
-    values = {n: jsonable(n, a, ModelFailed) for n,a in outputs.items()}
+    values = {n: jsonable(n, a, ModelFailed, nonfinite) for n,a in outputs.items()}
     rows = next(iter(values.values())) if len(values) == 1 else [dict(zip(values, row)) for row in zip(*values.values())]
     return b''.join(dump(r) + b'\n' for r in rows)
 
 _bare = re.compile(r'[^\s",\ufeff](?:[^",\r\n]*[^\s",])?').fullmatch # a text that is the same with quotes and without
-def _text_line(texts):
+def _text_line(cells):
     "One line of CSV, with quotes where they are needed"
+    texts = [t if type(t) is str else dump(t).decode() for t in cells]
     return ','.join(t if _bare(t) else '"' + t.replace('"', '""') + '"' for t in texts).encode()
 
-def _csv_cells(name, array):
+def _csv_cells(name, array, nonfinite):
     "The cells of each row of an output, as CSV"
     if array.ndim > 2: raise InvalidInput(f"Output '{name}' has the shape {list(array.shape)}, which has no form in CSV; accept application/json or application/jsonlines.")
-    table = jsonable(name, array.reshape(len(array), -1), ModelFailed)
+    table = jsonable(name, array.reshape(len(array), -1), ModelFailed, nonfinite)
     return [_text_line(r) if type(r) is list else dump(r)[1:-1] for r in table]
 
 def to_csv(
     outputs:dict, # name to array
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # one line for each row, no header
     "CSV, one line for each row"
-    return b''.join(b','.join(row) + b'\n' for row in zip(*(_csv_cells(n, a) for n,a in outputs.items())))
+    return b''.join(b','.join(row) + b'\n' for row in zip(*(_csv_cells(n, a, nonfinite) for n,a in outputs.items())))

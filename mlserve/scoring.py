@@ -33,16 +33,17 @@ def decode_instances(
     return InferRequest(arrays, form=form, ignored='parameters' if o.get('parameters') else None)
 
 # %% ../nbs/02_scoring.ipynb #8702d9a0
-def _value(name, array):
+def _value(name, array, nonfinite):
     "What V1 writes for an output"
-    return to_base64(array) if array.dtype == object and name.endswith('_bytes') else jsonable(name, array, ModelFailed)
+    return to_base64(array) if array.dtype == object and name.endswith('_bytes') else jsonable(name, array, ModelFailed, nonfinite)
 
 def answer_instances(
     request:InferRequest, # as decoded
     outputs:dict, # name to array, from the model
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
     "The V1 answer to a request"
-    values = {n: _value(n, a) for n,a in outputs.items()}
+    values = {n: _value(n, a, nonfinite) for n,a in outputs.items()}
     if len(values) == 1: return dump({'predictions' if request.form else 'outputs': next(iter(values.values()))})
     if not request.form: return dump({'outputs': values})
     lists = [v if type(v) is list else v.tolist() for v in values.values()]
@@ -109,16 +110,18 @@ def decode_invocations(
 # %% ../nbs/02_scoring.ipynb #53cc51f6
 def encode_invocations(
     outputs:dict, # name to array
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
     "An answer of `/invocations`"
-    values = {n: jsonable(n, a, ModelFailed) for n,a in outputs.items()}
+    values = {n: jsonable(n, a, ModelFailed, nonfinite) for n,a in outputs.items()}
     return dump({'predictions': next(iter(values.values())) if len(values) == 1 else values})
 
 def answer_invocations(
     request:InferRequest, # as decoded
     outputs:dict, # name to array, from the model
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->tuple: # the body, and its media type
     "The answer of `/invocations` in the form that was asked for"
-    if request.form == 'csv': return to_csv(outputs),'text/csv'
-    if request.form == 'lines': return to_lines(outputs),'application/jsonlines'
-    return encode_invocations(outputs),'application/json'
+    if request.form == 'csv': return to_csv(outputs, nonfinite),'text/csv'
+    if request.form == 'lines': return to_lines(outputs, nonfinite),'application/jsonlines'
+    return encode_invocations(outputs, nonfinite),'application/json'

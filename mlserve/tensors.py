@@ -267,13 +267,14 @@ class Comparison:
     where: str # the worst place, or what made comparing impossible
 
 # %% ../nbs/01_tensors.ipynb #d07b7f63
-def _compare_one(name, want, got, rtol, atol):
+def _compare_one(name, want, got, rtol, atol, nan):
     "Compare two arrays"
     want,got = np.asarray(want),np.asarray(got)
     if want.shape != got.shape: return Comparison(False, math.inf, math.inf, f'{name}: shape {list(got.shape)}, expected {list(want.shape)}')
     if want.dtype.kind != got.dtype.kind: return Comparison(False, math.inf, math.inf, f'{name}: type {got.dtype}, expected {want.dtype}')
     if not want.size: return Comparison(False, math.inf, math.inf, f'{name}: nothing to compare')
     same = np.asarray(want == got, bool)
+    if nan and want.dtype.kind == 'f': same |= np.isnan(want) & np.isnan(got)
     if want.dtype.kind not in 'biuf': want,got = np.zeros(same.shape),np.where(same, 0, np.inf)
     w,g = want.astype(np.float64),got.astype(np.float64)
     with np.errstate(all='ignore'):
@@ -289,9 +290,10 @@ def compare(
     got:dict, # name to array, from elsewhere
     rtol:float, # relative tolerance
     atol:float, # absolute tolerance
+    nan:bool=False, # NaN is an answer, and equals NaN
 )->Comparison: # of all tensors together; `where` is the worst place
     "Compare two sets of tensors"
     if not expected or set(expected) != set(got): return Comparison(False, math.inf, math.inf, f'tensors {sorted(got)}, expected {sorted(expected)}')
-    each = [_compare_one(n, expected[n], got[n], rtol, atol) for n in expected]
+    each = [_compare_one(n, expected[n], got[n], rtol, atol, nan) for n in expected]
     worst = max(each, key=lambda c: (not c.passed, c.max_abs))
     return Comparison(all(c.passed for c in each), max(c.max_abs for c in each), max(c.max_rel for c in each), worst.where)

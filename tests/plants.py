@@ -65,6 +65,19 @@ def around(put, where, before=never, after=never):
     put(where, wrapped)
 
 
+# ---- A: answers, and who gives them
+
+
+@plant
+def an_untold_version_is_1(put):
+    good = now("serving.server.read_settings")
+
+    def read(*env):
+        settings = good(*env)
+        return dataclasses.replace(settings, model_version=settings.model_version or "1")
+    put("serving.server.read_settings", read)
+
+
 # ---- N: the network
 
 
@@ -323,7 +336,7 @@ def a_first_line_that_is_no_row_is_a_header(put):
 
 @plant
 def a_text_may_end_its_line(put):
-    put("rows._text_line", lambda texts: ",".join(texts).encode())
+    put("rows._text_line", lambda cells: ",".join(map(str, cells)).encode())
 
 
 @plant

@@ -12,7 +12,7 @@ import pytest
 from serving import Server
 
 NAME = "double"
-SETTINGS = dict(ui=True)
+SETTINGS = dict(ui=True, model_version=1)
 V2 = f"/v2/models/{NAME}"
 
 

@@ -11,8 +11,9 @@ import json, os, re, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..arrays import save_tensors
+from ..freeze import check_finite
 from ..errors import CheckFailed, Conflict, InvalidInput, NotFound, Refused, UsageError
-from ..package import accuracy, load_package, load_program
+from ..package import accuracy, call_rows, load_package, load_program
 from .spec import checked_device
 from .tracking import client, experiment, make_folder, tracking_uri, unrecorded
 from ..tensors import check_tensors
@@ -40,14 +41,16 @@ def _open_run(store, name):
 def saved_answers(
     package, # a verified package
     inputs:dict, # name → array `[rows, ...]`
-    rows:int=32, # of one batch
+    rows:int=32, # of one call
 )->dict: # name → array `[rows, ...]`
-    "What the saved model answers on this machine, batch by batch"
+    "What the saved model answers on this machine, call by call"
     import numpy as np
     model,names = load_program(package),[s.name for s in package.outputs]
     ordered,total = {s.name: inputs[s.name] for s in package.inputs},len(next(iter(inputs.values())))
     parts = [model.run({k: v[i:i+rows] for k,v in ordered.items()}, names) for i in range(0, total, rows)]
-    return {n: np.concatenate([p[n] for p in parts]) for n in names}
+    outputs = {n: np.concatenate([p[n] for p in parts]) for n in names}
+    if not package.nonfinite: check_finite(outputs, 'the held-back data')
+    return outputs
 def _log_holdout(store, run_id, package, inputs, labels):
     import numpy as np
     inputs = {k: np.asarray(v) for k,v in (inputs if isinstance(inputs, dict) else {package.inputs[0].name: inputs}).items()}
@@ -55,7 +58,7 @@ def _log_holdout(store, run_id, package, inputs, labels):
     try: rows = check_tensors(inputs, package.inputs)
     except InvalidInput as e: raise UsageError(f'The held-back data does not fit the package: {e.message}', mend='Give it under the names, types and shapes that save_package was given.') from None
     if labels.shape[:1] != (rows,): raise UsageError(f'The held-back data has {rows} rows, and labels of shape {list(labels.shape)}; each row has one.')
-    outputs = saved_answers(package, inputs)
+    outputs = saved_answers(package, inputs, call_rows(package))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'holdout.safetensors'
         save_tensors(path, inputs=inputs, outputs=outputs, labels={'labels': labels})

@@ -15,8 +15,8 @@ from .. import __version__
 from ..errors import InvalidInput, MlserveError, NotFound, Unavailable
 from ..metadata import model_config, model_metadata, signature, version_status
 from .board import Board
-from .events import Sparingly, request_id, trace
-from .lifecycle import PROBES, Lifecycle, health, readiness, serving, the_package
+from .events import Sparingly, log_refused, request_id, trace
+from .lifecycle import PROBES, Lifecycle, card, health, readiness, serving, the_package
 from .metrics import Numbers
 from .routes import FORM, JSON, ROUTES, Inference, own_route, refusal
 from .scrape import exposition, statistics
@@ -67,7 +67,12 @@ class Around:
             response = _unforeseen(e, rid.decode('latin-1'), self.sparingly)
             if not status: await response(scope, receive, send_named)
         finally:
-            if not scope.get('mlserve.counted'): self.numbers.count(getattr(scope.get('route'), 'path', 'none'), status or 500)
+            if not scope.get('mlserve.counted'): self.counted(scope, status or 500)
+    def counted(self, scope, status):
+        "One request more, under its route; a refusal leaves a line"
+        route = getattr(scope.get('route'), 'path', 'none')
+        self.numbers.count(route, status)
+        if 400 <= status < 500: log_refused(scope['path'] if route == 'none' else route, status, scope['mlserve.id'], scope.get('mlserve.error', ''))
 
 # %% ../../nbs/serving/05_app.ipynb #9b5cf526
 def _platform_routes(app, life, settings, numbers):
@@ -76,6 +81,9 @@ def _platform_routes(app, life, settings, numbers):
         async def ask(): return reply(probe(life))
         app.get(path.decode(), tags=['platform'])(ask)
     for path,probe in PROBES.items(): add(path, probe)
+    if not settings.ui:
+        @app.get('/', tags=['operator'])
+        async def root(): return reply(card(life, settings))
     @app.get('/health', tags=['operator'])
     async def about(): return reply(health(life, settings))
     @app.get('/version', tags=['operator'])
@@ -87,7 +95,8 @@ def _metrics_route(app, life, settings, numbers):
     async def metrics():
         p = life.package
         about = {'model': p.name if p else '', 'version': settings.model_version, 'image': settings.image, 'package': p.digest if p else '', 'mlserve': __version__}
-        return Response(exposition(numbers, about), media_type=CONTENT_TYPE_LATEST)
+        text = await asyncio.to_thread(exposition, numbers, about, settings.cache) # a disk that hangs holds no request
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 # %% ../../nbs/serving/05_app.ipynb #1d4a1f6e
 EXTENSIONS = ['binary_tensor_data', 'classification', 'model_configuration', 'statistics']
@@ -106,7 +115,8 @@ def _server_routes(app, life, settings, numbers):
         try: only = json.loads(await request.body() or b'{}').get('ready') is True
         except (ValueError, AttributeError, RecursionError): raise InvalidInput("The body is not a JSON object such as {\"ready\": true}.") from None
         state = ('READY', '') if life.state == 'ready' else ('UNAVAILABLE', life.state)
-        found = [{'name': n, 'version': settings.model_version, 'state': state[0], 'reason': state[1]} for n in names()]
+        version = {'version': settings.model_version} if settings.model_version else {}
+        found = [{'name': n, **version, 'state': state[0], 'reason': state[1]} for n in names()]
         return reply([f for f in found if f['state'] == 'READY' or not only])
 
 # %% ../../nbs/serving/05_app.ipynb #c545376e
@@ -114,7 +124,7 @@ def _model_routes(app, life, settings, numbers):
     "What V2 says of the model"
     async def metadata(name:str, version:str|None=None):
         p = the_package(life, settings, name, version)
-        return reply(model_metadata(p.name, [settings.model_version], p.format, p.inputs, p.outputs))
+        return reply(model_metadata(p.name, [v for v in [settings.model_version] if v], p.format, p.inputs, p.outputs))
     async def ready(name:str, version:str|None=None):
         the_package(life, settings, name, version)
         readiness(life)
@@ -201,10 +211,13 @@ def _described(inference, route):
 def _error_handlers(app):
     "Every failure of ours and of the framework's, in one shape"
     @app.exception_handler(MlserveError)
-    async def ours(request, e): return refuse(e)
+    async def ours(request, e):
+        request.scope['mlserve.error'] = e.message
+        return refuse(e)
     @app.exception_handler(HTTPException)
     async def theirs(request, e):
-        return reply({'error': f'{e.detail}: {request.method} {request.url.path[:200]}'}, e.status_code, e.headers)
+        request.scope['mlserve.error'] = text = f'{e.detail}: {request.method} {request.url.path[:200]}'
+        return reply({'error': text}, e.status_code, e.headers)
     @app.exception_handler(RequestValidationError)
     async def invalid(request, e): return refuse(InvalidInput('The parameters of this request are not those of the route.'))
 

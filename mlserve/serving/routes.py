@@ -18,7 +18,7 @@ from ..plain import InferRequest, decode_predict, encode_predict
 from ..protocol import answer_infer, decode_infer
 from ..scoring import answer_instances, answer_invocations, decode_instances, decode_invocations
 from .batch import shape_key
-from .events import Sparingly, log, trace
+from .events import Sparingly, log, log_refused, trace
 from .lifecycle import Lifecycle, serving, the_package
 
 # %% ../../nbs/serving/04_routes.ipynb #37c40b91
@@ -35,9 +35,9 @@ class Route:
 
 # %% ../../nbs/serving/04_routes.ipynb #878f9b53
 def _plain(body, headers, package, limit): return decode_predict(body, package.inputs, limit)
-def _plain_answer(request, outputs, package, version): return encode_predict(outputs), JSON, ()
+def _plain_answer(request, outputs, package, version): return encode_predict(outputs, package.nonfinite), JSON, ()
 def _instances(body, headers, package, limit): return decode_instances(body, package.inputs, limit)
-def _instances_answer(request, outputs, package, version): return answer_instances(request, outputs), JSON, ()
+def _instances_answer(request, outputs, package, version): return answer_instances(request, outputs, package.nonfinite), JSON, ()
 
 # %% ../../nbs/serving/04_routes.ipynb #68c851c6
 def _infer(body, headers, package, limit):
@@ -48,14 +48,14 @@ def _infer(body, headers, package, limit):
     return decode_infer(body, package.inputs, package.outputs, limit, None if header is None else header.decode('latin-1'))
 def _infer_answer(request, outputs, package, version):
     "A V2 answer, with or without binary tensors"
-    body,header = answer_infer(request, outputs, package.name, version)
+    body,header = answer_infer(request, outputs, package.name, version, package.nonfinite)
     return (body, JSON, ()) if header is None else (body, BINARY, ((b'inference-header-content-length', b'%d' % header),))
 def _invocations(body, headers, package, limit):
     "A request of MLflow's scoring server, which is SageMaker's as well"
     media,accept = headers.get(b'content-type', JSON),headers.get(b'accept', b'')
     return decode_invocations(body, package.inputs, limit, media.decode('latin-1'), accept.decode('latin-1'))
 def _invocations_answer(request, outputs, package, version):
-    body,media = answer_invocations(request, outputs)
+    body,media = answer_invocations(request, outputs, package.nonfinite)
     return body, media.encode(), ()
 
 # %% ../../nbs/serving/04_routes.ipynb #12450d62
@@ -73,7 +73,9 @@ def own_route(
     "The route of a model's own steps, when it has any"
     handler = getattr(model, 'handler', None)
     if handler is None or not handler.typed: return None
-    def answer(request, outputs, package, version): return handler.encode(handler.respond(outputs, request.asked)), JSON, ()
+    def answer(request, outputs, package, version):
+        response = handler.respond(outputs, request.asked, package.nonfinite)
+        return handler.encode(response, package.nonfinite), JSON, ()
     return Route('/handle', partial(_handle, handler=handler), answer, beside=True)
 
 # %% ../../nbs/serving/04_routes.ipynb #f00a044f
@@ -87,10 +89,10 @@ ROUTES = (Route('/predict', _plain, _plain_answer),
     Route('/predictions/{name}/{version}', _plain, _plain_answer))
 def paths(
     name:str, # the model's name
-    version:str, # its version
+    version:str, # its version; '' when nobody told it
 )->dict: # path in bytes to its `Route`
     "The exact paths on which this model is asked"
-    return {r.pattern.format(name=name, version=version).encode(): r for r in ROUTES}
+    return {r.pattern.format(name=name, version=version).encode(): r for r in ROUTES if version or '{version}' not in r.pattern}
 
 # %% ../../nbs/serving/04_routes.ipynb #29a6a42f
 def _media(headers):
@@ -251,6 +253,7 @@ def _failed(way, call, error):
         error = MlserveError(f"internal error {call.id.decode('latin-1')}")
     elif isinstance(error, ModelFailed): way.sparingly('model_failed', id=call.id.decode('latin-1'), route=call.route.pattern,
         error=error.message, **({'traceback': trace(error.__cause__)} if error.__cause__ else {}))
+    elif error.status < 500: log_refused(call.route.pattern, error.status, call.id, error.message)
     call.finish(refusal(error))
 def _counted(way, call, status):
     "One request more in the metrics"
