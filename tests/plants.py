@@ -543,3 +543,18 @@ def some_connections_leave_a_file(put):
 def some_connections_leave_a_thread(put):
     import threading
     around(put, "serving.listener.Listener.opened", before=lambda self, connection: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
+
+
+# ---- A: answers
+
+
+@plant
+def arrays_come_back_in_the_order_of_the_alphabet(put):
+    good = now("arrays._read")
+    put("arrays._read", lambda path: dict(sorted(good(path).items())))
+
+
+@plant
+def the_first_output_of_the_alphabet_is_measured(put):
+    good = now("evaluation._fitting")
+    put("evaluation._fitting", lambda outputs, labels: list(good(dict(sorted(outputs.items())), labels))[:1])

@@ -19,12 +19,14 @@ import serving
 import test_batcher
 import test_conformance
 import test_endurance
+import test_evaluation
 import test_http_limits
 import test_protocol
 import test_server
 
 HERE = Path(__file__).parent
 H, C, P, B, S, D = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance
+V = test_evaluation
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
@@ -98,6 +100,9 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("L5", S.test_L5_a_signal_during_the_load_ends_it_at_once, {}, "a_signal_waits_for_the_load", HELD),
     ("L5", S.test_L5_a_second_signal_does_not_wait, {}, "a_second_signal_is_not_heard", HELD),
     ("L5", S.test_L5_a_killed_parent_leaves_no_worker_and_its_port_is_free, {}, "a_worker_outlives_its_parent", HELD),
+    ("A3", V.test_A3_the_order_of_the_model_is_kept_by_every_file_and_program, {"format": "torchscript", "model": V.Columns()}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
+    ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
+    ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
 ]
 
 
