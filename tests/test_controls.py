@@ -19,6 +19,7 @@ import serving
 import test_batcher
 import test_conformance
 import test_endurance
+import test_evaluation
 import test_http_limits
 import test_invariance
 import test_platforms
@@ -27,7 +28,7 @@ import test_server
 
 HERE = Path(__file__).parent
 H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
-T = test_platforms
+T, V = test_platforms, test_evaluation
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
@@ -116,6 +117,9 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A3", I.test_A3_a_model_that_writes_to_what_it_keeps_is_refused, {}, "writes_of_the_model_are_not_counted", "DID NOT RAISE"),
     ("A3", I.test_A3_an_answer_that_json_cannot_carry_is_refused_at_save, {"word": "-Infinity"}, "what_is_no_number_is_saved", "DID NOT RAISE"),
     ("A3", I.test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route, {}, "what_is_no_number_is_null", "null"),
+    ("A3", V.test_A3_the_order_of_the_model_is_kept_by_every_file_and_program, {"format": "torchscript", "model": V.Columns()}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
+    ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
+    ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
 ]
 
 
