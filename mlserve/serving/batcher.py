@@ -29,6 +29,7 @@ class Stats:
     dropped: int = 0 # client left while it ran
     shed: int = 0 # refused, as the queue was full or closed
     expired: int = 0 # deadline passed while it waited or ran
+    out_of_memory: int = 0 # calls of the model for which memory did not suffice
     cut: int = 0 # given up at the end of the grace, or with the device
 @dataclass
 class Report:
@@ -39,6 +40,7 @@ class Report:
     queue_seconds: float # waited, summed over the requests
     oldest_seconds: float # waited by the first of them
     infer_seconds: float # joining, running and cutting
+    out_of_memory: int = 0 # calls for which memory did not suffice
 
 # %% ../../nbs/serving/04_batcher.ipynb #2ac3aba1
 def _execute(batcher, runner, batch):
@@ -46,7 +48,7 @@ def _execute(batcher, runner, batch):
     start = monotonic()
     fault = run(runner, batch)
     waited = [start - t.since for t in batch]
-    return Report(len(batch), sum([t.rows for t in batch]), runner.calls, sum(waited), max(waited), monotonic() - start), fault
+    return Report(len(batch), sum([t.rows for t in batch]), runner.calls, sum(waited), max(waited), monotonic() - start, runner.out_of_memory), fault
 def _tell(batcher, function, *args):
     "Call a function on the event loop, if it still runs"
     try: batcher.loop.call_soon_threadsafe(function, *args)
@@ -55,7 +57,7 @@ def _tell(batcher, function, *args):
 # %% ../../nbs/serving/04_batcher.ipynb #068f321f
 def _piece(batcher, runner, ticket):
     "Run the next piece of a long request; who is to be answered, the report, and a fault"
-    start,job = monotonic(),ticket.piece(batcher.max_batch)
+    start,job = monotonic(),ticket.piece(batcher.limit)
     fault = run(runner, [job])
     last,waited = ticket.join(job) or fault is not None,start - ticket.since
     ticket.since = monotonic()
@@ -120,6 +122,7 @@ def _finish(batcher, batch, report, fault):
         t.arrays = t.result = None
     s.batches += 1
     s.calls += report.calls
+    s.out_of_memory += report.out_of_memory
     s.requests += report.requests
     s.rows += report.rows
     s.failed += failed
@@ -179,18 +182,20 @@ class _State:
         free_memory=None, # called when memory ran out
         on_batch=None, # called with the `Report` of each batch
         on_fault=None, # called with `Broken` or `DeviceLost`
+        joined:bool=True, # requests may share a call and large ones be cut; else a request is one call
     ):
         self.predict,self.max_batch,self.queue,self.threads,self.inline = predict,max_batch,queue,threads,inline
         self.expected,self.free_memory,self.on_batch = expected,free_memory,on_batch
         self.prepare,self.on_fault = prepare or (lambda: None),on_fault or (lambda fault: None)
-        self.far,self.near = RequestQueue(max_batch, max_delay_ms / 1000),RequestQueue(max_batch, 0)
+        self.limit,(most, delay) = (max_batch, (max_batch, max_delay_ms / 1000)) if joined else (math.inf, (1, 0))
+        self.far,self.near = RequestQueue(most, delay),RequestQueue(most, 0)
         self.near_runner,self.near_rows = self.runner(),max_batch if inline else -1
         self.loop,self.lock,self.tokens,self.idle,self.busy = None,threading.Lock(),SimpleQueue(),0,{}
         self.open,self.sweeping,self.draining,self.closed = set(),False,False,False
         self.stats,self.pace,self.broken,self.lost,self.pauses = Stats(),0.0,None,None,Pauses()
     def runner(self)->Runner: # for one thread
         "A runner of this model"
-        return Runner(self.predict, self.max_batch, self.expected, self.free_memory)
+        return Runner(self.predict, self.limit, self.expected, self.free_memory)
     def now(self)->float: # monotonic seconds
         "The time by which work is too late"
         return min(monotonic(), self.pauses.looked + 1) if self.sweeping else monotonic()
@@ -217,7 +222,7 @@ class _Intake(_State):
             self.stats.expired += 1
             raise DeadlinePassed('The deadline had passed when the request came.')
         if self.loop is None: self.start()
-        ticket = (Ticket if rows <= self.max_batch else LongTicket)(arrays, rows, key, callback, deadline, now)
+        ticket = (Ticket if rows <= self.limit else LongTicket)(arrays, rows, key, callback, deadline, now)
         ticket.batcher = self
         self.open.add(ticket)
         near = rows <= self.near_rows
@@ -243,6 +248,10 @@ class _Counter(_Intake):
     def running(self)->int: "Requests whose model call is under way"; return max(0, len(self.open) - self.pending)
     @property
     def busy_since(self): "When the oldest call under way began; None when none is"; return min(list(self.busy.values()), default=None)
+    @property
+    def waiting_since(self):
+        "When the oldest request that waits came; None when none does"
+        with self.lock: return min(self.far.oldest() + self.near.oldest(), default=None)
     def retry_after(self)->int: # whole seconds, at least one
         "When the queue will have drained"
         return min(60, max(1, math.ceil((self.far.rows + self.near.rows) * self.pace / self.threads)))
