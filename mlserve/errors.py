@@ -92,7 +92,9 @@ def error_body(
     error:MlserveError, # what went wrong
 )->dict: # the JSON body a client sees
     "The one shape in which every route reports a failure"
-    return {'error': error.message[:900]}
+    text = error.message[:1000].encode('utf-8', 'replace').decode()
+    while (size := len(json.dumps(text))) > 1000: text = text[:len(text) * 1000 // size]
+    return {'error': text}
 
 # %% ../nbs/00_errors.ipynb #040f66c4
 def hidden(
