@@ -166,18 +166,20 @@ class _State:
         free_memory=None, # called when memory ran out
         on_batch=None, # called with the `Report` of each batch
         on_fault=None, # called with `Broken` or `DeviceLost`
+        joined:bool=True, # requests may share a call and large ones be cut; else a request is one call
     ):
         self.predict,self.max_batch,self.queue,self.threads,self.inline = predict,max_batch,queue,threads,inline
         self.expected,self.free_memory,self.on_batch = expected,free_memory,on_batch
         self.prepare,self.on_fault = prepare or (lambda: None),on_fault or (lambda fault: None)
-        self.far,self.near = RequestQueue(max_batch, max_delay_ms / 1000),RequestQueue(max_batch, 0)
+        self.limit,(most, delay) = (max_batch, (max_batch, max_delay_ms / 1000)) if joined else (math.inf, (1, 0))
+        self.far,self.near = RequestQueue(most, delay),RequestQueue(most, 0)
         self.near_runner,self.near_rows = self.runner(),max_batch if inline else -1
         self.loop,self.lock,self.tokens,self.idle,self.busy = None,threading.Lock(),SimpleQueue(),0,{}
         self.open,self.sweeping,self.draining,self.closed = set(),False,False,False
         self.stats,self.pace,self.broken,self.lost = Stats(),0.0,None,None
     def runner(self)->Runner: # for one thread
         "A runner of this model"
-        return Runner(self.predict, self.max_batch, self.expected, self.free_memory)
+        return Runner(self.predict, self.limit, self.expected, self.free_memory)
     def start(self):
         "Bind to the running loop and start the model threads"
         self.loop = asyncio.get_running_loop()

@@ -73,10 +73,11 @@ def _batcher(life, model, settings, cpu):
     threads = max(1, settings.threads // settings.workers) if cpu else 1
     prepare = partial(compute_threads, 1 if cpu else settings.threads)
     report = warm(model, life.package, settings.max_batch)
-    found = plan(model.forward, golden(life.package)[0], report.rates, threads, prepare)
+    found = plan(model.forward, golden(life.package)[0], report.rates, threads, prepare, life.package.batch)
     log('capacity', max_batch=found.max_batch, inline=cpu and found.inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in life.package.outputs}
-    return Batcher(model.forward, found.max_batch, settings.max_delay_ms, settings.queue, threads, cpu and found.inline, expected, prepare, _free_memory)
+    return Batcher(model.forward, found.max_batch, settings.max_delay_ms, settings.queue, threads, cpu and found.inline,
+        expected, prepare, _free_memory, joined=life.package.batch)
 
 # %% ../../nbs/serving/05_worker.ipynb #ada70da0
 async def start(
@@ -145,10 +146,10 @@ def _on_batch(numbers, batcher):
 async def prove_again(
     life:Lifecycle, # becomes `broken`, or `ready` again
 )->None: # the outcome is in `life.state`
-    "One golden row on the path that serves users"
-    inputs,expected = golden(life.package)
-    t = life.package.tolerance
-    try: found = compare(tile(expected, 1), await life.batcher.submit(tile(inputs, 1)), t['rtol'], t['atol'])
+    "One golden row, or all where they belong together, on the path that serves users"
+    inputs,expected = [tile(a, 1) if life.package.batch else a for a in golden(life.package)]
+    t,nan = life.package.tolerance,bool(life.package.nonfinite)
+    try: found = compare(expected, await life.batcher.submit(inputs), t['rtol'], t['atol'], nan)
     except ModelFailed as e: right,why = False,e.message
     except MlserveError: return # full or stopping: that says nothing about the model
     else: right,why = found.passed,f'{found.where} differs by {found.max_abs:.3g}'
