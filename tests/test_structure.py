@@ -116,6 +116,18 @@ def test_serving_needs_nothing_of_a_notebook():
             assert not re.search(r"^\s*(from|import) (fastcore|nbdev)\b", path.read_text(), re.M), path
 
 
+STARTS = re.compile(r"^\W*docker run\b(?:.*\\\n)*.*", re.M)
+
+
+def test_every_command_that_starts_an_image_says_which_it_is():
+    "An image knows neither its digest nor its version; whoever starts it by a line of ours tells it both"
+    pages = ["\n".join(c["source"] for c in cells(p, "markdown")) for p in NOTEBOOKS] + [p.read_text() for p in ROOT.glob("*.md")]
+    commands = [c for text in pages for c in STARTS.findall(text)]
+    assert len(commands) >= 3
+    for command in commands:
+        assert "MLSERVE_MODEL_VERSION=" in command and "MLSERVE_IMAGE=" in command, command
+
+
 FAULTS = "\n".join(c["source"] for c in cells(ROOT / "nbs/explanations/faults.ipynb", "markdown"))
 NAMED = re.compile(r"`(test_\w+\.py)::(\w+)`")
 
