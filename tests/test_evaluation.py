@@ -48,6 +48,21 @@ def test_A3_the_order_of_the_model_is_kept_by_every_file_and_program(tmp_path, f
     assert list(load_model(str(package.path)).predict({"x": inputs["x"]})) == NAMES
 
 
+@pytest.mark.parametrize("format", ["torchscript", "export", "onnx"])
+def test_A3_golden_inputs_keep_the_order_of_the_call(tmp_path, format):
+    "A module is called by position: in another order it would answer the opposite"
+    from mlserve.package import load_program
+
+    class Difference(torch.nn.Module):
+        def forward(self, whole, part):
+            return whole - part
+    given = {"whole": ROWS[:4], "part": ROWS[4:8]}
+    package = save_package(Difference(), tmp_path / "p", "difference", given, ["rest"], format=format)
+    inputs, outputs = golden(package)
+    assert list(inputs) == ["whole", "part"]
+    assert np.allclose(load_program(package).run(inputs, ["rest"])["rest"], ROWS[:4] - ROWS[4:8]) and np.allclose(outputs["rest"], ROWS[:4] - ROWS[4:8])
+
+
 def test_A3_a_server_answers_in_the_order_of_the_model(tmp_path):
     import httpx
     from mlserve.client import Client
