@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 from .cells import notebook_cells, self_contained, unresolved
 from .errors import IntegrityError, InvalidInput, MlserveError, ModelFailed, UsageError
 from .tensors import check_tensors
@@ -72,8 +73,8 @@ class Handler:
     def typed(self)->bool: return self.preprocess is not None
     def decode(self, body:bytes): return _decode(self.request, body)
     def prepare(self, request, inputs:tuple)->dict: return _prepare(self.preprocess, request, inputs)
-    def respond(self, outputs:dict, request): return _respond(self, outputs, request)
-    def encode(self, response)->bytes: return _encode(self.response, response)
+    def respond(self, outputs:dict, request, nonfinite=None): return _respond(self, outputs, request, nonfinite)
+    def encode(self, response, nonfinite=None)->bytes: return _encode(self.response, response, nonfinite)
     def openapi(self)->dict: # {'request', 'response', 'schemas'}, for `/openapi.json`
         "How both types are described in OpenAPI"
         both = [('request', 'validation', self.request), ('response', 'serialization', self.response)]
@@ -118,17 +119,18 @@ def _prepare(function, request, inputs:tuple)->dict:
     return arrays
 
 # %% ../nbs/04_handler.ipynb #6f42a68c
-def _respond(handler:Handler, outputs:dict, request):
+def _respond(handler:Handler, outputs:dict, request, nonfinite:str|None=None):
     "A response from the model's outputs"
-    for n,a in outputs.items():
+    for n,a in outputs.items() if not nonfinite else ():
         if a.dtype.kind == 'f' and not np.isfinite(a).all(): raise ModelFailed(f"non-finite output '{n}'")
     response = _call(handler.postprocess, outputs, request)
     try: return handler.response.validate_python(response)
     except ValidationError as e: raise ModelFailed(f'postprocess of the handler gave what its annotation does not allow{_place(e)}.') from e
-def _encode(adapter:TypeAdapter, response)->bytes:
+def _encode(adapter:TypeAdapter, response, nonfinite:str|None=None)->bytes:
     "A response as JSON"
     try:
         body = adapter.dump_json(response)
+        if b'null' in body and nonfinite: return to_json(adapter.dump_python(response, mode='json'), inf_nan_mode='strings')
         if b'null' in body: json.dumps(adapter.dump_python(response), allow_nan=False, default=str, skipkeys=True)
     except ValueError as e: raise ModelFailed(f"The handler's response cannot be written as JSON: {str(e)[:200]}.") from e
     return body

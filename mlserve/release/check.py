@@ -14,7 +14,7 @@ from ..arrays import load_tensors
 from ..client import Client
 from ..errors import CheckFailed, GpuRefused, LocalResource, MlserveError, RemoteUnavailable, UsageError
 from ..evaluation import Reading, baseline, measure
-from ..package import golden
+from ..package import call_rows, golden
 from .assessment import foresee, held_digest, in_production
 from .container import Limits, container_options, exit_error, gpu_options, merged, remote_options, started
 from .gates import Gates, hold, learnt_nothing
@@ -48,9 +48,9 @@ def _wait(container, client, seconds):
 def replay(
     client, # has `infer(inputs) -> outputs`
     inputs:dict, # name → array `[rows, ...]`
-    rows:int=32, # of the largest batch
+    rows:int=32, # of one request
 )->dict: # name → array `[rows, ...]`
-    "The answers to all rows, asked batch by batch"
+    "The answers to all rows, asked request by request"
     import numpy as np
     total = len(next(iter(inputs.values())))
     parts = [client.infer({k: v[i:i+rows] for k,v in inputs.items()}) for i in range(0, total, rows)]
@@ -59,11 +59,12 @@ def replay(
 # %% ../../nbs/release/06_check.ipynb #cdcc50b7
 def latency(
     client, # has `infer`
-    inputs:dict, # name → array; the first row is asked
+    inputs:dict, # name → array; the first rows are asked
     times:int=50, # how often
+    rows:int=1, # of one request
 )->dict: # `p50` and `p99`, ms
-    "How long one row takes"
-    one,taken = {k: v[:1] for k,v in inputs.items()},[]
+    "How long one request takes"
+    one,taken = {k: v[:rows] for k,v in inputs.items()},[]
     for _ in range(times):
         start = time.perf_counter()
         client.infer(one)
@@ -108,9 +109,10 @@ def agree(
     expected:dict, # of the notebook
     got:dict, # of the container
     tolerance:dict, # `rtol`, `atol`
+    nan:bool=False, # NaN is an answer
 )->dict: # `max_abs`, `max_rel`
     "Differences within the tolerance, or `CheckFailed`"
-    found = compare(expected, got, tolerance['rtol'], tolerance['atol'])
+    found = compare(expected, got, tolerance['rtol'], tolerance['atol'], nan)
     if not found.passed:
         raise CheckFailed(f"The {what} answers of the container differ from the notebook's: {found.where} is off by {found.max_abs:.3g} "
             f"(allowed: rtol {tolerance['rtol']:g}, atol {tolerance['atol']:g}).")
@@ -136,16 +138,18 @@ def ask(
     kind,name = device_of(client.health())
     if kind != device.partition(':')[0]: raise CheckFailed(f'The container answers on {kind or "an unknown device"!r}; {device!r} was asked for.')
     inputs,outputs = golden(package)
-    found = {'device': kind, 'device_name': name, 'golden': agree('golden', outputs, replay(client, inputs), package.tolerance)}
+    rows,nan = call_rows(package),bool(package.nonfinite)
+    found = {'device': kind, 'device_name': name, 'golden': agree('golden', outputs, replay(client, inputs, rows), package.tolerance, nan)}
     if holdout:
-        got,labels = replay(client, holdout['inputs']),holdout['labels']['labels']
-        found |= {'rows': len(labels), 'holdout': agree('held-back', holdout['outputs'], got, package.tolerance)}
+        got,labels = replay(client, holdout['inputs'], rows),holdout['labels']['labels']
+        found |= {'rows': len(labels), 'holdout': agree('held-back', holdout['outputs'], got, package.tolerance, nan)}
         if reading: found |= {'reading': str(reading), 'metrics': _numbers(reading, holdout['outputs'], got, labels)}
-    return finite(found) | {'latency_ms': latency(client, inputs)}
+    return finite(found) | {'latency_ms': latency(client, inputs, rows=1 if package.batch else rows)}
 def _numbers(reading, expected, got, labels):
     columns = {'notebook': measure(reading, expected, labels), 'container': measure(reading, got, labels),
         'baseline': baseline(reading, labels)}
     return {n: {**{k: numbers[n] for k,numbers in columns.items()}, 'production': None} for n in columns['notebook']}
+
 
 # %% ../../nbs/release/06_check.ipynb #155f5c81
 def run_image(

@@ -223,7 +223,7 @@ def commands(
 )->dict: # `serve`, `query`, `mlflow_ui`
     "Shell lines that go on from here"
     body = Path(folder)/'query.json'
-    body.write_bytes(encode_predict_request({k: v[:1] for k,v in golden(package)[0].items()}))
+    body.write_bytes(encode_predict_request({k: v[:1 if package.batch else None] for k,v in golden(package)[0].items()}))
     more = {'baked': '', 'volume': f'-v {Path(package.path).absolute()}:/models/package:ro '}.get(delivery, _remote(os.environ, delivery))
     if device == 'cuda': more = '--gpus all --shm-size 1g -v mlserve-cuda:/var/cache/cuda ' + more
     uri = tracking.tracking_uri()

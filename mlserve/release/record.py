@@ -11,9 +11,10 @@ import json, os, re, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..arrays import save_tensors
+from ..freeze import check_finite
 from ..errors import CheckFailed, Conflict, InvalidInput, NotFound, Refused, UsageError
 from ..evaluation import as_labels, measure, read_target
-from ..package import load_package, load_program
+from ..package import call_rows, load_package, load_program
 from .spec import checked_device
 from .tracking import client, experiment, make_folder, tracking_uri, unrecorded
 from ..tensors import check_tensors
@@ -30,7 +31,8 @@ def contract_of(
     package, # a verified package
 )->str: # such as `x FP32[-1,4] → y FP32[-1,2]`
     "The tensors that a model takes and gives, in one line"
-    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs))
+    words = ', NaN and infinities as words' if package.nonfinite else ''
+    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs)) + words
 def _open_run(store, name):
     if run_id := os.environ.get('MLFLOW_RUN_ID'): return run_id,False
     import mlflow
@@ -41,14 +43,16 @@ def _open_run(store, name):
 def saved_answers(
     package, # a verified package
     inputs:dict, # name → array `[rows, ...]`
-    rows:int=32, # of one batch
+    rows:int=32, # of one call
 )->dict: # name → array `[rows, ...]`
-    "What the saved model answers on this machine, batch by batch"
+    "What the saved model answers on this machine, call by call"
     import numpy as np
     model,names = load_program(package),[s.name for s in package.outputs]
     ordered,total = {s.name: inputs[s.name] for s in package.inputs},len(next(iter(inputs.values())))
     parts = [model.run({k: v[i:i+rows] for k,v in ordered.items()}, names) for i in range(0, total, rows)]
-    return {n: np.concatenate([p[n] for p in parts]) for n in names}
+    outputs = {n: np.concatenate([p[n] for p in parts]) for n in names}
+    if not package.nonfinite: check_finite(outputs, 'the held-back data')
+    return outputs
 def _log_holdout(store, run_id, package, inputs, labels):
     import numpy as np
     inputs = {k: np.asarray(v) for k,v in (inputs if isinstance(inputs, dict) else {package.inputs[0].name: inputs}).items()}
@@ -56,7 +60,7 @@ def _log_holdout(store, run_id, package, inputs, labels):
     try: rows = check_tensors(inputs, package.inputs)
     except InvalidInput as e: raise UsageError(f'The held-back data does not fit the package: {e.message}', mend='Give it under the names, types and shapes that save_package was given.') from None
     if labels.shape[:1] != (rows,): raise UsageError(f'The held-back data has {rows} rows, and labels of shape {list(labels.shape)}; each row has one.')
-    outputs = saved_answers(package, inputs)
+    outputs = saved_answers(package, inputs, call_rows(package))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'holdout.safetensors'
         save_tensors(path, inputs=inputs, outputs=outputs, labels={'labels': labels})
