@@ -8,7 +8,7 @@ import torch
 from mlserve.arrays import load_tensors, save_tensors
 from mlserve.errors import UsageError
 from mlserve.evaluation import as_labels, baseline, measure, read_target
-from mlserve.package import golden, save_package
+from mlserve.package import Package, golden, save_package
 from mlserve.release.check import CheckResult, ask, judged
 from mlserve.release.gates import Gates
 
@@ -99,7 +99,7 @@ def measured(tmp_path, outputs, labels, target=None):
     held = load_tensors(save_tensors(tmp_path / "holdout.safetensors", inputs={"x": x}, outputs=outputs, labels={"labels": as_labels(labels)}))
     reading = read_target(held["outputs"], held["labels"]["labels"], target)
     save_tensors(tmp_path / "golden.safetensors", inputs={"x": x[:2]}, outputs={n: a[:2] for n, a in outputs.items()})
-    package = type("Package", (), {"path": tmp_path, "tolerance": {"rtol": 1e-4, "atol": 1e-5}})
+    package = Package(tmp_path, "stand-in", "onnx", "model.onnx", (), (), {"rtol": 1e-4, "atol": 1e-5}, "sha256:0")
     return ask(stand_in(outputs), package, held, "cpu", reading)
 
 
