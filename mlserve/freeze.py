@@ -6,14 +6,16 @@
 __all__ = ['example_arrays', 'check_order', 'check_finite', 'first_answer', 'live_program', 'freeze']
 
 # %% ../nbs/04_freeze.ipynb #a49e43bb
-import copy, inspect, logging, shutil, warnings
-from contextlib import contextmanager
+import copy, inspect, io, logging, shutil, tempfile, traceback, warnings
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 import numpy as np
 from .audit import audit, external_files
 from .body import word_of
-from .errors import CheckFailed, LocalResource, MlserveError, UsageError
+from .dataflow import place_of, readings
+from .errors import CheckFailed, LocalResource, MlserveError, Refused, UsageError
 from .formats import FORMATS, TorchProgram, named, read_program
+from .tensors import compare
 
 # %% ../nbs/04_freeze.ipynb #16a5a326
 def _array(name:str, value)->np.ndarray:
@@ -88,18 +90,51 @@ def first_answer(
     if not nonfinite: check_finite(outputs, what)
     return outputs
 
+# %% ../nbs/04_freeze.ipynb #0e9d8f77
+def _script(module, file:Path, arrays:dict, names:list):
+    "Write a module as TorchScript, from its source"
+    import torch
+    torch.jit.save(torch.jit.script(copy.deepcopy(module)), str(file))
+def _works(write, format:str, module, arrays:dict, names:list)->bool:
+    "Whether a way of writing takes a module, and its file answers the example as the module does"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder)/FORMATS[format]
+        try:
+            write(module, file, arrays, names)
+            want,got = (p.run(arrays, names) for p in (TorchProgram(module), read_program(file, format)))
+        except Exception: return False
+    return compare(want, got, 1e-4, 1e-5).passed
+
+# %% ../nbs/04_freeze.ipynb #58f2ce36
+def _by_values(places:list, module, arrays:dict, names:list, exported:bool=False)->Refused:
+    "The refusal of a module that reads values of its inputs in Python, with the ways on that were tried"
+    lines = '; '.join(map(str, places[:3])) + (f'; and {len(places) - 3} more' if places[3:] else '')
+    ways = []
+    if _works(_script, 'torchscript', module, arrays, names): ways.append('save torch.jit.script(model), which was tried: it keeps both sides and answers the example as the model does')
+    if not exported and _works(_export, 'export', module, arrays, names): ways.append("give format='export', which was tried and keeps the value a tensor")
+    else: ways.append("write it with torch.cond and give format='export'")
+    ways.append('move it into the handler, which stays Python')
+    return Refused(f"The model reads values of its inputs in Python: {lines}. "
+        f"{'An exported graph has no Python.' if exported else 'A trace would keep what they were in the example, for every input.'} Nothing was saved.",
+        mend=f"{ways[0][0].upper()}{'; or '.join(ways)[1:]}.")
+
 # %% ../nbs/04_freeze.ipynb #70cb4837
+def _trace(module, file:Path, arrays:dict, names:list):
+    "Write a module as TorchScript, unless its trace depends on values"
+    import torch
+    try:
+        if places := readings(module, _example(arrays)): raise _by_values(places, module, arrays, names)
+        with torch.no_grad(): traced = torch.jit.trace(module, _example(arrays), check_trace=False, strict=False)
+    except RuntimeError as e:
+        if 'dynamo' not in str(e): raise
+        raise Refused('The model uses torch.cond or torch.compile, which a trace cannot record.', mend="Give format='export'.") from e
+    torch.jit.save(traced, str(file))
+
+# %% ../nbs/04_freeze.ipynb #6efbffd5
 def _example(arrays:dict)->tuple:
     "Example arrays as torch tensors, at least two rows: one row would be taken for a constant"
     import torch
     return tuple(torch.from_numpy(np.concatenate([a, a])[:max(2, len(a))]) for a in arrays.values())
-def _trace(module, file:Path, arrays:dict, names:list):
-    "Write a module as TorchScript"
-    import torch
-    with torch.no_grad(): traced = torch.jit.trace(module, _example(arrays), check_trace=False, strict=False)
-    torch.jit.save(traced, str(file))
-
-# %% ../nbs/04_freeze.ipynb #6efbffd5
 def _graph(module, arrays:dict, names:list):
     "The module as an exported program with a variable batch"
     import torch
@@ -112,10 +147,17 @@ def _graph(module, arrays:dict, names:list):
     return program
 
 # %% ../nbs/04_freeze.ipynb #32d2b19a
+def _export_graph(module, arrays:dict, names:list):
+    "The exported program, or a refusal of a module that decides by values"
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+    try: return _graph(module, arrays, names)
+    except GuardOnDataDependentSymNode as e:
+        frames = [f for f,_ in traceback.walk_tb(e.__traceback__)][::-1]
+        raise _by_values([place_of(frames)], module, arrays, names, exported=True) from e
 def _export(module, file:Path, arrays:dict, names:list):
     "Write a module as a torch.export archive"
     import torch
-    program = _graph(module, arrays, names)
+    program = _export_graph(module, arrays, names)
     program._example_inputs = None # nothing of an archive of ours is a pickle
     torch.export.save(program, str(file))
 
@@ -123,7 +165,7 @@ def _export(module, file:Path, arrays:dict, names:list):
 def _onnx(module, file:Path, arrays:dict, names:list):
     "Write a module as ONNX"
     import torch
-    program = torch.onnx.export(_graph(module, arrays, names), dynamo=True, input_names=list(arrays), output_names=list(names), verbose=False)
+    program = torch.onnx.export(_export_graph(module, arrays, names), dynamo=True, input_names=list(arrays), output_names=list(names), verbose=False)
     for graph in program.model.graphs():
         for part in (*graph, *graph.inputs, *graph.outputs, *graph.initializers.values()): part.metadata_props.clear()
         graph.metadata_props.clear()
@@ -143,7 +185,7 @@ def _quiet():
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter('ignore')
             yield
     finally: logging.disable(before)

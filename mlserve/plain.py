@@ -21,7 +21,10 @@ class InferRequest(NamedTuple):
     binary: tuple = () # names of the outputs that are sent as bytes behind the JSON
     timeout: float|None = None # seconds the client waits
     classes: dict|None = None # output name to how many of its largest values are wanted, with their places
-    rows: bool = False # V1's answer in rows
+    form: str = '' # how the answer is laid out, where a route has several ways: `rows`, `lines`, `csv`
+    model: str|None = None # the model that the body names, if it names one
+    version: str|None = None # its version, likewise
+    ignored: str|None = None # a key whose value nobody reads, for the log
 
 # %% ../nbs/02_plain.ipynb #d6caee6a
 _plain,_answer = dict.fromkeys(['inputs']),dict.fromkeys(['outputs'])

@@ -108,13 +108,13 @@ def _refuse(spec, flat, shape, bad, why):
     raise InvalidInput(f"Input '{spec.name}'[{at}] is {shown}; {why}.")
 
 # %% ../nbs/01_tensors.ipynb #7a65534d
-_kinds = {'b': {bool}, 'u': {int}, 'i': {int}, 'f': {int, float}, 'O': {str}}
+_kinds = {'b': {bool}, 'u': {int}, 'i': {int}, 'f': {int, float}, 'O': {str, bytes}}
 def _build(flat, shape, spec):
     "An array from Python values, each of which fits the datatype"
     dtype = dtype_of(spec.datatype)
     ok = _kinds[dtype.kind]
     if not set(map(type, flat)) <= ok:
-        _refuse(spec, flat, shape, lambda v: type(v) not in ok, f"{spec.datatype} takes {' and '.join(sorted(t.__name__ for t in ok))}")
+        _refuse(spec, flat, shape, lambda v: type(v) not in ok, f"{spec.datatype} takes {' and '.join(sorted(t.__name__ for t in ok - {bytes}))}")
     if dtype.kind in 'ui':
         lo,hi = int(np.iinfo(dtype).min),int(np.iinfo(dtype).max)
         if min(flat) < lo or max(flat) > hi: _refuse(spec, flat, shape, lambda v: not lo <= v <= hi, f'{spec.datatype} holds {lo} to {hi}')
@@ -133,10 +133,10 @@ def objects(
     return array.reshape(shape)
 
 def _build_bytes(flat, shape, spec):
-    "A BYTES array from text"
-    try: return objects([v.encode() for v in flat], shape)
+    "A BYTES array from text, and from bytes that were written as base64"
+    try: return objects([v if type(v) is bytes else v.encode() for v in flat], shape)
     except UnicodeEncodeError: pass
-    _refuse(spec, flat, shape, lambda v: any('\ud800' <= c <= '\udfff' for c in v), 'a lone surrogate has no UTF-8 form')
+    _refuse(spec, flat, shape, lambda v: type(v) is str and any('\ud800' <= c <= '\udfff' for c in v), 'a lone surrogate has no UTF-8 form')
 
 # %% ../nbs/01_tensors.ipynb #e4ce9b3f
 def _build_float(flat, shape, spec, dtype):

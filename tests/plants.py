@@ -65,6 +65,19 @@ def around(put, where, before=never, after=never):
     put(where, wrapped)
 
 
+# ---- A: answers, and who gives them
+
+
+@plant
+def an_untold_version_is_1(put):
+    good = now("serving.server.read_settings")
+
+    def read(*env):
+        settings = good(*env)
+        return dataclasses.replace(settings, model_version=settings.model_version or "1")
+    put("serving.server.read_settings", read)
+
+
 # ---- N: the network
 
 
@@ -285,12 +298,45 @@ def numbers_are_cast(put):
 @plant
 def the_datatype_is_not_compared(put):
     good = now("protocol._claim")
-    put("protocol._claim", lambda e, spec: good(e | {"datatype": spec.datatype}, spec))
+    put("protocol._claim", lambda e, spec, codec=None: good(e | {"datatype": spec.datatype}, spec, codec))
 
 
 @plant
 def the_last_of_two_wins(put):
     put("protocol._entries", lambda o, key, allowed: {e["name"]: e for e in o.get(key, [])})
+
+
+@plant
+def a_codec_is_passed_over(put):
+    put("protocol._codec", lambda found, what, allowed=(): None)
+
+
+@plant
+def a_name_in_the_body_is_not_read(put):
+    put("protocol._name", lambda o, key: None)
+
+
+@plant
+def empty_lines_are_skipped(put):
+    good = now("rows._lines")
+    put("rows._lines", lambda body: good(b"\n".join(line for line in body.splitlines() if line)))
+
+
+@plant
+def a_first_line_that_is_no_row_is_a_header(put):
+    good, invalid = now("rows._has_header"), now("errors.InvalidInput")
+
+    def has_header(*args):
+        try:
+            return good(*args)
+        except invalid:
+            return True
+    put("rows._has_header", has_header)
+
+
+@plant
+def a_text_may_end_its_line(put):
+    put("rows._text_line", lambda cells: ",".join(map(str, cells)).encode())
 
 
 @plant
@@ -588,3 +634,15 @@ def what_is_no_number_is_saved(put):
 @plant
 def what_is_no_number_is_null(put):
     put("body._in_words", lambda array: array)
+
+
+@plant
+def arrays_come_back_in_the_order_of_the_alphabet(put):
+    good = now("arrays._read")
+    put("arrays._read", lambda path: dict(sorted(good(path).items())))
+
+
+@plant
+def the_first_output_of_the_alphabet_is_measured(put):
+    good = now("evaluation._fitting")
+    put("evaluation._fitting", lambda outputs, labels: list(good(dict(sorted(outputs.items())), labels))[:1])

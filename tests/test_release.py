@@ -67,8 +67,9 @@ def wait_healthy(container, seconds=60):
 def test_release_says_what_it_made(release):
     assert release["model"] == "digits" and int(release["version"]) >= 1
     assert "@sha256:" in release["image"] and release["package"].startswith("sha256:")
-    assert release["accuracy"]["notebook"] >= 0.97
-    assert release["accuracy"]["container"] == pytest.approx(release["accuracy"]["notebook"], abs=0.003)
+    accuracy = release["metrics"]["accuracy"]
+    assert accuracy["notebook"] >= 0.97 and accuracy["baseline"] < 0.2 and release["check"]["reading"] == "'logits' as scores in 10 columns"
+    assert accuracy["container"] == pytest.approx(accuracy["notebook"], abs=0.003)
     assert release["device"] == "cpu" and 0 < release["image_mb"] < 2000
     assert set(release["aliases"]) == {"candidate", "production"}
     assert all(s["seconds"] >= 0 for s in release["steps"]) and len(release["steps"]) >= 4

@@ -96,7 +96,7 @@ class Runner:
         expected:dict|None=None, # output name to dtype
         free_memory=None, # called when memory ran out
     ):
-        self.predict,self.max_batch,self.expected,self.calls = predict,max_batch,expected,0
+        self.predict,self.max_batch,self.expected,self.calls,self.out_of_memory = predict,max_batch,expected,0,0
         self.free_memory = free_memory or (lambda: None)
     def call(self,
         jobs:list, # of equal shape key
@@ -157,6 +157,7 @@ def _settle(runner, jobs, error, halved):
 def _smaller(runner, jobs, error, halved):
     "Memory ran out: once more in halves, or later"
     _strip(error)
+    runner.out_of_memory += 1
     runner.free_memory()
     if halved or len(jobs) == 1 and runner.max_batch == math.inf:
         for j in jobs: j.error = Unavailable('The memory does not suffice for this request just now.')
@@ -170,7 +171,7 @@ def run(
     jobs:list, # of equal shape key
 )->MlserveError|None: # a fault of the model or the device, which the server must know
     "Give every job its result or its error"
-    runner.calls = 0
+    runner.calls = runner.out_of_memory = 0
     try: _solve(runner, jobs)
     except (Broken, DeviceLost) as e: fault = e
     except Exception as e: fault = _failed(e)

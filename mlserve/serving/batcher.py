@@ -27,6 +27,7 @@ class Stats:
     dropped: int = 0 # client left while it ran
     shed: int = 0 # refused, as the queue was full or closed
     expired: int = 0 # deadline passed while it waited or ran
+    out_of_memory: int = 0 # calls of the model for which memory did not suffice
     cut: int = 0 # given up at the end of the grace, or with the device
 @dataclass
 class Report:
@@ -37,6 +38,7 @@ class Report:
     queue_seconds: float # waited, summed over the requests
     oldest_seconds: float # waited by the first of them
     infer_seconds: float # joining, running and cutting
+    out_of_memory: int = 0 # calls for which memory did not suffice
 
 # %% ../../nbs/serving/04_batcher.ipynb #2ac3aba1
 def _execute(batcher, runner, batch):
@@ -44,7 +46,7 @@ def _execute(batcher, runner, batch):
     start = monotonic()
     fault = run(runner, batch)
     waited = [start - t.since for t in batch]
-    return Report(len(batch), sum([t.rows for t in batch]), runner.calls, sum(waited), max(waited), monotonic() - start), fault
+    return Report(len(batch), sum([t.rows for t in batch]), runner.calls, sum(waited), max(waited), monotonic() - start, runner.out_of_memory), fault
 def _tell(batcher, function, *args):
     "Call a function on the event loop, if it still runs"
     try: batcher.loop.call_soon_threadsafe(function, *args)
@@ -105,6 +107,7 @@ def _finish(batcher, batch, report, fault):
         t.arrays = t.result = None
     s.batches += 1
     s.calls += report.calls
+    s.out_of_memory += report.out_of_memory
     s.requests += report.requests
     s.rows += report.rows
     s.failed += failed
@@ -224,6 +227,10 @@ class _Counter(_Intake):
     def running(self)->int: "Requests whose model call is under way"; return max(0, len(self.open) - self.pending)
     @property
     def busy_since(self): "When the oldest call under way began; None when none is"; return min(list(self.busy.values()), default=None)
+    @property
+    def waiting_since(self):
+        "When the oldest request that waits came; None when none does"
+        with self.lock: return min(self.far.oldest() + self.near.oldest(), default=None)
     def retry_after(self)->int: # whole seconds, at least one
         "When the queue will have drained"
         return min(60, max(1, math.ceil((self.far.rows + self.near.rows) * self.pace / self.threads)))

@@ -11,7 +11,7 @@ from email.utils import formatdate
 from uvicorn import Config
 from uvicorn.server import ServerState
 from ..errors import Unavailable
-from .events import Sparingly
+from .events import log_refused
 from .head import Heads, Limits
 from .http import BODY, HEAD, SILENT, Connection
 from .lifecycle import PROBES
@@ -42,7 +42,6 @@ class Listener:
         self.life,self.numbers,self.limits,self.token,self.state = life,numbers,limits,token,ServerState()
         self.routes,self.heads,self.inference,self.crowded,self.stopping,self.buffered,self.date = {},Heads(),None,False,False,0,b''
         self.loop = self.socket = self.server = self.sweeping = None
-        self.sparingly = Sparingly()
     @property
     def connections(self): return self.state.connections
     def probed(self, path):
@@ -54,7 +53,7 @@ class Listener:
     def refused(self, exchange, status):
         "Count a refusal that no route has seen"
         self.numbers.count('none', status)
-        if status >= 500: self.sparingly('refused', id=exchange.id.decode('latin-1'), status=status, error=exchange.refused.message)
+        log_refused(exchange.path.decode('latin-1') or 'none', status, exchange.id, exchange.refused.message)
     def aborted(self, connection):
         "End a connection whose reader is too slow"
         self.numbers.add('aborted')

@@ -46,6 +46,9 @@ class RequestQueue:
         else:
             for t in tickets: del waiting[t]
         self._left(tickets)
+    def oldest(self)->list: # monotonic seconds, one for each key
+        "When the first ticket of each key came"
+        return [next(iter(tickets)).since for tickets in self.waiting.values()]
     def _left(self, tickets):
         for t in tickets: t.queue = None
         self.count -= len(tickets)

@@ -30,17 +30,24 @@ def finish(
 def cut_error(n, mend='Raise MLSERVE_GRACE.'): return Unavailable(f"{n} request{'s were' if n > 1 else ' was'} cut when the server stopped.", mend=mend)
 
 # %% ../../nbs/serving/05_watchdog.ipynb #6bd2bfbe
+def _address(host, port):
+    "The family and the socket address of a host, IPv4 first"
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return min([(family, place) for family,*_,place in found], key=lambda f: f[0] != socket.AF_INET)
 def listen(
     host:str, # an address of this machine
     port:int, # 0 takes a free one
+    by:str='MLSERVE_PORT', # what named the port
 )->socket.socket: # open and listening
     "The listener's socket, or a sentence why there is none"
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    try: return socket.create_server((host, port), family=family, backlog=2048)
+    try:
+        family,address = _address(host, port)
+        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=host == '::')
     except OSError as e:
-        if e.errno == errno.EADDRNOTAVAIL or e.errno < 0: raise UsageError(
-            f'MLSERVE_HOST is {host!r}, which is no address of this machine.', mend='127.0.0.1 is for this machine alone, 0.0.0.0 for all who can reach it.') from None # a name that nobody knows has a negative number
-        raise LocalResource(f'Port {port} of {host} cannot be opened: {e.strerror}.', mend='Set MLSERVE_PORT to a free port.') from None
+        if e.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL) or e.errno < 0: raise UsageError(
+            f'MLSERVE_HOST is {host!r}, which is no address of this machine.',
+            mend='127.0.0.1 is for this machine alone, 0.0.0.0 for all who can reach it, :: for IPv6 as well; an address has no brackets.') from None # a name that nobody knows has a negative number
+        raise LocalResource(f'{by} asks for port {port} of {host}, which cannot be opened: {e.strerror}.', mend='Name a free port there.') from None
 
 # %% ../../nbs/serving/05_watchdog.ipynb #df0edaa9
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)

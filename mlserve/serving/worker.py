@@ -99,7 +99,7 @@ async def start(
         log('ready', model=life.package.name, package=life.package.digest, device=life.device.name, phases=life.phases)
 
 # %% ../../nbs/serving/05_worker.ipynb #69a59f1f
-_counted = ('shed', 'cancelled', 'dropped', 'expired', 'failed')
+_counted = ('shed', 'cancelled', 'dropped', 'expired', 'failed', 'out_of_memory')
 def publish(
     life:Lifecycle, # the state
     numbers:Numbers, # the metrics
@@ -108,6 +108,9 @@ def publish(
     "Copy what others count into the metrics"
     b = life.batcher
     for name in _counted if b else (): numbers.put(name, getattr(b.stats, name))
+    since = b.waiting_since if b else None
+    numbers.put('oldest_pending_seconds', 0 if since is None else time.monotonic() - since)
+    numbers.put('pending_limit', b.queue if b else 0)
     for name,value in (('in_flight', life.in_flight), ('pending', b.pending if b else 0), ('open_connections', len(listener.connections)),
                        ('ready', life.state == 'ready'), ('lost_lines', lost[0])): numbers.put(name, value)
     for p in PHASES: numbers.put('phase_' + p, life.phases.get(p, 0))
@@ -190,19 +193,21 @@ async def _drain(life, listeners, settings, row):
 # %% ../../nbs/serving/05_worker.ipynb #603948a8
 class _Events(logging.Handler):
     "Warnings of the libraries as one JSON line each"
-    def emit(self, record): log('library', logger=record.name, message=record.getMessage()[:1000])
+    def emit(self, record): log('library', record.levelname.lower(), logger=record.name, message=record.getMessage()[:1000])
 def _listeners(settings, life, sockets, board, worker):
     "The listeners of a worker, not open yet"
     numbers = Numbers(board, worker, [*(p.decode() for p in PROBES), *(r.pattern for r in ROUTES), '/handle'])
-    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve', 'service.version': settings.model_version}))
+    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve'} | ({'service.version': settings.model_version} if settings.model_version else {})))
     def later(name): return Later(lambda: getattr(importlib.import_module('mlserve.serving.app'), name)(life, settings, numbers))
     main = Listener(later('create_app'), life, numbers, limits_of(settings), read_token(settings.token_file))
     main.inference = life.inference
     return [main] + [Listener(later('create_metrics_app'), life, numbers, limits_of(settings)) for _ in sockets[1:]],numbers
 async def _open(listeners, sockets, row):
-    "Accept connections"
+    "Accept connections, and say where"
     for l,s in zip(listeners, sockets): await l.open(s)
     row[OPEN] = 1
+    host,*ports = [sockets[0].getsockname()[0], *(s.getsockname()[1] for s in sockets)]
+    log('listening', host=host, port=ports[0], **({'metrics_port': ports[1]} if ports[1:] else {}))
 
 # %% ../../nbs/serving/05_worker.ipynb #91abd7b8
 async def serve(
@@ -218,7 +223,6 @@ async def serve(
     life.others = lambda: board.all_ready()
     late = board.any_ready() # another worker serves, so nobody need wait for this one
     if not late: await _open(listeners, sockets, row)
-    log('listening', host=settings.host, port=sockets[0].getsockname()[1])
     beating = asyncio.ensure_future(pulse(life, numbers, listeners[0], row))
     await start(life, settings)
     sign(life, row)
@@ -257,7 +261,8 @@ def work(
 )->int: # the exit code
     "What a forked worker does"
     logging.getLogger().handlers = [_Events(logging.WARNING)]
-    always.update({'version': settings.model_version} | ({'image': settings.image} if settings.image else {}) | ({'worker': worker} if settings.workers > 1 else {}))
+    who = {'version': settings.model_version, 'image': settings.image, 'worker': str(worker) if settings.workers > 1 else ''}
+    always.update({k: v for k,v in who.items() if v})
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(serve(settings, sockets, board, worker))
     except MlserveError as e: return finish(e, 'listen')
