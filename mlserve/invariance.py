@@ -7,7 +7,7 @@ __all__ = ['companions', 'prove_program']
 
 # %% ../nbs/04_invariance.ipynb #6fda7241
 import numpy as np
-from .errors import CheckFailed
+from .errors import CheckFailed, Refused
 from .freeze import first_answer
 from .tensors import compare
 
@@ -59,6 +59,7 @@ def _numbers(outputs:dict)->bool:
 def _taken(program, row:dict, names:list, nonfinite:bool)->bool:
     "Whether a program answers a row that is asked alone"
     try: outputs = program.run(row, names)
+    except Refused: raise
     except Exception: return False
     return nonfinite or _numbers(outputs)
 def _vocabularies(live)->tuple:
