@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from .arrays import load_tensors, save_tensors
 from .audit import no_pickle
+from .confined import ConfinedProgram
 from .environment import environment
 from .errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Refused, UsageError
-from .formats import FORMATS, check_format, read_module, read_program, run_module
+from .formats import FORMATS, check_format, read_program
 from .freeze import check_order, example_arrays, first_answer, freeze, live_program
 from .invariance import prove_program
 from .lock import differ, file_hash, locked_files, verify_lock, write_lock
@@ -181,7 +182,8 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files):
     ours['tolerance'] = ours['tolerance'] or _tolerance(outputs)
     digest = write_lock(temp)
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
-    prove_program(live, load_program(saved), arrays, names, expected, ours['tolerance'], batch, bool(nonfinite))
+    program = live if isinstance(live, ConfinedProgram) else load_program(saved)
+    prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
     for name,text in texts.items(): (temp/name).write_text(text)
