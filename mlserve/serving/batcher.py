@@ -14,7 +14,8 @@ from ..errors import DeadlinePassed, Unavailable
 from .batch import DeviceLost, Runner, run, shape_key
 from .pause import Pauses
 from .pool import start_thread
-from .queue import LongTicket, RequestQueue, Ticket, take
+from .queue import LongTicket, RequestQueue, Ticket, take, waiting_since
+
 
 # %% ../../nbs/serving/04_batcher.ipynb #ccbb85e7
 @dataclass
@@ -249,9 +250,7 @@ class _Counter(_Intake):
     @property
     def busy_since(self): "When the oldest call under way began; None when none is"; return min(list(self.busy.values()), default=None)
     @property
-    def waiting_since(self):
-        "When the oldest request that waits came; None when none does"
-        with self.lock: return min(self.far.oldest() + self.near.oldest(), default=None)
+    def waiting_since(self): "When the oldest request that waits came; None when none does"; return waiting_since(self.lock, self.far, self.near)
     def retry_after(self)->int: # whole seconds, at least one
         "When the queue will have drained"
         return min(60, max(1, math.ceil((self.far.rows + self.near.rows) * self.pace / self.threads)))
