@@ -82,7 +82,7 @@ def _trials(golden:int, mates:list)->list:
     return trials + [('in reverse', rest[::-1]), (f'in a batch of {golden + 2*len(places)}', places + rest + places)]
 
 # %% ../nbs/04_invariance.ipynb #1fcbea00
-_ways = 'Say batch=False, and each request is one call of its own; or use a quantisation whose scales are fixed, static or of weights only.'
+_ways = 'Say batch=False, and each request is one call of its own; or use a quantisation whose scales are fixed, static or of weights only. A wider tolerance, if it is only rounding.'
 def _prove_rows(saved, arrays:dict, names:list, expected:dict, near, mates:list):
     "No golden row is answered otherwise because of the rows beside it"
     golden = len(next(iter(arrays.values())))
