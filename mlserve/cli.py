@@ -123,6 +123,7 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
     "Run a recorded image by its digest, and prove that it infers."
     from mlserve.release.check import check as run
     from mlserve.release.container import by_code
+    from mlserve.release.gates import Gates, told_metrics
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
     if device: checked_device(device)
@@ -131,7 +132,10 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
     if digest and version: raise UsageError('--version was given with an image; a digest has one version.', mend='Give the name of a model with --version, or the image alone.')
     pair = find_pair(image) if digest else read_pair(image, version or 'candidate')
     result = run(pair, device)
-    if result.passed: print(f'{pair.name} version {pair.version} answers on {result.device} as the notebook did, on the golden rows and {result.rows} held-back rows.', file=sys.stderr)
+    for warning in result.warnings: print(f'warning: {warning}', file=sys.stderr)
+    measured = told_metrics(Gates.model_validate_json(pair.tags.get('mlserve.gates', '{}')), result.metrics)
+    if result.passed: print(f'{pair.name} version {pair.version} answers on {result.device} as the notebook did, '
+        f'on the golden rows and {result.rows} held-back rows{": " + measured if measured else ""}.', file=sys.stderr)
     if full or result.passed: show(asdict(result), 'passed', full)
     if not result.passed:
         error = by_code(result.code)(result.reason)

@@ -24,7 +24,7 @@ def _import(file:Path, source:bytes)->types.ModuleType:
     module.__file__ = str(file)
     sys.modules[name] = module
     try: exec(compile(source, str(file), 'exec', dont_inherit=True), module.__dict__)
-    except (Exception, SystemExit) as e:
+    except BaseException as e:
         del sys.modules[name]
         raise _import_error(e) from e
     return module
@@ -91,7 +91,7 @@ def _call(function, *args):
     "Call a function of the handler; what it raises is its failure"
     try: return function(*args)
     except MlserveError: raise
-    except Exception as e: raise ModelFailed(f"{function.__name__} of the handler raised {type(e).__name__}.") from e
+    except BaseException as e: raise ModelFailed(f"{function.__name__} of the handler raised {type(e).__name__}.") from e
 
 # %% ../nbs/04_handler.ipynb #5c894c3a
 def _decode(adapter:TypeAdapter, body:bytes):
@@ -103,13 +103,13 @@ def _decode(adapter:TypeAdapter, body:bytes):
         return request
     except ValidationError as e: raise InvalidInput(f'The request is not valid{_place(e)}.') from None
     except MlserveError: raise
-    except Exception as e: raise ModelFailed(f"The handler's request type raised {type(e).__name__}.") from e
+    except BaseException as e: raise ModelFailed(f"The handler's request type raised {type(e).__name__}.") from e
 def _prepare(function, request, inputs:tuple)->dict:
     "The model's inputs from a request"
     def guarded(request):
         try: return function(request)
         except ValidationError as e: raise InvalidInput(f'The request is not valid{_place(e)}.') from e
-        except ValueError as e: raise InvalidInput(str(e)[:600] or 'preprocess refused the request.') from e
+        except ValueError as e: raise InvalidInput(str(e)[:1024] or 'preprocess refused the request.') from e
     guarded.__name__ = function.__name__
     arrays = _call(guarded, request)
     if not isinstance(arrays, dict) or not all(isinstance(a, np.ndarray) for a in arrays.values()):
@@ -126,6 +126,7 @@ def _respond(handler:Handler, outputs:dict, request, nonfinite:str|None=None):
     response = _call(handler.postprocess, outputs, request)
     try: return handler.response.validate_python(response)
     except ValidationError as e: raise ModelFailed(f'postprocess of the handler gave what its annotation does not allow{_place(e)}.') from e
+    except BaseException as e: raise ModelFailed(f"The handler's response type raised {type(e).__name__}.") from e
 def _encode(adapter:TypeAdapter, response, nonfinite:str|None=None)->bytes:
     "A response as JSON"
     try:
@@ -133,6 +134,7 @@ def _encode(adapter:TypeAdapter, response, nonfinite:str|None=None)->bytes:
         if b'null' in body and nonfinite: return to_json(adapter.dump_python(response, mode='json'), inf_nan_mode='strings')
         if b'null' in body: json.dumps(adapter.dump_python(response), allow_nan=False, default=str, skipkeys=True)
     except ValueError as e: raise ModelFailed(f"The handler's response cannot be written as JSON: {str(e)[:200]}.") from e
+    except BaseException as e: raise ModelFailed(f"The handler's response type raised {type(e).__name__}.") from e
     return body
 
 # %% ../nbs/04_handler.ipynb #7b37f6f2

@@ -19,14 +19,16 @@ import serving
 import test_batcher
 import test_conformance
 import test_endurance
+import test_evaluation
 import test_http_limits
+import test_invariance
 import test_platforms
 import test_protocol
 import test_server
 
 HERE = Path(__file__).parent
-H, C, P, B, S, D = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance
-T = test_platforms
+H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
+T, V = test_platforms, test_evaluation
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
@@ -107,6 +109,18 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("L5", S.test_L5_a_signal_during_the_load_ends_it_at_once, {}, "a_signal_waits_for_the_load", HELD),
     ("L5", S.test_L5_a_second_signal_does_not_wait, {}, "a_second_signal_is_not_heard", HELD),
     ("L5", S.test_L5_a_killed_parent_leaves_no_worker_and_its_port_is_free, {}, "a_worker_outlives_its_parent", HELD),
+    ("A2", I.test_A2_a_row_that_depends_on_its_company_is_refused, {"name": "over the batch", "rows": 1}, "rows_are_asked_beside_rows_like_theirs", "DID NOT RAISE"),
+    ("A2", I.test_A2_requests_whose_rows_belong_together_are_never_joined_and_never_cut, {}, "requests_are_always_joined", "wholes"),
+    ("A2", I.test_A2_recorded_rows_are_asked_in_the_calls_of_the_reference, {}, "recorded_rows_are_asked_by_thirty_two", "held-back"),
+    ("A3", I.test_A3_a_model_that_works_in_place_changes_no_array_of_anybody, {"format": "torchscript"}, "memory_is_shared_with_the_model", "before|otherwise|differ"),
+    ("A3", I.test_A3_an_answer_is_not_overwritten_by_the_next, {}, "memory_is_shared_with_the_model", "first == 1"),
+    ("A3", I.test_A3_a_model_that_writes_to_what_it_keeps_is_refused, {}, "writes_of_the_model_are_not_counted", "DID NOT RAISE"),
+    ("A3", I.test_A3_an_answer_that_json_cannot_carry_is_refused_at_save, {"word": "-Infinity"}, "what_is_no_number_is_saved", "DID NOT RAISE"),
+    ("A3", I.test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route, {}, "what_is_no_number_is_null", "null"),
+    ("A3", V.test_A3_the_order_of_the_model_is_kept_by_every_file_and_program, {"format": "torchscript", "model": V.Columns()}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
+    ("A3", V.test_A3_golden_inputs_keep_the_order_of_the_call, {"format": "torchscript"}, "arrays_come_back_in_the_order_of_the_alphabet", "part"),
+    ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
+    ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
 ]
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from ..arrays import save_tensors
 from ..freeze import check_finite
 from ..errors import CheckFailed, Conflict, InvalidInput, NotFound, Refused, UsageError
-from ..package import accuracy, call_rows, load_package, load_program
+from ..evaluation import as_labels, measure, read_target
+from ..package import call_rows, load_package, load_program
 from .spec import checked_device
 from .tracking import client, experiment, make_folder, tracking_uri, unrecorded
 from ..tensors import check_tensors
@@ -30,7 +31,8 @@ def contract_of(
     package, # a verified package
 )->str: # such as `x FP32[-1,4] → y FP32[-1,2]`
     "The tensors that a model takes and gives, in one line"
-    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs))
+    words = ', NaN and infinities as words' if package.nonfinite else ''
+    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs)) + words
 def _open_run(store, name):
     if run_id := os.environ.get('MLFLOW_RUN_ID'): return run_id,False
     import mlflow
@@ -54,7 +56,7 @@ def saved_answers(
 def _log_holdout(store, run_id, package, inputs, labels):
     import numpy as np
     inputs = {k: np.asarray(v) for k,v in (inputs if isinstance(inputs, dict) else {package.inputs[0].name: inputs}).items()}
-    labels = np.asarray(labels)
+    labels = as_labels(labels)
     try: rows = check_tensors(inputs, package.inputs)
     except InvalidInput as e: raise UsageError(f'The held-back data does not fit the package: {e.message}', mend='Give it under the names, types and shapes that save_package was given.') from None
     if labels.shape[:1] != (rows,): raise UsageError(f'The held-back data has {rows} rows, and labels of shape {list(labels.shape)}; each row has one.')
@@ -63,7 +65,10 @@ def _log_holdout(store, run_id, package, inputs, labels):
         path = Path(folder)/'holdout.safetensors'
         save_tensors(path, inputs=inputs, outputs=outputs, labels={'labels': labels})
         store.log_artifact(run_id, str(path))
-    if (share := accuracy(outputs, labels)) is not None: store.log_metric(run_id, 'accuracy', share)
+    for name,value in _measured(outputs, labels).items(): store.log_metric(run_id, name, value)
+def _measured(outputs, labels):
+    try: return measure(read_target(outputs, labels), outputs, labels)
+    except UsageError: return {} # the labels belong to no output, or to one that only the spec can name
 
 # %% ../../nbs/release/05_record.ipynb #1f6116b2
 def log_package(

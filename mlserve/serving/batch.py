@@ -136,7 +136,7 @@ def _attempt(runner, jobs, limit):
     "Run the jobs together: the error that was raised, or None when each has its result"
     try: runner.call(jobs, limit)
     except Broken: raise
-    except (Exception, SystemExit) as e:
+    except BaseException as e: # a model may raise SystemExit, which is no Exception
         if device_lost(e): raise DeviceLost(f'The device failed: {type(e).__name__}.') from e
         return e
 
@@ -174,7 +174,7 @@ def run(
     runner.calls = runner.out_of_memory = 0
     try: _solve(runner, jobs)
     except (Broken, DeviceLost) as e: fault = e
-    except Exception as e: fault = _failed(e)
+    except BaseException as e: fault = _failed(e)
     else: return None
     if isinstance(fault, (Broken, DeviceLost)): _detach(fault)
     for j in jobs: j.result,j.error = None,fault

@@ -12,7 +12,10 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from ..errors import DeadlinePassed, Unavailable
 from .batch import DeviceLost, Runner, run, shape_key
-from .queue import RequestQueue, Ticket, take
+from .pause import Pauses
+from .pool import start_thread
+from .queue import LongTicket, RequestQueue, Ticket, take, waiting_since
+
 
 # %% ../../nbs/serving/04_batcher.ipynb #ccbb85e7
 @dataclass
@@ -52,6 +55,18 @@ def _tell(batcher, function, *args):
     try: batcher.loop.call_soon_threadsafe(function, *args)
     except RuntimeError: pass
 
+# %% ../../nbs/serving/04_batcher.ipynb #068f321f
+def _piece(batcher, runner, ticket):
+    "Run the next piece of a long request; who is to be answered, the report, and a fault"
+    start,job = monotonic(),ticket.piece(batcher.limit)
+    fault = run(runner, [job])
+    last,waited = ticket.join(job) or fault is not None,start - ticket.since
+    ticket.since = monotonic()
+    if not last:
+        with batcher.lock:
+            if ticket.wanted: batcher.far.add(ticket)
+    return [ticket] if last else [], Report(int(last), job.rows, runner.calls, waited, waited, monotonic() - start), fault
+
 # %% ../../nbs/serving/04_batcher.ipynb #a1f45622
 def _sleep(batcher, wait):
     "Sleep until a token comes or the wait is over; whether to go on"
@@ -69,20 +84,21 @@ def _work(batcher):
     while True:
         with batcher.lock:
             batcher.busy.pop(me, None)
-            batch,wait = take(batcher.far, batcher.threads - len(batcher.busy))
+            batch,wait = take(batcher.far, batcher.threads - len(batcher.busy), batcher.now())
             if batch: batcher.busy[me] = monotonic()
             else: batcher.idle += 1
         if not batch:
             if _sleep(batcher, wait): continue
             return
-        report,fault = _execute(batcher, runner, batch)
+        if type(batch[0]) is LongTicket: batch,report,fault = _piece(batcher, runner, batch[0])
+        else: report,fault = _execute(batcher, runner, batch)
         _tell(batcher, _finish, batcher, batch, report, fault)
         if isinstance(fault, DeviceLost): return
 
 # %% ../../nbs/serving/04_batcher.ipynb #b7d27066
 def _drain(batcher):
     "Run one batch on the event loop, and come back for the next"
-    with batcher.lock: batch,_ = take(batcher.near)
+    with batcher.lock: batch,_ = take(batcher.near, 1, batcher.now())
     if batch:
         batcher.busy['loop'] = monotonic()
         done = _execute(batcher, batcher.near_runner, batch)
@@ -128,9 +144,10 @@ def _withdraw(batcher, ticket):
     return waited
 def _sweep(batcher):
     "Answer the tickets whose deadline has passed"
-    now,timed = monotonic(),[t for t in batcher.open if t.deadline < math.inf]
+    now,lost,timed = monotonic(),batcher.pauses.lost(),[t for t in batcher.open if t.deadline < math.inf]
     for t in timed:
-        if t.deadline > now: continue
+        t.deadline += lost
+        if t.deadline > now and t.wanted: continue
         ran = not _withdraw(batcher, t)
         batcher.stats.expired += 1
         _answer(batcher, t, None, DeadlinePassed('The deadline passed ' + ('while the model ran.' if ran else 'in the queue.')))
@@ -176,15 +193,18 @@ class _State:
         self.near_runner,self.near_rows = self.runner(),max_batch if inline else -1
         self.loop,self.lock,self.tokens,self.idle,self.busy = None,threading.Lock(),SimpleQueue(),0,{}
         self.open,self.sweeping,self.draining,self.closed = set(),False,False,False
-        self.stats,self.pace,self.broken,self.lost = Stats(),0.0,None,None
+        self.stats,self.pace,self.broken,self.lost,self.pauses = Stats(),0.0,None,None,Pauses()
     def runner(self)->Runner: # for one thread
         "A runner of this model"
         return Runner(self.predict, self.limit, self.expected, self.free_memory)
+    def now(self)->float: # monotonic seconds
+        "The time by which work is too late"
+        return min(monotonic(), self.pauses.looked + 1) if self.sweeping else monotonic()
     def start(self):
         "Bind to the running loop and start the model threads"
         self.loop = asyncio.get_running_loop()
         if self.inline: self.prepare()
-        for i in range(self.threads): threading.Thread(target=_work, args=(self,), name=f'model-{i}', daemon=True).start()
+        for i in range(self.threads): start_thread(_work, f'model-{i}', self)
 
 # %% ../../nbs/serving/04_batcher.ipynb #0648dc06
 class _Intake(_State):
@@ -203,7 +223,7 @@ class _Intake(_State):
             self.stats.expired += 1
             raise DeadlinePassed('The deadline had passed when the request came.')
         if self.loop is None: self.start()
-        ticket = Ticket(arrays, rows, key, callback, deadline, now)
+        ticket = (Ticket if rows <= self.limit else LongTicket)(arrays, rows, key, callback, deadline, now)
         ticket.batcher = self
         self.open.add(ticket)
         near = rows <= self.near_rows
@@ -215,7 +235,9 @@ class _Intake(_State):
         if near and not self.draining:
             self.draining = True
             self.loop.call_soon(_drain, self)
-        if deadline < math.inf and not self.sweeping: _sweep(self)
+        if deadline < math.inf and not self.sweeping:
+            self.pauses.looked = now
+            _sweep(self)
         return ticket
 
 # %% ../../nbs/serving/04_batcher.ipynb #240b9f3c
@@ -228,9 +250,7 @@ class _Counter(_Intake):
     @property
     def busy_since(self): "When the oldest call under way began; None when none is"; return min(list(self.busy.values()), default=None)
     @property
-    def waiting_since(self):
-        "When the oldest request that waits came; None when none does"
-        with self.lock: return min(self.far.oldest() + self.near.oldest(), default=None)
+    def waiting_since(self): "When the oldest request that waits came; None when none does"; return waiting_since(self.lock, self.far, self.near)
     def retry_after(self)->int: # whole seconds, at least one
         "When the queue will have drained"
         return min(60, max(1, math.ceil((self.far.rows + self.near.rows) * self.pace / self.threads)))

@@ -8,6 +8,7 @@ __all__ = ['PROBES', 'Lifecycle', 'serving', 'readiness', 'the_package', 'health
 # %% ../../nbs/serving/04_lifecycle.ipynb #4beb9b8a
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from time import monotonic
 from ..errors import MlserveError, NotFound, Unavailable
 
 # %% ../../nbs/serving/04_lifecycle.ipynb #ccba44ce
@@ -25,6 +26,8 @@ class Lifecycle:
     phases: dict = field(default_factory=dict) # seconds of each finished step
     error: MlserveError|None = None # why the start failed
     others: object = lambda: True # whether the other workers are ready
+    full_since: object = lambda: None # since when every thread of the model's own steps has been busy
+    rows: object = None # one golden row, and its answer: what is proved again
     in_flight: int = 0 # requests being answered
     cut: int = 0 # requests whose answer was given up at the end of the grace
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, 'load')) # loads the model
@@ -37,12 +40,14 @@ def serving(
     if life.model is None or life.state not in ('ready', 'draining'):
         raise Unavailable('The model is loading.' if life.state == 'loading' else f'The model is not available: {life.state}.')
     return life
+_full = 2 # seconds without a free thread
 def readiness(
     life:Lifecycle, # the server's state
 )->None: # or Unavailable
     "Refuse when traffic is not welcome"
     if life.state != 'ready': raise Unavailable(f'The server is {life.state}.')
     if not life.others(): raise Unavailable('Another worker of the server is loading.')
+    if (full := life.full_since()) and monotonic() - full > _full: raise Unavailable(f'No thread of the handler has come free for {_full} s.')
 
 # %% ../../nbs/serving/04_lifecycle.ipynb #c5caf322
 def _live(life): return b'{"live": true}'

@@ -7,7 +7,7 @@ __all__ = ['JSON', 'BINARY', 'CSV', 'LINES', 'FORM', 'ROUTES', 'Route', 'own_rou
            'refusal', 'Call', 'Inference']
 
 # %% ../../nbs/serving/04_routes.ipynb #763680bf
-import asyncio, gzip, time
+import gzip, math, time
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
@@ -20,6 +20,7 @@ from ..scoring import answer_instances, answer_invocations, decode_instances, de
 from .batch import shape_key
 from .events import Sparingly, log, log_refused, trace
 from .lifecycle import Lifecycle, serving, the_package
+from .pool import Pool
 
 # %% ../../nbs/serving/04_routes.ipynb #37c40b91
 JSON,BINARY,CSV,LINES = b'application/json',b'application/octet-stream',b'text/csv',b'application/jsonlines'
@@ -141,11 +142,11 @@ def _compressed(headers, body, more):
 # %% ../../nbs/serving/04_routes.ipynb #5e519efd
 class Call:
     "One request on its way through the model"
-    __slots__ = ('way', 'route', 'headers', 'done', 'request', 'ticket', 'arrived', 'id', 'gone')
+    __slots__ = ('way', 'route', 'headers', 'done', 'request', 'ticket', 'arrived', 'id', 'gone', 'until')
     def __init__(self, way, route, headers, done, arrived, id):
         self.way,self.route,self.headers,self.done,self.arrived,self.id = way,route,headers,done,arrived,id
         self.request = self.ticket = None
-        self.gone = False
+        self.gone,self.until = False,math.inf
     def cancel(self):
         "The client left: no work for it any more, and no answer"
         self.gone = True
@@ -158,6 +159,7 @@ class Call:
         self.done(*answer)
 
 # %% ../../nbs/serving/04_routes.ipynb #8df78ba4
+_waiting = 256 # large bodies, or requests of the model's own steps, that may wait for a thread
 class Inference:
     "The one typed call behind every route"
     def __init__(self,
@@ -170,6 +172,8 @@ class Inference:
         self.life,self.settings,self.numbers = life,settings,numbers
         self.version,self.limit = settings.model_version,settings.max_body
         self.sparingly,self.fixed,self.passed_over = Sparingly(),None,set()
+        self.bodies = Pool('decoding', 4, _waiting)
+        self.handlers = Pool('handler', 8, _waiting, getattr(settings, 'hang_seconds', 60))
     def start(self,
         route:Route, # which way it was asked
         headers:dict, # names in lower case, all bytes
@@ -204,13 +208,15 @@ def _decoded(way, call, body):
     if request.ignored: _passed_over(way, call.route, request.ignored)
     way.numbers.observe('pre_seconds', time.perf_counter() - began)
     return request
+def _pool(way, call): return way.handlers if call.route.beside else way.bodies
 def _beside(way, call, body):
     "Decode in a thread, then go on"
-    def then(f):
-        if call.gone or f.cancelled(): return
-        try: _submit(way, call, f.result())
+    def then(request, error):
+        if error is not None: return _failed(way, call, error)
+        try: _submit(way, call, request)
         except Exception as e: _failed(way, call, e)
-    asyncio.get_running_loop().run_in_executor(None, _decoded, way, call, body).add_done_callback(then)
+    call.until = deadline(call.headers, None, call.arrived)
+    call.ticket = _pool(way, call).submit(then, _decoded, way, call, body, deadline=call.until)
 
 # %% ../../nbs/serving/04_routes.ipynb #4adde1c9
 def _key(way, arrays):
@@ -220,7 +226,7 @@ def _key(way, arrays):
 def _submit(way, call, request):
     "Hand the tensors to the model"
     call.request,arrays = request,request.inputs
-    until = deadline(call.headers, request.timeout, call.arrived)
+    until = call.until = deadline(call.headers, request.timeout, call.arrived)
     def answer(outputs, error): _answered(way, call, outputs, error)
     call.ticket = way.life.batcher.submit_nowait(arrays, len(next(iter(arrays.values()))), _key(way, arrays), answer, until)
 
@@ -237,13 +243,9 @@ def _answered(way, call, outputs, error):
     try:
         if error is not None: raise error
         if not call.route.beside and sum(a.nbytes for a in outputs.values()) < _large: return call.finish(_encoded(way, call, outputs))
-        loop = asyncio.get_running_loop()
-        loop.run_in_executor(None, _encoded, way, call, outputs).add_done_callback(lambda f: _written(way, call, f))
+        def written(answer, error): call.finish(answer) if error is None else _failed(way, call, error)
+        call.ticket = _pool(way, call).submit(written, _encoded, way, call, outputs, deadline=call.until)
     except Exception as e: _failed(way, call, e)
-def _written(way, call, f):
-    "A large answer is written"
-    try: call.finish(f.result())
-    except (Exception, asyncio.CancelledError) as e: _failed(way, call, e)
 
 # %% ../../nbs/serving/04_routes.ipynb #0b1cfe35
 def _failed(way, call, error):

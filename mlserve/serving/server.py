@@ -15,6 +15,7 @@ from .watchdog import SIGNALS, finish, leave, listen, watch
 from ..settings import Settings, port_variable, read_settings, service_links, without_platforms
 
 # %% ../../nbs/serving/06_server.ipynb #c0a19a73
+_maths = ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'BLIS_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'RAYON_NUM_THREADS', 'POLARS_MAX_THREADS')
 def run(
     settings:Settings, # what a container was told
     by:str='MLSERVE_PORT', # what named the port
@@ -27,6 +28,7 @@ def run(
     board = Board(settings.workers)
     def work(worker):
         gc.disable() # until it is ready
+        for name in _maths: os.environ.setdefault(name, '1' if settings.device == 'cpu' else str(settings.threads))
         return importlib.import_module('mlserve.serving.worker').work(settings, sockets, board, worker)
     return watch(work, settings, board)
 

@@ -7,10 +7,10 @@ __all__ = ['step', 'load', 'compute_threads', 'start', 'publish', 'sign', 'pulse
            'serve', 'work']
 
 # %% ../../nbs/serving/05_worker.ipynb #788a7038
-import asyncio, contextlib, gc, importlib, logging, os, signal, sys, time
+import asyncio, contextlib, gc, importlib, logging, os, re, signal, sys, time
 from functools import partial
 import uvloop
-from ..errors import MlserveError, ModelFailed, UsageError
+from ..errors import LocalResource, MlserveError, ModelFailed, UsageError
 from ..package import golden
 from ..settings import Settings
 from ..tensors import compare, dtype_of
@@ -18,11 +18,13 @@ from .batcher import Batcher
 from .board import CUT, OPEN, Board, beat
 from .capacity import plan
 from .device import claim
-from .events import always, log, lost, trace
+from .events import always, keep_stderr, log, lost, trace
+from .fork import guard_forks
 from .head import limits_of, read_token
 from .lifecycle import PROBES, Lifecycle
 from .listener import Later, Listener
 from .metrics import PHASES, Numbers
+from .rehearsal import rehearse
 from .routes import ROUTES, Inference, own_route, paths
 from .source import open_package
 from .tracing import open_spans
@@ -54,6 +56,7 @@ def load(
     with step(life, 'load'): model = load_model(life.package, life.device, 1 if cpu else settings.threads)
     with step(life, 'warm'): life.batcher = _batcher(life, model, settings, cpu)
     with step(life, 'golden'): life.golden = prove(model, life.package)
+    life.rows = tuple(tile(a, 1) if life.package.batch else a for a in golden(life.package))
     life.model = model
 
 # %% ../../nbs/serving/05_worker.ipynb #6a874f27
@@ -80,19 +83,27 @@ def _batcher(life, model, settings, cpu):
         expected, prepare, _free_memory, joined=life.package.batch)
 
 # %% ../../nbs/serving/05_worker.ipynb #ada70da0
+def _unforeseen(life, error):
+    "The failure that an error nobody foresaw becomes"
+    if isinstance(error, RuntimeError) and re.search("can't start new thread|temporarily unavailable", str(error)):
+        return LocalResource('The system refuses the threads that the model needs.', mend='Raise the limit of processes of the container (pids), or lower MLSERVE_THREADS.')
+    log('internal_error', step=life.phase, traceback=trace(error))
+    return MlserveError(f'The step {life.phase} failed: {type(error).__name__}: {error}')
 async def start(
     life:Lifecycle, # the state to bring to ready or failed
     settings:Settings, # what to serve
+    rest=None, # awaited when the model is loaded, before ready
 )->None: # the outcome is in `life`
     "Load beside the event loop, and say how it went"
     began = time.perf_counter()
-    try: await asyncio.get_running_loop().run_in_executor(life.thread, load, life, settings)
+    try:
+        await asyncio.get_running_loop().run_in_executor(life.thread, load, life, settings)
+        if rest: await rest()
     except MlserveError as e: life.state,life.error = 'failed',e
-    except Exception as e:
-        log('internal_error', step=life.phase, traceback=trace(e))
-        life.state,life.error = 'failed',MlserveError(f'The step {life.phase} failed: {type(e).__name__}: {e}')
+    except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as e: life.state,life.error = 'failed',_unforeseen(life, e)
     else:
         life.phases['total'] = time.perf_counter() - began
+        gc.collect()
         gc.freeze()
         gc.enable()
         life.state = 'ready'
@@ -117,7 +128,7 @@ def publish(
 def sign(life, row):
     "One sign of life"
     b = life.batcher
-    beat(row, life.state, b.busy_since if b else None, b.pending if b else 0)
+    beat(row, life.state, b.busy_since if b else None, b.pending if b else 0, life.full_since())
 async def pulse(life, numbers, listener, row):
     "Beat until the process ends"
     while True:
@@ -147,8 +158,7 @@ async def prove_again(
     life:Lifecycle, # becomes `broken`, or `ready` again
 )->None: # the outcome is in `life.state`
     "One golden row, or all where they belong together, on the path that serves users"
-    inputs,expected = [tile(a, 1) if life.package.batch else a for a in golden(life.package)]
-    t,nan = life.package.tolerance,bool(life.package.nonfinite)
+    (inputs,expected),t,nan = life.rows,life.package.tolerance,bool(life.package.nonfinite)
     try: found = compare(expected, await life.batcher.submit(inputs), t['rtol'], t['atol'], nan)
     except ModelFailed as e: right,why = False,e.message
     except MlserveError: return # full or stopping: that says nothing about the model
@@ -219,12 +229,15 @@ async def serve(
     "Load, serve until told to stop"
     life,stop,loop,row = Lifecycle(),asyncio.Event(),asyncio.get_running_loop(),board.row(worker)
     for s in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(s, on_signal, life, stop)
+    guard_forks([s.getsockname()[1] for s in sockets])
     listeners,numbers = _listeners(settings, life, sockets, board, worker)
+    life.full_since = lambda: life.inference.handlers.full_since
     life.others = lambda: board.all_ready()
     late = board.any_ready() # another worker serves, so nobody need wait for this one
     if not late: await _open(listeners, sockets, row)
     beating = asyncio.ensure_future(pulse(life, numbers, listeners[0], row))
-    await start(life, settings)
+    making = asyncio.gather(*[l.app.made() for l in listeners])
+    await start(life, settings, partial(_ready_for_all, life, settings, making))
     sign(life, row)
     if settings.device == 'cpu': compute_threads(1)
     if life.error: return finish(life.error, life.phase)
@@ -233,21 +246,20 @@ async def serve(
     own = own_route(life.model)
     listeners[0].routes = paths(life.package.name, settings.model_version) | ({b'/handle': own} if own else {})
     if late: await _open(listeners, sockets, row)
-    making = asyncio.ensure_future(_make(listeners))
     proving = asyncio.ensure_future(keep_proving(life, settings.prove_seconds))
     await stop.wait()
     proving.cancel()
-    making.cancel()
     return await _drain(life, listeners, settings, row)
 
 # %% ../../nbs/serving/05_worker.ipynb #9ddd3436
-async def _make(listeners):
-    "The routes that need FastAPI; its import takes short turns, as requests are being answered"
-    turn = sys.getswitchinterval()
-    sys.setswitchinterval(0.0002)
-    try:
-        for l in listeners: await l.app.made()
-    finally: sys.setswitchinterval(turn)
+async def _ready_for_all(life, settings, making):
+    "Everything that a request may need, before the first one: threads, routes, and what is imported late"
+    with step(life, 'rehearsal'):
+        await making
+        cores = 1 if settings.device == 'cpu' else settings.threads
+        life.inference.handlers.prepare = partial(compute_threads, cores)
+        for pool in (life.batcher, life.inference.bodies, *([life.inference.handlers] if own_route(life.model) else [])): pool.start()
+        log('rehearsed', answers=await rehearse(life, settings))
 def _fault(life, error):
     "The batcher found the model or the device broken"
     log('fault', error=error.message)
@@ -260,6 +272,7 @@ def work(
     worker:int, # this worker's number
 )->int: # the exit code
     "What a forked worker does"
+    keep_stderr()
     logging.getLogger().handlers = [_Events(logging.WARNING)]
     who = {'version': settings.model_version, 'image': settings.image, 'worker': str(worker) if settings.workers > 1 else ''}
     always.update({k: v for k,v in who.items() if v})
