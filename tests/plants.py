@@ -313,7 +313,7 @@ def a_codec_is_passed_over(put):
 
 @plant
 def a_name_in_the_body_is_not_read(put):
-    put("protocol._name", lambda o, key: None)
+    put("protocol._named", lambda o: (None, None))
 
 
 @plant
