@@ -17,6 +17,7 @@ from .environment import environment
 from .errors import CheckFailed, IntegrityError, InvalidInput, LocalResource, MlserveError, ModelFailed, Refused, UsageError
 from .formats import FORMATS, check_format, read_module, read_program, run_module
 from .freeze import check_order, example_arrays, first_answer, freeze, live_program
+from .holdout import answers, beside, check_beside, held_rows, move_beside, reference_of, write_holdout
 from .lock import differ, file_hash, locked_files, verify_lock, write_lock
 from .mlmodel import example_files, mlmodel
 from .tensors import TensorSpec, check_tensors, compare, spec_of
@@ -154,6 +155,7 @@ def _install(temp:Path, path:Path):
         if old.exists(): old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+    move_beside(temp, path)
 
 # %% ../nbs/04_package.ipynb #5a8560bf
 def _copy_files(files, temp:Path):
@@ -168,8 +170,17 @@ def _copy_files(files, temp:Path):
     for file in (temp/'files').rglob('*'):
         if file.is_file() and not file.is_symlink(): no_pickle(file)
 
+# %% ../nbs/04_package.ipynb #4531c51f
+def _hold(live, program, package:Package, holdout)->dict:
+    "The live model's answers to held-back rows, if the saved one gives them too"
+    inputs,labels = held_rows(holdout, package.inputs)
+    names = [s.name for s in package.outputs]
+    expected,got = (answers(p, inputs, names) for p in (live, program))
+    _agree(expected, got, package.tolerance, f'The saved model and the live one, on {len(labels)} held-back rows')
+    return {'inputs': inputs, 'outputs': expected, 'labels': {'labels': labels}}
+
 # %% ../nbs/04_package.ipynb #d9be40b2
-def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files):
+def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, holdout):
     "Write, run and prove everything of a package in a scratch folder"
     from mlserve.handler import write_handler
     file,inputs = temp/ours['file'],_specs(arrays)
@@ -183,11 +194,14 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files):
     ours['tolerance'] = ours['tolerance'] or _tolerance(outputs)
     digest = write_lock(temp)
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
-    _prove(live, load_program(saved), arrays, names, expected, ours['tolerance'])
+    program = load_program(saved)
+    _prove(live, program, arrays, names, expected, ours['tolerance'])
+    held = _hold(live, program, saved, holdout) if holdout is not None else None
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
     for name,text in texts.items(): (temp/name).write_text(text)
-    write_lock(temp)
+    digest = write_lock(temp)
+    if held: write_holdout(beside(temp), digest, reference_of(model), **held)
 
 # %% ../nbs/04_package.ipynb #91c99f94
 def _save(path:Path, ours:dict, model, arrays:dict, *rest)->Package:
@@ -205,7 +219,9 @@ def _save(path:Path, ours:dict, model, arrays:dict, *rest)->Package:
         given = ', '.join(f'{n} {a.dtype} {list(a.shape)}' for n,a in arrays.items())
         why = next((l for l in reversed(str(e).strip().splitlines()) if l.strip()), type(e).__name__).strip()
         raise UsageError(f'The model cannot be saved with the example {given}, or with another batch size of it: {why}') from e
-    finally: shutil.rmtree(temp, ignore_errors=True)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        beside(temp).unlink(missing_ok=True)
     return load_package(path)
 
 # %% ../nbs/04_package.ipynb #2b813b5b
@@ -245,6 +261,7 @@ def save_package(
     handler=None, # True for the exported cells of this notebook, or the path of a .py file
     files=(), # files and folders that the handler needs
     arguments:dict|None=None, # for 'safetensors': what the module's class is called with
+    holdout:tuple|None=None, # inputs and labels that training did not see; their answers are kept beside the folder
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
     _check(name=name, inputs=inputs, outputs=outputs, tolerance=tolerance, files=files, path=path, arguments=arguments)
@@ -256,9 +273,10 @@ def save_package(
     check_format(format)
     if format == 'safetensors' and not handler: raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
     _replaceable(path)
+    check_beside(path)
     ours = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
-    return _save(path, ours, model, example_arrays(inputs), list(outputs), handler, files)
+    return _save(path, ours, model, example_arrays(inputs), list(outputs), handler, files, holdout)
 
 # %% ../nbs/04_package.ipynb #b3857d94
 def accuracy(

@@ -21,12 +21,20 @@ import test_conformance
 import test_endurance
 import test_http_limits
 import test_protocol
+import test_reference
 import test_server
+import torch
 
 HERE = Path(__file__).parent
 H, C, P, B, S, D = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance
+R = test_reference
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
+    ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "DID NOT RAISE"),
+    ("A1", R.test_A1_no_way_out_of_a_tensor_is_missed, {"read": lambda x: x * torch.tensor([x.max(), 1, 1])}, "only_the_dispatcher_is_heard", "DID NOT RAISE"),
+    ("A1", R.test_A1_what_depends_on_sizes_is_no_refusal, {"name": "hand-written"}, "sizes_are_values", "Refused.*x.ndim"),
+    ("A1", R.test_A1_the_live_model_answers_held_back_rows_and_the_saved_one_must_agree, {}, "the_saved_program_answers_held_back_rows", "DID NOT RAISE"),
+    ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
     ("N1", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N1 a head that drips", "room": True, "clients": 25, "duration": 3}, "no_deadline_for_a_head", "ended by the server"),

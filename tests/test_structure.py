@@ -130,12 +130,12 @@ def test_the_table_of_faults_is_whole_and_names_tests_that_exist():
     named = set(NAMED.findall(FAULTS))
     there = {(p.name, n.name) for p in (ROOT / "tests").glob("test_*.py") for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.FunctionDef)}
     assert len(named) > 60 and not named - there, named - there
-    wanted = {f"{k}{i}" for k, n in dict(N=10, V=9, E=11, L=7, W=10).items() for i in range(1, n + 1)} | {"I1", "I2", "I3", "R2", "R10"}
+    wanted = {f"{k}{i}" for k, n in dict(A=1, N=10, V=9, E=11, L=7, W=10).items() for i in range(1, n + 1)} | {"I1", "I2", "I3", "R2", "R10"}
     rows = [row for row, *_ in faults()]
     assert len(rows) == len(wanted) and set(rows) == wanted, set(rows) ^ wanted
 
 
-@pytest.mark.parametrize("row, tests, controls", [pytest.param(*f, id=f[0]) for f in faults() if f[0][0] in "NVEL"])
+@pytest.mark.parametrize("row, tests, controls", [pytest.param(*f, id=f[0]) for f in faults() if f[0][0] in "ANVEL"])
 def test_each_test_of_the_table_of_faults_is_failed_by_a_control(row, tests, controls):
     "A control is a plant that `test_controls.py` tries on the test, or a test beside it that is named after the row"
     from test_controls import CONTROLS

@@ -7,12 +7,12 @@ __all__ = ['replay', 'latency', 'device_of', 'CheckResult', 'agree', 'finite', '
 
 # %% ../../nbs/release/06_check.ipynb #ed7397d6
 import math, os, socket, tempfile, time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from .. import errors
-from ..arrays import load_tensors
 from ..client import Client
 from ..errors import CheckFailed, GpuRefused, LocalResource, MlserveError, RemoteUnavailable, UsageError
+from ..holdout import read_holdout
 from ..package import accuracy, golden
 from .container import Limits, container_options, exit_error, gpu_options, merged, remote_options, started
 from .image import engine
@@ -90,6 +90,7 @@ class CheckResult:
     code: int = 0 # exit code for the reason
     device_name: str = '' # for people
     rows: int = 0 # of held-back data that were compared
+    reference: str = '' # who answered them in the notebook: `live model` or `saved program`
     accuracy: dict = field(default_factory=dict) # `notebook` and `container`, when the labels are classes
     golden: dict = field(default_factory=dict) # largest differences, absolute and relative
     holdout: dict = field(default_factory=dict) # the same
@@ -174,13 +175,14 @@ def check(
     with tempfile.TemporaryDirectory() as folder:
         package = fetch_package(pair, Path(folder)/'package', uri)
         _readable(folder)
-        held = fetch_holdout(pair.run_id, Path(folder), uri)
+        file = fetch_holdout(pair.run_id, Path(folder), uri)
+        held,reference = read_holdout(file, package.digest) if file else (None, '')
         try:
-            result = run_image(pair, package, load_tensors(held) if held else None, device, delivery, limits)
+            result = replace(run_image(pair, package, held, device, delivery, limits), reference=reference)
             _enough(result, min_accuracy)
         except (UsageError, RemoteUnavailable, LocalResource, GpuRefused): raise # it could not run
         except MlserveError as e:
-            result = CheckResult(False, kind, pair.image, pair.version, delivery, reason=str(e), code=e.code if e.code in errors.exit_codes else 3)
+            result = CheckResult(False, kind, pair.image, pair.version, delivery, reference=reference, reason=str(e), code=e.code if e.code in errors.exit_codes else 3)
     mark(pair, device, {**asdict(result), 'when': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'run': pair.run_id}, uri)
     return result
 def _readable(folder):

@@ -206,6 +206,7 @@ def build_record_check(
     found = list(filter(None, [record.contract_change(record.read_pair(pair['name'], pair['version']))]))
     if not checked['rows']: found.append('There was no held-back data: only the golden rows were compared.')
     elif not checked['accuracy']: found.append('The labels are no classes of the first output: answers were compared, and no accuracy was measured.')
+    if checked['reference'] == 'saved program': found.append('The saved program answered the held-back rows, not the live model: give holdout to save_package.')
     for warning in found: progress(f'warning: {warning}')
     built['warnings'] += found
     return built,pair,checked
@@ -243,8 +244,7 @@ def commands(
     more = {'baked': '', 'volume': f'-v {Path(package.path).absolute()}:/models/package:ro '}.get(delivery, _remote(os.environ, delivery))
     if device == 'cuda': more = '--gpus all --shm-size 1g -v mlserve-cuda:/var/cache/cuda ' + more
     uri = tracking.tracking_uri()
-    mlflow = Path(sys.executable).parent/'mlflow'
-    ui = uri if uri.startswith('http') else f'{mlflow} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
+    ui = uri if uri.startswith('http') else f'{Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
     engine = f"DOCKER_HOST={os.environ['DOCKER_HOST']} " if 'DOCKER_HOST' in os.environ else ''
     return {'serve': f'{engine}docker run --rm --network host -e MLSERVE_HOST=127.0.0.1 {more}{image}',
         'query': f"curl -s http://127.0.0.1:8080/predict -H 'content-type: application/json' -d @{body}", 'mlflow_ui': ui}
@@ -277,7 +277,7 @@ def write_result(run, place, built, pair, checked, steps, evidence):
     "Put `state/release.json` together"
     now = record.read_pair(pair['name'], pair['version'])
     result = {'model': now.name, 'version': now.version, 'image': now.image, 'package': now.package, 'device': checked['device'],
-        'accuracy': checked['accuracy'] or None, 'image_mb': built['size_mb'], 'package_mb': built['package_mb'], 'place': built['place'], 'warnings': built['warnings'], 'aliases': record.aliases(now), 'steps': steps, 'run': run.id,
+        'reference': checked['reference'] or None, 'accuracy': checked['accuracy'] or None, 'image_mb': built['size_mb'], 'package_mb': built['package_mb'], 'place': built['place'], 'warnings': built['warnings'], 'aliases': record.aliases(now), 'steps': steps, 'run': run.id,
         'evidence': evidence, 'check': {k: checked[k] or None for k in ('golden','holdout','rows','latency_ms','seconds')},
         'commands': commands(now.image, load_package(place), run.folder, run.spec.delivery, run.spec.device)}
     write_json(run.spec.state/'release.json', result)
