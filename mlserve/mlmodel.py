@@ -16,7 +16,7 @@ def _signature(specs:tuple)->str:
     return json.dumps([{'name': s.name, 'type': 'tensor',
         'tensor-spec': {'dtype': DATATYPES[s.datatype].name, 'shape': list(s.shape)}} for s in specs])
 def mlmodel(
-    ours:dict, # name, format, file, handler, tolerance, and module where there is one
+    ours:dict, # name, format, file, handler, tolerance; module, batch and nonfinite where they are said
     inputs:tuple, # tensor specs
     outputs:tuple, # tensor specs
 )->str: # the text of `MLmodel`
@@ -35,7 +35,8 @@ def _plain(array:np.ndarray)->list:
     return np.frompyfunc(lambda b: b.decode(errors='replace'), 1, 1)(array).tolist()
 def example_files(
     inputs:dict, # an example batch by name
+    rows:int|None=1, # as many as make a request; all of them where they belong together
 )->dict: # {file name: its text}
     "The input example in MLflow's two forms"
-    row = {n: _plain(a[:1]) for n,a in inputs.items()}
+    row = {n: _plain(a[:rows]) for n,a in inputs.items()}
     return {'input_example.json': json.dumps(row) + '\n', 'serving_input_example.json': json.dumps({'inputs': row}) + '\n'}

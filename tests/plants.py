@@ -65,6 +65,19 @@ def around(put, where, before=never, after=never):
     put(where, wrapped)
 
 
+# ---- A: answers, and who gives them
+
+
+@plant
+def an_untold_version_is_1(put):
+    good = now("serving.server.read_settings")
+
+    def read(*env):
+        settings = good(*env)
+        return dataclasses.replace(settings, model_version=settings.model_version or "1")
+    put("serving.server.read_settings", read)
+
+
 # ---- N: the network
 
 
@@ -285,12 +298,45 @@ def numbers_are_cast(put):
 @plant
 def the_datatype_is_not_compared(put):
     good = now("protocol._claim")
-    put("protocol._claim", lambda e, spec: good(e | {"datatype": spec.datatype}, spec))
+    put("protocol._claim", lambda e, spec, codec=None: good(e | {"datatype": spec.datatype}, spec, codec))
 
 
 @plant
 def the_last_of_two_wins(put):
     put("protocol._entries", lambda o, key, allowed: {e["name"]: e for e in o.get(key, [])})
+
+
+@plant
+def a_codec_is_passed_over(put):
+    put("protocol._codec", lambda found, what, allowed=(): None)
+
+
+@plant
+def a_name_in_the_body_is_not_read(put):
+    put("protocol._name", lambda o, key: None)
+
+
+@plant
+def empty_lines_are_skipped(put):
+    good = now("rows._lines")
+    put("rows._lines", lambda body: good(b"\n".join(line for line in body.splitlines() if line)))
+
+
+@plant
+def a_first_line_that_is_no_row_is_a_header(put):
+    good, invalid = now("rows._has_header"), now("errors.InvalidInput")
+
+    def has_header(*args):
+        try:
+            return good(*args)
+        except invalid:
+            return True
+    put("rows._has_header", has_header)
+
+
+@plant
+def a_text_may_end_its_line(put):
+    put("rows._text_line", lambda cells: ",".join(map(str, cells)).encode())
 
 
 @plant
@@ -545,7 +591,62 @@ def some_connections_leave_a_thread(put):
     around(put, "serving.listener.Listener.opened", before=lambda self, connection: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
 
 
-# A: answers
+# ---- A: right answers
+
+
+@plant
+def rows_are_asked_beside_rows_like_theirs(put):
+    put("invariance.companions", lambda arrays, ends=(): [("itself", {n: a[:1] for n, a in arrays.items()})])
+
+
+@plant
+def requests_are_always_joined(put):
+    batcher = now("serving.worker.Batcher")
+    put("serving.worker.Batcher", lambda *args, joined=True, **kw: batcher(*args, **kw))
+
+
+@plant
+def recorded_rows_are_asked_by_thirty_two(put):
+    put("release.check.call_rows", lambda package: 32)
+
+
+@plant
+def memory_is_shared_with_the_model(put):
+    def run_module(module, arrays, names, device="cpu", fresh=False):
+        import torch
+        with torch.inference_mode():
+            return {n: t.numpy() for n, t in now("formats.named")(module(*map(torch.from_numpy, arrays.values())), names).items()}
+    merge = now("serving.batch.merge")
+    put("formats.run_module", run_module)
+    put("serving.batch.merge", lambda jobs: jobs[0].arrays if len(jobs) == 1 else merge(jobs))
+
+
+@plant
+def writes_of_the_model_are_not_counted(put):
+    put("invariance._prove_still", never)
+
+
+@plant
+def what_is_no_number_is_saved(put):
+    put("freeze.check_finite", never)
+
+
+@plant
+def what_is_no_number_is_null(put):
+    put("body._in_words", lambda array: array)
+
+
+@plant
+def arrays_come_back_in_the_order_of_the_alphabet(put):
+    good = now("arrays._read")
+    put("arrays._read", lambda path: dict(sorted(good(path).items())))
+
+
+@plant
+def the_first_output_of_the_alphabet_is_measured(put):
+    good = now("evaluation._fitting")
+    put("evaluation._fitting", lambda outputs, labels: list(good(dict(sorted(outputs.items())), labels))[:1])
+
 
 @plant
 def values_are_read_unseen(put):
@@ -569,8 +670,8 @@ def sizes_are_values(put):
 @plant
 def the_saved_program_answers_held_back_rows(put):
     "The saved program is its own reference"
-    good = now("package._hold")
-    put("package._hold", lambda live, program, *args, **kw: good(program, program, *args, **kw))
+    good = now("package.live_answers")
+    put("package.live_answers", lambda live, program, *args, **kw: good(program, program, *args, **kw))
 
 
 @plant

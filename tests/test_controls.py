@@ -19,15 +19,18 @@ import serving
 import test_batcher
 import test_conformance
 import test_endurance
+import test_evaluation
 import test_http_limits
+import test_invariance
+import test_platforms
 import test_protocol
 import test_reference
 import test_server
 import torch
 
 HERE = Path(__file__).parent
-H, C, P, B, S, D = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance
-R = test_reference
+H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
+T, V, R = test_platforms, test_evaluation, test_reference
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "DID NOT RAISE"),
@@ -35,6 +38,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_what_depends_on_sizes_is_no_refusal, {"name": "hand-written"}, "sizes_are_values", "Refused.*x.ndim"),
     ("A1", R.test_A1_the_live_model_answers_held_back_rows_and_the_saved_one_must_agree, {}, "the_saved_program_answers_held_back_rows", "DID NOT RAISE"),
     ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
+    ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
     ("N1", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N1 a head that drips", "room": True, "clients": 25, "duration": 3}, "no_deadline_for_a_head", "ended by the server"),
@@ -78,8 +82,14 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("V7", P.test_v7_fuzzed_binary_bodies_are_refused_or_meet_the_contract, {}, "the_length_of_a_header_is_believed", "crash"),
     ("V7", C.test_V7_a_header_length_that_lies_is_400_and_the_next_request_is_right, {"header": "abc"}, "the_length_of_a_header_is_believed", "500 == 400"),
     ("V7", C.test_V7_a_tensor_size_that_lies_is_400, {"size": 12}, "the_size_of_a_tensor_is_believed", "200 == 400"),
+    ("V4", C.test_V4_a_codec_is_followed_or_refused, {"change": {"parameters": {"content_type": "datetime"}}, "status": 400}, "a_codec_is_passed_over", "200 == 400"),
+    ("V8", C.test_V8_a_name_in_the_body_is_the_served_one, {}, "a_name_in_the_body_is_not_read", "200 == 404"),
     ("V8", C.test_V8_another_name_is_404, {"name": "nope"}, "a_name_is_a_path", "200 == 404"),
     ("V8", S.test_V8_no_name_opens_a_file, {"name": "nope"}, "a_name_is_a_path", "package.lock"),
+    ("V10", C.test_V10_as_many_answers_as_rows_or_a_refusal, {"media": "text/csv", "body": b"1,2\n\n3,4\n", "rows": 400}, "empty_lines_are_skipped", "200 == 400"),
+    ("V10", C.test_V10_as_many_answers_as_rows_or_a_refusal, {"media": "text/csv", "body": b"a,b\n1,2\n", "rows": 400}, "a_first_line_that_is_no_row_is_a_header", "200 == 400"),
+    ("V10", P.test_malformed, {"name": "V10-csv-features"}, "a_first_line_that_is_no_row_is_a_header", "DID NOT RAISE"),
+    ("V10", P.test_V10_no_row_is_lost_or_invented_in_csv_and_json_lines, {}, "a_text_may_end_its_line", "distinct failures|CSV|cells"),
     ("V9", S.test_V9_no_error_tells_what_is_inside, {}, "an_error_tells_all_it_knows", "1024|canary"),
     ("E1", S.test_E1_one_poisoned_request_fails_alone, {}, "a_batch_fails_as_a_whole", "right"),
     ("E2", S.test_E2_a_value_that_is_no_number_fails_its_request_alone, {}, "what_is_no_number_is_passed_on", "500 if i == 3"),
@@ -106,6 +116,18 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("L5", S.test_L5_a_signal_during_the_load_ends_it_at_once, {}, "a_signal_waits_for_the_load", HELD),
     ("L5", S.test_L5_a_second_signal_does_not_wait, {}, "a_second_signal_is_not_heard", HELD),
     ("L5", S.test_L5_a_killed_parent_leaves_no_worker_and_its_port_is_free, {}, "a_worker_outlives_its_parent", HELD),
+    ("A2", I.test_A2_a_row_that_depends_on_its_company_is_refused, {"name": "over the batch", "rows": 1}, "rows_are_asked_beside_rows_like_theirs", "DID NOT RAISE"),
+    ("A2", I.test_A2_requests_whose_rows_belong_together_are_never_joined_and_never_cut, {}, "requests_are_always_joined", "wholes"),
+    ("A2", I.test_A2_recorded_rows_are_asked_in_the_calls_of_the_reference, {}, "recorded_rows_are_asked_by_thirty_two", "held-back"),
+    ("A3", I.test_A3_a_model_that_works_in_place_changes_no_array_of_anybody, {"format": "torchscript"}, "memory_is_shared_with_the_model", "before|otherwise|differ"),
+    ("A3", I.test_A3_an_answer_is_not_overwritten_by_the_next, {}, "memory_is_shared_with_the_model", "first == 1"),
+    ("A3", I.test_A3_a_model_that_writes_to_what_it_keeps_is_refused, {}, "writes_of_the_model_are_not_counted", "DID NOT RAISE"),
+    ("A3", I.test_A3_an_answer_that_json_cannot_carry_is_refused_at_save, {"word": "-Infinity"}, "what_is_no_number_is_saved", "DID NOT RAISE"),
+    ("A3", I.test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route, {}, "what_is_no_number_is_null", "null"),
+    ("A3", V.test_A3_the_order_of_the_model_is_kept_by_every_file_and_program, {"format": "torchscript", "model": V.Columns()}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
+    ("A3", V.test_A3_golden_inputs_keep_the_order_of_the_call, {"format": "torchscript"}, "arrays_come_back_in_the_order_of_the_alphabet", "part"),
+    ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
+    ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
 ]
 
 

@@ -119,7 +119,7 @@ def test_A1_the_live_model_answers_held_back_rows_and_the_saved_one_must_agree(t
     rows = np.linspace(0, 3, 70 * 3, dtype=np.float32).reshape(70, 3)
     save_package(Shortcut(), tmp_path / "p", "net", EXAMPLE, ["y"])
     before = load_package(tmp_path / "p").digest
-    with pytest.raises(CheckFailed, match="the live one, on 70 held-back rows"):
+    with pytest.raises(CheckFailed, match="the live one differ on 70 held-back rows"):
         save_package(Shortcut(), tmp_path / "p", "net", EXAMPLE, ["y"], holdout=(rows, np.arange(70)))
     assert load_package(tmp_path / "p").digest == before and [p.name for p in tmp_path.iterdir()] == ["p"]
     package = save_package(torch.nn.Identity(), tmp_path / "p", "net", EXAMPLE, ["y"], holdout=(rows, np.arange(70)))

@@ -11,8 +11,9 @@ import json, os, re, shutil, tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..errors import CheckFailed, Conflict, NotFound, Refused, UsageError
+from ..evaluation import measure, read_target
 from ..holdout import SAVED, answers, beside, held_rows, read_holdout, write_holdout
-from ..package import accuracy, load_package, load_program
+from ..package import call_rows, load_package, load_program
 from .spec import checked_device
 from .tracking import client, experiment, make_folder, tracking_uri, unrecorded
 
@@ -29,7 +30,8 @@ def contract_of(
     package, # a verified package
 )->str: # such as `x FP32[-1,4] → y FP32[-1,2]`
     "The tensors that a model takes and gives, in one line"
-    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs))
+    words = ', NaN and infinities as words' if package.nonfinite else ''
+    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs)) + words
 def _open_run(store, name):
     if run_id := os.environ.get('MLFLOW_RUN_ID'): return run_id,False
     import mlflow
@@ -43,7 +45,7 @@ def _held(package, holdout, folder): # the file of held-back answers, or None
     if place.exists(): raise UsageError(f"The live model's answers to held-back rows lie beside the package, in {place.name}; log_package was given a holdout of its own.",
         mend='Call log_package without holdout.')
     inputs,labels = held_rows(holdout, package.inputs)
-    outputs = answers(load_program(package), inputs, [s.name for s in package.outputs])
+    outputs = answers(load_program(package), inputs, [s.name for s in package.outputs], call_rows(package), bool(package.nonfinite))
     write_holdout(file := Path(folder)/'answers', package.digest, SAVED, inputs=inputs, outputs=outputs, labels={'labels': labels})
     return file
 def _log_holdout(store, run_id, package, holdout): # the reference
@@ -51,8 +53,11 @@ def _log_holdout(store, run_id, package, holdout): # the reference
         if not (file := _held(package, holdout, folder)): return ''
         groups,reference = read_holdout(file, package.digest)
         store.log_artifact(run_id, shutil.copyfile(file, Path(folder)/'holdout.safetensors'))
-    if (share := accuracy(groups['outputs'], groups['labels']['labels'])) is not None: store.log_metric(run_id, 'accuracy', share)
+    for name,value in _measured(groups['outputs'], groups['labels']['labels']).items(): store.log_metric(run_id, name, value)
     return reference
+def _measured(outputs, labels):
+    try: return measure(read_target(outputs, labels), outputs, labels)
+    except UsageError: return {} # the labels belong to no output, or to one that only the spec can name
 
 # %% ../../nbs/release/05_record.ipynb #1f6116b2
 def log_package(

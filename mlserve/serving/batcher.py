@@ -12,7 +12,10 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from ..errors import DeadlinePassed, Unavailable
 from .batch import DeviceLost, Runner, run, shape_key
-from .queue import RequestQueue, Ticket, take
+from .pause import Pauses
+from .pool import start_thread
+from .queue import LongTicket, RequestQueue, Ticket, take, waiting_since
+
 
 # %% ../../nbs/serving/04_batcher.ipynb #ccbb85e7
 @dataclass
@@ -27,6 +30,7 @@ class Stats:
     dropped: int = 0 # client left while it ran
     shed: int = 0 # refused, as the queue was full or closed
     expired: int = 0 # deadline passed while it waited or ran
+    out_of_memory: int = 0 # calls of the model for which memory did not suffice
     cut: int = 0 # given up at the end of the grace, or with the device
 @dataclass
 class Report:
@@ -37,6 +41,7 @@ class Report:
     queue_seconds: float # waited, summed over the requests
     oldest_seconds: float # waited by the first of them
     infer_seconds: float # joining, running and cutting
+    out_of_memory: int = 0 # calls for which memory did not suffice
 
 # %% ../../nbs/serving/04_batcher.ipynb #2ac3aba1
 def _execute(batcher, runner, batch):
@@ -44,11 +49,23 @@ def _execute(batcher, runner, batch):
     start = monotonic()
     fault = run(runner, batch)
     waited = [start - t.since for t in batch]
-    return Report(len(batch), sum([t.rows for t in batch]), runner.calls, sum(waited), max(waited), monotonic() - start), fault
+    return Report(len(batch), sum([t.rows for t in batch]), runner.calls, sum(waited), max(waited), monotonic() - start, runner.out_of_memory), fault
 def _tell(batcher, function, *args):
     "Call a function on the event loop, if it still runs"
     try: batcher.loop.call_soon_threadsafe(function, *args)
     except RuntimeError: pass
+
+# %% ../../nbs/serving/04_batcher.ipynb #068f321f
+def _piece(batcher, runner, ticket):
+    "Run the next piece of a long request; who is to be answered, the report, and a fault"
+    start,job = monotonic(),ticket.piece(batcher.limit)
+    fault = run(runner, [job])
+    last,waited = ticket.join(job) or fault is not None,start - ticket.since
+    ticket.since = monotonic()
+    if not last:
+        with batcher.lock:
+            if ticket.wanted: batcher.far.add(ticket)
+    return [ticket] if last else [], Report(int(last), job.rows, runner.calls, waited, waited, monotonic() - start), fault
 
 # %% ../../nbs/serving/04_batcher.ipynb #a1f45622
 def _sleep(batcher, wait):
@@ -67,20 +84,21 @@ def _work(batcher):
     while True:
         with batcher.lock:
             batcher.busy.pop(me, None)
-            batch,wait = take(batcher.far, batcher.threads - len(batcher.busy))
+            batch,wait = take(batcher.far, batcher.threads - len(batcher.busy), batcher.now())
             if batch: batcher.busy[me] = monotonic()
             else: batcher.idle += 1
         if not batch:
             if _sleep(batcher, wait): continue
             return
-        report,fault = _execute(batcher, runner, batch)
+        if type(batch[0]) is LongTicket: batch,report,fault = _piece(batcher, runner, batch[0])
+        else: report,fault = _execute(batcher, runner, batch)
         _tell(batcher, _finish, batcher, batch, report, fault)
         if isinstance(fault, DeviceLost): return
 
 # %% ../../nbs/serving/04_batcher.ipynb #b7d27066
 def _drain(batcher):
     "Run one batch on the event loop, and come back for the next"
-    with batcher.lock: batch,_ = take(batcher.near)
+    with batcher.lock: batch,_ = take(batcher.near, 1, batcher.now())
     if batch:
         batcher.busy['loop'] = monotonic()
         done = _execute(batcher, batcher.near_runner, batch)
@@ -105,6 +123,7 @@ def _finish(batcher, batch, report, fault):
         t.arrays = t.result = None
     s.batches += 1
     s.calls += report.calls
+    s.out_of_memory += report.out_of_memory
     s.requests += report.requests
     s.rows += report.rows
     s.failed += failed
@@ -125,9 +144,10 @@ def _withdraw(batcher, ticket):
     return waited
 def _sweep(batcher):
     "Answer the tickets whose deadline has passed"
-    now,timed = monotonic(),[t for t in batcher.open if t.deadline < math.inf]
+    now,lost,timed = monotonic(),batcher.pauses.lost(),[t for t in batcher.open if t.deadline < math.inf]
     for t in timed:
-        if t.deadline > now: continue
+        t.deadline += lost
+        if t.deadline > now and t.wanted: continue
         ran = not _withdraw(batcher, t)
         batcher.stats.expired += 1
         _answer(batcher, t, None, DeadlinePassed('The deadline passed ' + ('while the model ran.' if ran else 'in the queue.')))
@@ -163,23 +183,28 @@ class _State:
         free_memory=None, # called when memory ran out
         on_batch=None, # called with the `Report` of each batch
         on_fault=None, # called with `Broken` or `DeviceLost`
+        joined:bool=True, # requests may share a call and large ones be cut; else a request is one call
     ):
         self.predict,self.max_batch,self.queue,self.threads,self.inline = predict,max_batch,queue,threads,inline
         self.expected,self.free_memory,self.on_batch = expected,free_memory,on_batch
         self.prepare,self.on_fault = prepare or (lambda: None),on_fault or (lambda fault: None)
-        self.far,self.near = RequestQueue(max_batch, max_delay_ms / 1000),RequestQueue(max_batch, 0)
+        self.limit,(most, delay) = (max_batch, (max_batch, max_delay_ms / 1000)) if joined else (math.inf, (1, 0))
+        self.far,self.near = RequestQueue(most, delay),RequestQueue(most, 0)
         self.near_runner,self.near_rows = self.runner(),max_batch if inline else -1
         self.loop,self.lock,self.tokens,self.idle,self.busy = None,threading.Lock(),SimpleQueue(),0,{}
         self.open,self.sweeping,self.draining,self.closed = set(),False,False,False
-        self.stats,self.pace,self.broken,self.lost = Stats(),0.0,None,None
+        self.stats,self.pace,self.broken,self.lost,self.pauses = Stats(),0.0,None,None,Pauses()
     def runner(self)->Runner: # for one thread
         "A runner of this model"
-        return Runner(self.predict, self.max_batch, self.expected, self.free_memory)
+        return Runner(self.predict, self.limit, self.expected, self.free_memory)
+    def now(self)->float: # monotonic seconds
+        "The time by which work is too late"
+        return min(monotonic(), self.pauses.looked + 1) if self.sweeping else monotonic()
     def start(self):
         "Bind to the running loop and start the model threads"
         self.loop = asyncio.get_running_loop()
         if self.inline: self.prepare()
-        for i in range(self.threads): threading.Thread(target=_work, args=(self,), name=f'model-{i}', daemon=True).start()
+        for i in range(self.threads): start_thread(_work, f'model-{i}', self)
 
 # %% ../../nbs/serving/04_batcher.ipynb #0648dc06
 class _Intake(_State):
@@ -198,7 +223,7 @@ class _Intake(_State):
             self.stats.expired += 1
             raise DeadlinePassed('The deadline had passed when the request came.')
         if self.loop is None: self.start()
-        ticket = Ticket(arrays, rows, key, callback, deadline, now)
+        ticket = (Ticket if rows <= self.limit else LongTicket)(arrays, rows, key, callback, deadline, now)
         ticket.batcher = self
         self.open.add(ticket)
         near = rows <= self.near_rows
@@ -210,7 +235,9 @@ class _Intake(_State):
         if near and not self.draining:
             self.draining = True
             self.loop.call_soon(_drain, self)
-        if deadline < math.inf and not self.sweeping: _sweep(self)
+        if deadline < math.inf and not self.sweeping:
+            self.pauses.looked = now
+            _sweep(self)
         return ticket
 
 # %% ../../nbs/serving/04_batcher.ipynb #240b9f3c
@@ -222,6 +249,8 @@ class _Counter(_Intake):
     def running(self)->int: "Requests whose model call is under way"; return max(0, len(self.open) - self.pending)
     @property
     def busy_since(self): "When the oldest call under way began; None when none is"; return min(list(self.busy.values()), default=None)
+    @property
+    def waiting_since(self): "When the oldest request that waits came; None when none does"; return waiting_since(self.lock, self.far, self.near)
     def retry_after(self)->int: # whole seconds, at least one
         "When the queue will have drained"
         return min(60, max(1, math.ceil((self.far.rows + self.near.rows) * self.pace / self.threads)))

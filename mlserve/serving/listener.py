@@ -11,10 +11,11 @@ from email.utils import formatdate
 from uvicorn import Config
 from uvicorn.server import ServerState
 from ..errors import Unavailable
-from .events import Sparingly
+from .events import log_refused
 from .head import Heads, Limits
 from .http import BODY, HEAD, SILENT, Connection
 from .lifecycle import PROBES
+from .pause import Pauses
 from .routes import JSON, refusal
 
 # %% ../../nbs/serving/05_listener.ipynb #4b781c46
@@ -42,7 +43,6 @@ class Listener:
         self.life,self.numbers,self.limits,self.token,self.state = life,numbers,limits,token,ServerState()
         self.routes,self.heads,self.inference,self.crowded,self.stopping,self.buffered,self.date = {},Heads(),None,False,False,0,b''
         self.loop = self.socket = self.server = self.sweeping = None
-        self.sparingly = Sparingly()
     @property
     def connections(self): return self.state.connections
     def probed(self, path):
@@ -54,7 +54,7 @@ class Listener:
     def refused(self, exchange, status):
         "Count a refusal that no route has seen"
         self.numbers.count('none', status)
-        if status >= 500: self.sparingly('refused', id=exchange.id.decode('latin-1'), status=status, error=exchange.refused.message)
+        log_refused(exchange.path.decode('latin-1') or 'none', status, exchange.id, exchange.refused.message)
     def aborted(self, connection):
         "End a connection whose reader is too slow"
         self.numbers.add('aborted')
@@ -78,13 +78,21 @@ def _closed(self, connection):
 Listener.opened,Listener.closed = _opened,_closed
 
 # %% ../../nbs/serving/05_listener.ipynb #9be3ea13
+def _grant(connection, lost):
+    "Put off every deadline of a connection"
+    connection.late,connection.write_late = connection.late + lost,connection.write_late + lost
+    for work in (connection.next, connection.current and connection.current.call):
+        if work is not None: work.arrived += lost
 async def _sweep(self):
-    "Four times a second: the date, and who is late"
+    "Four times a second: the date, and who is late; nobody is for a time in which nothing ran"
+    pauses = Pauses()
     while True:
         self.date = b'date: ' + formatdate(time.time(), usegmt=True).encode() + b'\r\n'
         for _ in range(4):
-            now = self.loop.time()
-            for c in list(self.connections): c.overdue(now)
+            now,lost = self.loop.time(),pauses.lost()
+            for c in list(self.connections):
+                if lost: _grant(c, lost)
+                else: c.overdue(now)
             await asyncio.sleep(0.25)
 async def _open(self, sock):
     "Accept connections"
@@ -117,10 +125,11 @@ async def _stop(self,
     grace:float, # seconds to finish what was accepted
 )->int: # answers that were given up
     "Close, and lose nothing within the grace"
-    self.stopping,end = True,self.loop.time() + grace
+    self.stopping,end,pauses = True,self.loop.time() + grace,Pauses()
     await _refuse_more(self)
     if self.connections: await asyncio.sleep(min(0.25, grace))
     while True:
+        end += pauses.lost()
         for c in list(self.connections): c.shutdown()
         if not _busy(self) or self.loop.time() >= end: break
         await asyncio.sleep(0.01)
