@@ -10,7 +10,7 @@ import asyncio, dataclasses, gzip, socket
 import orjson
 from .app import create_app
 from .board import Board
-from .events import log
+from .events import hushed
 from .head import Limits
 from .http import Connection
 from .lifecycle import PROBES, Lifecycle
@@ -93,7 +93,8 @@ async def rehearse(
     "Ask everything once"
     stage,given = _Head(life, settings),{}
     templates = {r.path for r in stage.app.routes} | {r.pattern for r in ROUTES} | {p.decode() for p in PROBES} | {'/none'}
-    for question in questions(life, settings, sorted(templates)):
-        status = await _ask(stage.listener, question)
-        given[status] = given.get(status, 0) + 1
+    with hushed('refused', 'ignored'):
+        for question in questions(life, settings, sorted(templates)):
+            status = await _ask(stage.listener, question)
+            given[status] = given.get(status, 0) + 1
     return given
