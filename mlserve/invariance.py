@@ -7,8 +7,9 @@ __all__ = ['companions', 'prove_program']
 
 # %% ../nbs/04_invariance.ipynb #6fda7241
 import numpy as np
+from .confined import ConfinedProgram
 from .errors import CheckFailed, Refused
-from .freeze import first_answer
+from .freeze import first_answer, table_sizes
 from .tensors import compare
 
 # %% ../nbs/04_invariance.ipynb #3d6ce568
@@ -63,10 +64,8 @@ def _taken(program, row:dict, names:list, nonfinite:bool)->bool:
     except Exception: return False
     return nonfinite or _numbers(outputs)
 def _vocabularies(live)->tuple:
-    "How many rows the embeddings of a module have"
-    module = getattr(live, 'module', None)
-    tables = [m for m in module.modules() if 'Embedding' in getattr(m, 'original_name', type(m).__name__)] if hasattr(module, 'modules') else []
-    return tuple(sorted({len(m.weight) for m in tables if hasattr(m, 'weight')}))
+    "How many rows the embeddings of a program have"
+    return tuple(live.facts['tables'] if isinstance(live, ConfinedProgram) else table_sizes(getattr(live, 'module', None)))
 
 # %% ../nbs/04_invariance.ipynb #17729f1d
 def _trials(golden:int, mates:list)->list:
