@@ -672,8 +672,9 @@ def every_end_with_a_code_is_meant(put):
         elif code >= 0:
             watch.stop(signal.SIGTERM, code)
         else:
-            watch.crashed(worker, "died", "Look at the memory limit first.")
+            watch.crashed(worker, code)
     put("serving.watchdog._ended", ended)
+    put("serving.watchdog.cause", lambda code: ("died", "Look at the memory limit first."))
 
 
 @plant
@@ -699,13 +700,6 @@ def a_child_keeps_what_its_parent_had(put):
 @plant
 def lines_go_wherever_stderr_goes(put):
     put("serving.worker.keep_stderr", never)
-
-
-@plant
-def libraries_see_the_cores_of_the_machine(put):
-    import os
-    put("serving.server._maths", ())
-    os.environ.pop("OPENBLAS_NUM_THREADS", None)
 
 
 @plant
