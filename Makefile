@@ -30,10 +30,13 @@ test: setup engine-start test-tools ## every test, with real releases in contain
 test-fast: setup ## pages and units, without an engine
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m pages
 
-test-tools: # what the tests trace, emulate, proxy, load and build with; azurite and checkov go below state/
-	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
-	[ -z "$${missing:-}" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $${missing/nginx/nginx-light} >&2; }
+test-tools: setup # what the tests trace, emulate, proxy, load, build and ask with; what pip brings goes below state/
+	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime javac; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
+	missing=$${missing:-}; missing=$${missing/nginx/nginx-light}; missing=$${missing/javac/openjdk-17-jdk-headless}; \
+	[ -z "$$missing" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $$missing >&2; }
 	@[ -x state/tools/checkov/bin/checkov ] || bash .ci/install state/tools/checkov checkov==3.3.30
+	@for client in kserve mlserver; do pins=tests/clients/$$client.txt; folder=state/tools/$$client; \
+	cmp -s $$pins $$folder/.installed || { rm -rf $$folder; $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $$folder -r $$pins 2> >(grep -v '^WARNING: Location' >&2); cp $$pins $$folder/.installed; }; done
 
 soak: setup engine-start test-tools ## the tests' full counts: hours of load, faults and fuzzing
 	@$(WITH_ENGINE) pytest -q -m soak

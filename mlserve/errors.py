@@ -85,7 +85,7 @@ class GpuRefused(MlserveError):
 # %% ../nbs/00_errors.ipynb #53f39952
 exit_codes = {0: 'done', 1: 'a notebook of the user raised', 2: 'usage', 3: 'a check failed', 4: 'conflict',
     5: 'integrity: a digest differs', 6: 'a remote is unavailable', 7: 'a local resource is missing',
-    8: 'refused by policy', 9: 'GPU refused', 70: 'internal', 75: 'stopped with cut requests', 130: 'interrupted'}
+    8: 'refused by policy', 9: 'GPU refused', 70: 'internal, or a worker hung or kept dying', 75: 'stopped with cut requests', 130: 'interrupted'}
 
 # %% ../nbs/00_errors.ipynb #c38e9395
 def error_body(

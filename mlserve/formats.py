@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from .allowlist import check_graphs
 from .audit import audit
 from .errors import GpuRefused, InvalidInput, LocalResource, ModelFailed, MlserveError, Refused, UsageError
 
@@ -73,14 +74,15 @@ def _set_torch(device:str, threads:int|None):
 
 # %% ../nbs/04_formats.ipynb #9dff93b3
 def read_module(
-    file:str|Path, # a TorchScript file
+    file:str|Path, # a TorchScript file that was audited
     device:str='cpu', # 'cpu' or 'cuda:0'
 ): # the module, in evaluation mode
-    "Load a TorchScript program onto a device"
+    "Load a TorchScript program onto a device, if all its operators are on the list"
     import torch
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)
-        return torch.jit.load(str(file), map_location=device).eval()
+    unit = torch._C.CompilationUnit() # of its own, so that it has the functions of this file and no others
+    module = torch._C.import_ir_module(unit, str(file), torch.device(device), {}, False)
+    check_graphs(Path(file).name, unit.get_functions())
+    return torch.jit._recursive.wrap_cpp_module(module).eval()
 
 # %% ../nbs/04_formats.ipynb #d4276641
 def _read_export(file:Path, device:str):

@@ -13,7 +13,7 @@ EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
 
 
 ENGINE = {"attest", "debug", "hardened", "image", "matrix", "memory", "refusals", "release", "cuda_image"}  # build images and run containers
-SERVING = {"batcher", "conformance", "controls", "endurance", "handler", "http_limits", "proxies", "server", "tracing"}  # ask servers, with a clock
+SERVING = {"batcher", "clients", "conformance", "controls", "endurance", "handler", "http_limits", "proxies", "server", "tracing"}  # ask servers, with a clock
 
 
 def pytest_addoption(parser):

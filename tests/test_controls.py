@@ -25,13 +25,20 @@ import test_invariance
 import test_isolation
 import test_platforms
 import test_protocol
+import test_reference
 import test_server
+import torch
 
 HERE = Path(__file__).parent
 H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
-T, V, X = test_platforms, test_evaluation, test_isolation
+T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
+    ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "DID NOT RAISE"),
+    ("A1", R.test_A1_no_way_out_of_a_tensor_is_missed, {"read": lambda x: x * torch.tensor([x.max(), 1, 1])}, "only_the_dispatcher_is_heard", "DID NOT RAISE"),
+    ("A1", R.test_A1_what_depends_on_sizes_is_no_refusal, {"name": "hand-written"}, "sizes_are_values", "Refused.*x.ndim"),
+    ("A1", R.test_A1_the_live_model_answers_held_back_rows_and_the_saved_one_must_agree, {}, "the_saved_program_answers_held_back_rows", "DID NOT RAISE"),
+    ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
     ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
@@ -136,6 +143,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A3", I.test_A3_an_answer_that_json_cannot_carry_is_refused_at_save, {"word": "-Infinity"}, "what_is_no_number_is_saved", "DID NOT RAISE"),
     ("A3", I.test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route, {}, "what_is_no_number_is_null", "null"),
     ("A3", V.test_A3_the_order_of_the_model_is_kept_by_every_file_and_program, {"format": "torchscript", "model": V.Columns()}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
+    ("A3", V.test_A3_golden_inputs_keep_the_order_of_the_call, {"format": "torchscript"}, "arrays_come_back_in_the_order_of_the_alphabet", "part"),
     ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
     ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
 ]

@@ -8,7 +8,7 @@ import torch
 from mlserve.arrays import load_tensors, save_tensors
 from mlserve.errors import UsageError
 from mlserve.evaluation import as_labels, baseline, measure, read_target
-from mlserve.package import golden, save_package
+from mlserve.package import Package, golden, save_package
 from mlserve.release.check import CheckResult, ask, judged
 from mlserve.release.gates import Gates
 
@@ -48,6 +48,21 @@ def test_A3_the_order_of_the_model_is_kept_by_every_file_and_program(tmp_path, f
     assert list(load_model(str(package.path)).predict({"x": inputs["x"]})) == NAMES
 
 
+@pytest.mark.parametrize("format", ["torchscript", "export", "onnx"])
+def test_A3_golden_inputs_keep_the_order_of_the_call(tmp_path, format):
+    "A module is called by position: in another order it would answer the opposite"
+    from mlserve.package import load_program
+
+    class Difference(torch.nn.Module):
+        def forward(self, whole, part):
+            return whole - part
+    given = {"whole": ROWS[:4], "part": ROWS[4:8]}
+    package = save_package(Difference(), tmp_path / "p", "difference", given, ["rest"], format=format)
+    inputs, outputs = golden(package)
+    assert list(inputs) == ["whole", "part"]
+    assert np.allclose(load_program(package).run(inputs, ["rest"])["rest"], ROWS[:4] - ROWS[4:8]) and np.allclose(outputs["rest"], ROWS[:4] - ROWS[4:8])
+
+
 def test_A3_a_server_answers_in_the_order_of_the_model(tmp_path):
     import httpx
     from mlserve.client import Client
@@ -84,7 +99,7 @@ def measured(tmp_path, outputs, labels, target=None):
     held = load_tensors(save_tensors(tmp_path / "holdout.safetensors", inputs={"x": x}, outputs=outputs, labels={"labels": as_labels(labels)}))
     reading = read_target(held["outputs"], held["labels"]["labels"], target)
     save_tensors(tmp_path / "golden.safetensors", inputs={"x": x[:2]}, outputs={n: a[:2] for n, a in outputs.items()})
-    package = type("Package", (), {"path": tmp_path, "tolerance": {"rtol": 1e-4, "atol": 1e-5}})
+    package = Package(tmp_path, "stand-in", "onnx", "model.onnx", (), (), {"rtol": 1e-4, "atol": 1e-5}, "sha256:0")
     return ask(stand_in(outputs), package, held, "cpu", reading)
 
 

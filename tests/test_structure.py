@@ -96,6 +96,11 @@ def test_pages_open_with_a_title_and_a_sentence():
         assert first[0] == f"# {name.split('.')[-1]}" and first[2].startswith("> "), path
 
 
+def test_the_sidebar_lists_every_page():
+    listed = re.findall(r"- (\S+\.ipynb)", (ROOT / "nbs/sidebar.yml").read_text())
+    assert sorted(["index.ipynb", *listed]) == sorted(str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS)
+
+
 def test_the_architecture_page_shows_the_house_as_it_is():
     "Its tables are made by its code; what stands under the cells is what they give now"
     names, tables = {}, 0
@@ -114,6 +119,18 @@ def test_serving_needs_nothing_of_a_notebook():
     for path in (ROOT / "mlserve").rglob("*.py"):
         if path.name != "_modidx.py":
             assert not re.search(r"^\s*(from|import) (fastcore|nbdev)\b", path.read_text(), re.M), path
+
+
+STARTS = re.compile(r"^\W*docker run\b(?:.*\\\n)*.*", re.M)
+
+
+def test_every_command_that_starts_an_image_says_which_it_is():
+    "An image knows neither its digest nor its version; whoever starts it by a line of ours tells it both"
+    pages = ["\n".join(c["source"] for c in cells(p, "markdown")) for p in NOTEBOOKS] + [p.read_text() for p in ROOT.glob("*.md")]
+    commands = [c for text in pages for c in STARTS.findall(text)]
+    assert len(commands) >= 3
+    for command in commands:
+        assert "MLSERVE_MODEL_VERSION=" in command and "MLSERVE_IMAGE=" in command, command
 
 
 FAULTS = "\n".join(c["source"] for c in cells(ROOT / "nbs/explanations/faults.ipynb", "markdown"))

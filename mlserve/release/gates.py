@@ -94,7 +94,7 @@ def counting(
     metrics:dict, # metric → its numbers
 )->list: # names of metrics
     "The metrics that count: those of the gates, or the first"
-    return gates.metrics() or list(metrics)[:1]
+    return [name for name in gates.metrics() or list(metrics)[:1] if name in metrics]
 def learnt_nothing(
     gates:Gates, # of a release
     metrics:dict, # metric → its numbers

@@ -216,6 +216,7 @@ def _remote(env, delivery): # variables, the files that they name, a cache
     return ''.join([f'-e {n} ' for n in sorted(given)] + [f'-v {f}:{f}:ro ' for f in files]) + '-v mlserve-cache:/var/cache/mlserve '
 def commands(
     image:str, # by digest
+    version:str, # of the model
     package, # of the release
     folder:Path, # gets the body of the query
     delivery:str='baked', # `baked`, `volume`, `store` or `registry`
@@ -226,11 +227,11 @@ def commands(
     body.write_bytes(encode_predict_request({k: v[:1 if package.batch else None] for k,v in golden(package)[0].items()}))
     more = {'baked': '', 'volume': f'-v {Path(package.path).absolute()}:/models/package:ro '}.get(delivery, _remote(os.environ, delivery))
     if device == 'cuda': more = '--gpus all --shm-size 1g -v mlserve-cuda:/var/cache/cuda ' + more
+    who = f'-e MLSERVE_MODEL_VERSION={version} -e MLSERVE_IMAGE={image} '
     uri = tracking.tracking_uri()
-    mlflow = Path(sys.executable).parent/'mlflow'
-    ui = uri if uri.startswith('http') else f'{mlflow} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
+    ui = uri if uri.startswith('http') else f'{Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
     engine = f"DOCKER_HOST={os.environ['DOCKER_HOST']} " if 'DOCKER_HOST' in os.environ else ''
-    return {'serve': f'{engine}docker run --rm --network host -e MLSERVE_HOST=127.0.0.1 {more}{image}',
+    return {'serve': f'{engine}docker run --rm --network host --stop-timeout 30 -e MLSERVE_HOST=127.0.0.1 {who}{more}{image}',
         'query': f"curl -s http://127.0.0.1:8080/predict -H 'content-type: application/json' -d @{body}", 'mlflow_ui': ui}
 
 # %% ../../nbs/release/07_pipeline.ipynb #c47dd52f
@@ -261,10 +262,10 @@ def write_result(run, place, built, pair, checked, steps, evidence):
     "Put `state/release.json` together"
     now = record.read_pair(pair['name'], pair['version'])
     result = {'model': now.name, 'version': now.version, 'image': now.image, 'package': now.package, 'device': checked['device'],
-        'metrics': checked['metrics'] or None, 'gates': run.spec.gates.model_dump(exclude_defaults=True),
+        'reference': checked['reference'] or None, 'metrics': checked['metrics'] or None, 'gates': run.spec.gates.model_dump(exclude_defaults=True),
         'image_mb': built['size_mb'], 'package_mb': built['package_mb'], 'place': built['place'], 'warnings': built['warnings'], 'aliases': record.aliases(now), 'steps': steps, 'run': run.id,
         'evidence': evidence, 'check': {k: checked[k] or None for k in ('golden','holdout','rows','reading','latency_ms','seconds')},
-        'commands': commands(now.image, load_package(place), run.folder, run.spec.delivery, run.spec.device)}
+        'commands': commands(now.image, now.version, load_package(place), run.folder, run.spec.delivery, run.spec.device)}
     write_json(run.spec.state/'release.json', result)
     return result
 

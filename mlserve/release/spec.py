@@ -26,7 +26,7 @@ def default_repository(
 # %% ../../nbs/release/00_spec.ipynb #e6877a9f
 class ReleaseSpec(BaseModel):
     "Every decision of a release; frozen, and passed from step to step"
-    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True)
+    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True, allow_inf_nan=False)
     name: str = Field(pattern=r'^[a-z0-9]+([._-][a-z0-9]+)*$', max_length=63, description='the model, in lower case')
     notebook: Path = Field(description='the model notebook')
     repository: str = Field(default_factory=lambda d: default_repository(d.get('name','')), description='where images are pushed: the name, behind `MLSERVE_REGISTRY`')
@@ -43,8 +43,8 @@ class ReleaseSpec(BaseModel):
     allow: list[str] = Field([], description='numeric packages whose version may differ from training')
     platform: Literal['linux/amd64'] = Field('linux/amd64', description='of the image')
     gates: Gates = Field(Gates(), description='table of what held-back answers must reach: `min`, `max`, `drop`, `target`')
-    max_image_mb: float|None = Field(None, gt=0, description='megabytes (10**6 bytes) that an image may have')
-    ready_seconds: float = Field(120, gt=0, description='seconds that a container may take to become ready')
+    max_image_mb: float|None = Field(None, gt=0, le=10**6, description='megabytes (10**6 bytes) that an image may have')
+    ready_seconds: float = Field(120, gt=0, le=24*60*60, description='seconds that a container may take to become ready')
     state: Path = Field(default_factory=lambda: Path(os.environ.get('MLSERVE_STATE') or 'state'), description='folder for what a release leaves: `MLSERVE_STATE`, or `state`')
 
     @field_validator('requirements')
