@@ -50,9 +50,10 @@ def questions(
     "Every route and every kind of refusal, as requests"
     names,others = {'name': life.package.name, 'version': settings.model_version},{'name': 'none', 'version': 'none'}
     asked = _bad_heads() + [_request('POST', '/v2/repository/index', b) for b in (b'{"ready": true}', b'{')]
-    for template in templates: asked += [_request('GET', template.format(**n)) for n in (names, others)]
+    asked += [_request('GET', path) for path in sorted({t.format(**n) for t in templates for n in (names, others)})]
     asked += [_request('POST', p.decode(), b'{}') for p in paths(**others)] + [_request('PUT', '/predict'), _request('POST', '/none')]
-    for path in ['/handle', *(p.decode() for p in paths(**names))]:
+    readers = {route.decode: path.decode() for path,route in reversed(paths(**names).items())} # one path for each way to read a body
+    for path in ['/handle', *readers.values()]:
         asked += [_request('POST', path, b) for b in _bodies]
         asked += _good(path, life.rows[0]) if life.rows else []
         asked += [_request('POST', path, b'1,2\n', **{'content-type': m.decode()}) for m in (CSV, BINARY, b'text/none')]
