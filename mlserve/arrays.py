@@ -56,7 +56,7 @@ def load_tensors(
     "Read named groups of arrays"
     if not Path(path).is_file(): raise LocalResource(f'There is no tensor file {path}.')
     try: flat = _read(path)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as e:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
         raise IntegrityError(f'{path} is not a readable safetensors file of ours: {e}.') from e
     groups = {}
     for key,array in flat.items():

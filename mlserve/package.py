@@ -20,8 +20,8 @@ from .formats import FORMATS, check_format, read_program
 from .freeze import check_order, example_arrays, first_answer, freeze, live_program
 from .holdout import beside, check_beside, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
-from .lock import differ, file_hash, locked_files, verify_lock, write_lock
-from .mlmodel import example_files, mlmodel
+from .lock import SMALL, differ, digest_of, locked_files, read_small, verify_lock, write_lock
+from .mlmodel import example_files, is_name, mlmodel, parse_mlmodel
 from .tensors import TensorSpec, check_tensors, spec_of
 
 # %% ../nbs/04_package.ipynb #087fb712
@@ -50,16 +50,12 @@ def _check_ways(batch, nonfinite):
 # %% ../nbs/04_package.ipynb #0ee95c26
 def _read_mlmodel(path:Path, digest:str)->Package:
     "A `Package` from the `MLmodel` of a folder that was verified"
-    try:
-        m = json.loads((path/'MLmodel').read_text())['flavors']['mlserve']
-        inputs,outputs = (tuple(TensorSpec.from_dict(s) for s in m[k]) for k in ('inputs', 'outputs'))
-        package = Package(path, m['name'], m['format'], m['file'], inputs, outputs, m['tolerance'], digest, m.get('handler'), m.get('module'),
-            m.get('batch', True), m.get('nonfinite'))
-        _check_ways(package.batch, package.nonfinite)
-    except (OSError, ValueError, KeyError, TypeError, UsageError) as e:
-        raise IntegrityError(f'MLmodel of {path} was not written by save_package: {e!r}.') from e
-    for file in {package.file, package.handler or package.file} - set(locked_files(path)):
-        raise IntegrityError(f"MLmodel of {path} names '{file}', which is not in its lock.")
+    if not (path/'MLmodel').is_file(): raise IntegrityError(f'MLmodel of {path} is missing; no model package is without.')
+    ours = parse_mlmodel(read_small(path/'MLmodel'))
+    specs = {k: tuple(map(TensorSpec.from_dict, ours[k])) for k in ('inputs', 'outputs')}
+    package = Package(path=path, digest=digest, **ours | specs)
+    for file in {package.file, package.handler or package.file, 'golden.safetensors', 'environment.json'} - set(locked_files(path)):
+        raise IntegrityError(f"The package {path} needs '{file}', which is not in its lock.")
     return package
 
 # %% ../nbs/04_package.ipynb #a1bd43c7
@@ -73,18 +69,33 @@ def load_package(
         found = 'a folder without package.lock' if path.is_dir() else 'no such folder'
         raise LocalResource(f'{path} is asked for as a model package; found {found}.', mend='Make one there with save_package; in a container, mount it there.')
     if (path/'package.lock').is_symlink(): differ(path, 'package.lock', 'a file', 'a link')
-    got = f"sha256:{file_hash(path/'package.lock')}"
+    got = digest_of(read_small(path/'package.lock'))
     if digest is not None and got != digest: differ(path, 'package.lock', digest, got)
     verify_lock(path)
     return _read_mlmodel(path, got)
 
 # %% ../nbs/04_package.ipynb #c317224f
+_golden_limit = 2**30
+def _as_described(file:Path, arrays:dict, specs:tuple)->dict:
+    "Arrays in the order of their specs, or a refusal of those that are not theirs"
+    if set(arrays) != {s.name for s in specs}:
+        raise IntegrityError(f"{file} has {', '.join(arrays)[:200]}; the package describes {', '.join(s.name for s in specs)[:200]}.")
+    for s in specs:
+        found = spec_of(s.name, arrays[s.name])
+        if (found.datatype, found.shape[1:]) != (s.datatype, s.shape[1:]):
+            raise IntegrityError(f"{file} has '{s.name}' as {found.datatype} {list(found.shape)}; the package describes {s.datatype} {list(s.shape)}.")
+    return {s.name: arrays[s.name] for s in specs}
 def golden(
     package:Package, # a verified package
 )->tuple: # (inputs, outputs), each {name: array}
-    "What went in and came out when the package was saved"
-    groups = load_tensors(package.path/'golden.safetensors')
-    return groups['inputs'],groups['outputs']
+    "What went in and came out when the package was saved, as the package describes it"
+    file = package.path/'golden.safetensors'
+    if file.is_file() and file.stat().st_size > _golden_limit: raise Refused(f"'{file.name}' has {file.stat().st_size} bytes; allowed are {_golden_limit}.")
+    groups = load_tensors(file)
+    if set(groups) != {'inputs', 'outputs'}: raise IntegrityError(f"{file} has {', '.join(groups)[:100] or 'nothing'}; inputs and outputs are needed.")
+    rows = {len(a) if a.ndim else 0 for arrays in groups.values() for a in arrays.values()}
+    if len(rows) != 1 or not min(rows): raise IntegrityError(f'{file} has arrays of {sorted(rows)} rows; one number from 1 is needed.')
+    return tuple(_as_described(file, groups[k], getattr(package, k)) for k in ('inputs', 'outputs'))
 def call_rows(
     package:Package, # a verified package
 )->int: # as many as the recorded example where rows belong together
@@ -94,7 +105,10 @@ def load_environment(
     package:Package, # a verified package
 )->dict: # as `environment` gave it at training time
     "The numerical stack the model was trained on"
-    return json.loads((package.path/'environment.json').read_text())
+    try: found = json.loads(read_small(package.path/'environment.json'))
+    except (ValueError, RecursionError) as e: raise IntegrityError(f'environment.json of {package.path} cannot be read: {type(e).__name__}.') from e
+    if not isinstance(found, dict): raise IntegrityError(f'environment.json of {package.path} is no table.')
+    return found
 
 # %% ../nbs/04_package.ipynb #2f5182be
 def _build(handler, module:dict):
@@ -262,7 +276,7 @@ def save_package(
     if tolerance: _check_tolerance(tolerance)
     _check_ways(batch, nonfinite)
     path = Path(path).absolute()
-    if not re.fullmatch(r'[a-z0-9]+([._-][a-z0-9]+)*', name) or len(name) > 63:
+    if not is_name(name):
         raise Refused(f"The name '{name}' cannot be part of an image name; allowed are a-z, 0-9 and single . _ - inside, at most 63.")
     check_format(format)
     if format == 'safetensors' and not handler: raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")

@@ -96,6 +96,11 @@ def test_pages_open_with_a_title_and_a_sentence():
         assert first[0] == f"# {name.split('.')[-1]}" and first[2].startswith("> "), path
 
 
+def test_the_sidebar_lists_every_page():
+    listed = re.findall(r"- (\S+\.ipynb)", (ROOT / "nbs/sidebar.yml").read_text())
+    assert sorted(["index.ipynb", *listed]) == sorted(str(p.relative_to(ROOT / "nbs")) for p in NOTEBOOKS)
+
+
 def test_the_architecture_page_shows_the_house_as_it_is():
     "Its tables are made by its code; what stands under the cells is what they give now"
     names, tables = {}, 0
