@@ -21,7 +21,7 @@ from .freeze import check_order, example_arrays, first_answer, freeze, live_prog
 from .holdout import beside, check_beside, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
 from .lock import SMALL, differ, digest_of, locked_files, read_small, verify_lock, write_lock
-from .mlmodel import example_files, is_name, mlmodel, parse_mlmodel
+from .mlmodel import check_ways, example_files, is_name, mlmodel, parse_mlmodel
 from .tensors import TensorSpec, check_tensors, spec_of
 
 # %% ../nbs/04_package.ipynb #087fb712
@@ -40,12 +40,6 @@ class Package:
     module: dict|None=None # `class` and `arguments`, where the file holds weights only
     batch: bool=True # rows stand for themselves, so requests may share a call; else a request is one call
     nonfinite: str|None=None # 'strings': NaN and infinities are answers, and words in JSON
-
-# %% ../nbs/04_package.ipynb #b6e0b24d
-def _check_ways(batch, nonfinite):
-    "Refuse what is not one of the ways to ask and to answer"
-    if type(batch) is not bool: raise UsageError(f'batch is {batch!r}; allowed are True and False.')
-    if nonfinite not in (None, 'strings'): raise UsageError(f"nonfinite is {nonfinite!r}; allowed is 'strings', or nothing for a model whose answers are numbers.")
 
 # %% ../nbs/04_package.ipynb #0ee95c26
 def _read_mlmodel(path:Path, digest:str)->Package:
@@ -274,7 +268,7 @@ def save_package(
     _check(name=name, inputs=inputs, outputs=outputs, tolerance=tolerance, files=files, path=path, arguments=arguments)
     _check_outputs(list(outputs))
     if tolerance: _check_tolerance(tolerance)
-    _check_ways(batch, nonfinite)
+    check_ways(batch, nonfinite)
     path = Path(path).absolute()
     if not is_name(name):
         raise Refused(f"The name '{name}' cannot be part of an image name; allowed are a-z, 0-9 and single . _ - inside, at most 63.")
