@@ -8,7 +8,7 @@ __all__ = ['companions', 'prove_program']
 # %% ../nbs/04_invariance.ipynb #6fda7241
 import numpy as np
 from .confined import ConfinedProgram
-from .errors import CheckFailed
+from .errors import CheckFailed, Refused
 from .freeze import first_answer, table_sizes
 from .tensors import compare
 
@@ -60,6 +60,7 @@ def _numbers(outputs:dict)->bool:
 def _taken(program, row:dict, names:list, nonfinite:bool)->bool:
     "Whether a program answers a row that is asked alone"
     try: outputs = program.run(row, names)
+    except Refused: raise
     except Exception: return False
     return nonfinite or _numbers(outputs)
 def _vocabularies(live)->tuple:
@@ -80,7 +81,7 @@ def _trials(golden:int, mates:list)->list:
     return trials + [('in reverse', rest[::-1]), (f'in a batch of {golden + 2*len(places)}', places + rest + places)]
 
 # %% ../nbs/04_invariance.ipynb #1fcbea00
-_ways = 'Say batch=False, and each request is one call of its own; or use a quantisation whose scales are fixed, static or of weights only.'
+_ways = 'Say batch=False, and each request is one call of its own; or use a quantisation whose scales are fixed, static or of weights only. A wider tolerance, if it is only rounding.'
 def _prove_rows(saved, arrays:dict, names:list, expected:dict, near, mates:list):
     "No golden row is answered otherwise because of the rows beside it"
     golden = len(next(iter(arrays.values())))

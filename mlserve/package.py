@@ -18,6 +18,7 @@ from .environment import environment
 from .errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Refused, UsageError
 from .formats import FORMATS, check_format, read_program
 from .freeze import check_order, example_arrays, first_answer, freeze, live_program
+from .holdout import beside, check_beside, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
 from .lock import SMALL, differ, digest_of, locked_files, read_small, verify_lock, write_lock
 from .mlmodel import example_files, is_name, mlmodel, parse_mlmodel
@@ -166,6 +167,7 @@ def _install(temp:Path, path:Path):
         if old.exists(): old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+    move_beside(temp, path)
 
 # %% ../nbs/04_package.ipynb #5a8560bf
 def _copy_files(files, temp:Path):
@@ -181,7 +183,7 @@ def _copy_files(files, temp:Path):
         if file.is_file() and not file.is_symlink(): no_pickle(file)
 
 # %% ../nbs/04_package.ipynb #d9be40b2
-def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files):
+def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, holdout):
     "Write, run and prove everything of a package in a scratch folder"
     from mlserve.handler import write_handler
     file,inputs = temp/ours['file'],_specs(arrays)
@@ -198,10 +200,13 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files):
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
     program = live if isinstance(live, ConfinedProgram) else load_program(saved)
     prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite))
+    calls = 32 if batch else len(next(iter(arrays.values())))
+    held = live_answers(live, program, holdout, saved, calls, bool(nonfinite)) if holdout is not None else None
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
     for name,text in texts.items(): (temp/name).write_text(text)
-    write_lock(temp)
+    digest = write_lock(temp)
+    if held: write_holdout(beside(temp), digest, reference_of(model), **held)
 
 # %% ../nbs/04_package.ipynb #91c99f94
 def _save(path:Path, ours:dict, model, arrays:dict, *rest)->Package:
@@ -219,7 +224,9 @@ def _save(path:Path, ours:dict, model, arrays:dict, *rest)->Package:
         given = ', '.join(f'{n} {a.dtype} {list(a.shape)}' for n,a in arrays.items())
         why = next((l for l in reversed(str(e).strip().splitlines()) if l.strip()), type(e).__name__).strip()
         raise UsageError(f'The model cannot be saved with the example {given}, or with another batch size of it: {why}') from e
-    finally: shutil.rmtree(temp, ignore_errors=True)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        beside(temp).unlink(missing_ok=True)
     return load_package(path)
 
 # %% ../nbs/04_package.ipynb #2b813b5b
@@ -261,6 +268,7 @@ def save_package(
     arguments:dict|None=None, # for 'safetensors': what the module's class is called with
     batch:bool=True, # False where rows belong together: each request is one call of its own
     nonfinite:str|None=None, # 'strings': NaN and infinities are answers, and words in JSON
+    holdout:tuple|None=None, # inputs and labels that training did not see; their answers are kept beside the folder
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
     _check(name=name, inputs=inputs, outputs=outputs, tolerance=tolerance, files=files, path=path, arguments=arguments)
@@ -273,7 +281,8 @@ def save_package(
     check_format(format)
     if format == 'safetensors' and not handler: raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
     _replaceable(path)
+    check_beside(path)
     ours = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
     ours |= ({} if batch else {'batch': False}) | ({'nonfinite': nonfinite} if nonfinite else {})
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
-    return _save(path, ours, model, example_arrays(inputs), list(outputs), handler, files)
+    return _save(path, ours, model, example_arrays(inputs), list(outputs), handler, files, holdout)

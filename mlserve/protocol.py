@@ -120,22 +120,24 @@ def _outputs(o, parameters, specs):
     return tuple(wanted),tuple(binary),classes or None
 
 # %% ../nbs/02_protocol.ipynb #c8cf466b
-def _name(o, key):
-    "The name that a body gives for the model or its version, if it gives one"
-    found = o.get(key)
-    if found is not None and type(found) is not str: raise InvalidInput(f'{key!r} is not a string.')
-    return found or None
+def _named(o):
+    "The model and the version that a body names, if it does"
+    names = o.get('model_name'),o.get('model_version')
+    for key,name in zip(('model_name', 'model_version'), names):
+        if name is not None and type(name) is not str: raise InvalidInput(f'{key!r} is not a string.')
+    return names
 
 def _read_head(head, inputs_specs, outputs_specs):
     "A V2 request without its arrays: claims, and fields of `InferRequest` after the first"
     o = read_object(head, _top)
     if len(o) == 1: return _claims(o, inputs_specs),()
     p = _parameters(o, 'The request')
-    claims = _claims(o, inputs_specs, _codec(p, 'The request', ('np', 'pd', 'str')))
+    claims = _claims(o, inputs_specs, _codec(p, 'The request', ('np', 'pd', 'str')) if p else None)
     if type(o.get('id') or '') is not str: raise InvalidInput("'id' is not a string.")
     outputs,binary,classes = _outputs(o, p, outputs_specs)
     wait = _parameter(p, 'timeout', int, 0, None, 'The request')
-    return claims,(outputs, o.get('id'), binary, wait / 1e6 if wait else None, classes, '', _name(o, 'model_name'), _name(o, 'model_version'))
+    names = ('', *_named(o)) if 'model_name' in o or 'model_version' in o else ()
+    return claims,(outputs, o.get('id'), binary, wait / 1e6 if wait else None, classes, *names)
 
 _kept_head = lru_cache(256)(_read_head)
 

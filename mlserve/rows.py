@@ -138,20 +138,25 @@ def from_lines(
     limit:int=2**26, # largest tensor, in bytes
 )->dict: # name to array
     "The arrays of JSON lines"
-    lines,rows = body.rstrip().split(b'\n'),[]
+    lines,rows = body.removeprefix(b'\xef\xbb\xbf').rstrip().split(b'\n'),[]
     for i,line in enumerate(lines):
         try: rows.append(read_object(b'{"row":%b}' % line, _row)['row'])
         except InvalidInput as e: raise InvalidInput(f'Line {i + 1} of the body is not one JSON value. {e.message}') from None
     return from_rows(with_bytes(rows, body, specs), specs, limit, what='lines')
 
 # %% ../nbs/02_rows.ipynb #d0a10034
+def _rows_of(name, array, nonfinite):
+    "The rows of an output, each as JSON can write it"
+    values = jsonable(name, array, ModelFailed, nonfinite)
+    return values if type(values) is list else np.ascontiguousarray(array)
+
 def to_lines(
     outputs:dict, # name to array
     nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # one JSON value on each line
     "JSON lines, one for each row"
-    values = {n: jsonable(n, a, ModelFailed, nonfinite) for n,a in outputs.items()}
-    rows = next(iter(values.values())) if len(values) == 1 else [dict(zip(values, row)) for row in zip(*values.values())]
+    values = {n: _rows_of(n, a, nonfinite) for n,a in outputs.items()}
+    rows = next(iter(values.values())) if len(values) == 1 else (dict(zip(values, row)) for row in zip(*values.values()))
     return b''.join(dump(r) + b'\n' for r in rows)
 
 _bare = re.compile(r'[^\s",\ufeff](?:[^",\r\n]*[^\s",])?').fullmatch # a text that is the same with quotes and without
@@ -163,8 +168,7 @@ def _text_line(cells):
 def _csv_cells(name, array, nonfinite):
     "The cells of each row of an output, as CSV"
     if array.ndim > 2: raise InvalidInput(f"Output '{name}' has the shape {list(array.shape)}, which has no form in CSV; accept application/json or application/jsonlines.")
-    table = jsonable(name, array.reshape(len(array), -1), ModelFailed, nonfinite)
-    return [_text_line(r) if type(r) is list else dump(r)[1:-1] for r in table]
+    return [_text_line(r) if type(r) is list else dump(r)[1:-1] for r in _rows_of(name, array.reshape(len(array), -1), nonfinite)]
 
 def to_csv(
     outputs:dict, # name to array

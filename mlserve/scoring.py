@@ -68,8 +68,9 @@ def _from_records(value, specs, limit, booleans):
 _readers = {'dataframe_split': _from_split, 'dataframe_records': _from_records, 'instances': from_rows, 'inputs': named_arrays}
 def _from_json(body, specs, limit):
     "The arrays of MLflow's JSON or of a bare list, and the key that nobody reads"
-    bare = body.lstrip(b' \t\r\n')[:1] == b'['
-    o = read_object(b'{"instances":%b}' % body, _bare) if bare else read_object(body, _mlflow)
+    text = body.removeprefix(b'\xef\xbb\xbf')
+    bare = text.lstrip(b' \t\r\n')[:1] == b'['
+    o = read_object(b'{"instances":%b}' % text, _bare) if bare else read_object(body, _mlflow)
     if type(o.get('params') or {}) is not dict: raise InvalidInput("'params' is not an object.")
     key = _only(o, _forms)
     arrays = _readers[key](with_bytes(o[key], body, specs), specs, limit, may_hold_booleans(body))

@@ -91,7 +91,7 @@ class Settings:
     ui: bool = False # the page at `/` and `/docs`
     max_delay_ms: float = number(0, 0, 60_000) # how long a request may wait for others to share a batch
     workers: int = number(1, 1, 64) # worker processes behind one port; one on `cuda`
-    hang_seconds: float = number(60, 1, _day, off=0) # a loop or a batch that takes longer is hung, and the process ends; 0 never
+    hang_seconds: float = number(60, 1, _day, off=0) # a loop or a batch that takes longer is hung, and the process ends; a handler is answered 504; 0 never
     prove_seconds: float = number(10, .1, _day) # between two proofs of the golden output while serving
     connections: int = number(1024, 1, 10**6) # open connections; health is answered beyond them
     head_seconds: float = number(10, .1, _day) # for the head of a request

@@ -313,7 +313,7 @@ def a_codec_is_passed_over(put):
 
 @plant
 def a_name_in_the_body_is_not_read(put):
-    put("protocol._name", lambda o, key: None)
+    put("protocol._named", lambda o: (None, None))
 
 
 @plant
@@ -456,7 +456,7 @@ def nobody_looks_at_the_deadline(put):
 
 @plant
 def nobody_watches_the_worker(put):
-    put("serving.watchdog.hung", lambda row, limit: "")
+    put("serving.watchdog.hung", lambda *args, **kw: "")
 
 
 @plant
@@ -646,3 +646,123 @@ def arrays_come_back_in_the_order_of_the_alphabet(put):
 def the_first_output_of_the_alphabet_is_measured(put):
     good = now("evaluation._fitting")
     put("evaluation._fitting", lambda outputs, labels: list(good(dict(sorted(outputs.items())), labels))[:1])
+
+
+# ---- what one part does to the others
+
+
+@plant
+def what_is_no_exception_of_a_handler_is_passed_on(put):
+    put("handler._call", lambda function, *args: function(*args))
+
+
+@plant
+def an_error_of_any_length(put):
+    put("serving.routes.error_body", lambda error: {"error": error.message})
+
+
+@plant
+def every_end_with_a_code_is_meant(put):
+    "As `os._exit(0)` in a handler would have ended the server"
+    import signal
+
+    def ended(watch, worker, code):
+        if watch.stopping:
+            watch.code = watch.code or max(code, 0)
+        elif code >= 0:
+            watch.stop(signal.SIGTERM, code)
+        else:
+            watch.crashed(worker, code)
+    put("serving.watchdog._ended", ended)
+    put("serving.watchdog.cause", lambda code: ("died", "Look at the memory limit first."))
+
+
+@plant
+def handlers_take_the_threads_of_large_bodies(put):
+    put("serving.routes._pool", lambda way, call: way.bodies)
+
+
+@plant
+def a_stuck_handler_is_left_alone(put):
+    put("serving.watchdog.stuck", lambda *args, **kw: "")
+
+
+@plant
+def a_handler_has_no_deadline(put):
+    put("serving.pool._overdue", never)
+
+
+@plant
+def a_child_keeps_what_its_parent_had(put):
+    put("serving.fork.let_go", never)
+
+
+@plant
+def lines_go_wherever_stderr_goes(put):
+    put("serving.worker.keep_stderr", never)
+
+
+@plant
+def a_pause_is_taken_for_a_hang(put):
+    put("serving.pause.Pauses.lost", lambda self: 0.0)
+
+
+@plant
+def connections_are_late_after_a_pause(put):
+    put("serving.listener._grant", never)
+
+
+@plant
+def a_long_request_is_one_batch(put):
+    def piece(batcher, runner, ticket):
+        return [ticket], *now("serving.batcher._execute")(batcher, runner, [ticket])
+    put("serving.batcher._piece", piece)
+
+
+@plant
+def nothing_is_asked_before_ready(put):
+    async def rehearse(life, settings):
+        return {}
+    put("serving.worker.rehearse", rehearse)
+
+
+@plant
+def threads_start_with_the_first_request(put):
+    async def ready_for_all(life, settings, making):
+        await making
+    put("serving.worker._ready_for_all", ready_for_all)
+
+
+@plant
+def values_are_read_unseen(put):
+    "A trace is believed, whatever it read of its inputs"
+    put("freeze.readings", lambda module, tensors: [])
+
+
+@plant
+def only_the_dispatcher_is_heard(put):
+    "The ways out of a tensor that pass by the dispatcher are not known"
+    put("dataflow._ways_out", set())
+    put("dataflow._constants", {})
+
+
+@plant
+def sizes_are_values(put):
+    "Every tensor is taken for one that holds values of inputs"
+    put("dataflow.Taint.__contains__", lambda self, tensor: True)
+
+
+@plant
+def the_saved_program_answers_held_back_rows(put):
+    "The saved program is its own reference"
+    good = now("package.live_answers")
+    put("package.live_answers", lambda live, program, *args, **kw: good(program, program, *args, **kw))
+
+
+@plant
+def held_back_answers_are_anybodys(put):
+    "The package that they name is not looked at"
+    def load(file, package):
+        groups = now("arrays.load_tensors")(file)
+        return groups, groups.pop("about")["reference"][0].decode()
+    put("release.record.read_holdout", load)

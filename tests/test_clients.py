@@ -74,7 +74,7 @@ def half_plus_three(tmp_path_factory):
 def test_kserve_s_client(server):
     found = json.loads(printed(sys.executable, CLIENTS / "kserve_client.py", server.url, NAME, "[[1, 2], [3, 4.5]]", tools="kserve"))
     want = [[2, 4], [6, 9]]
-    assert found["v1"] == {"predictions": want} and found["v1 ready"] is True
+    assert found["v1"] == {"predictions": want} and found["v1 live"] is found["v1 ready"] is True
     assert found["live"] is found["ready"] is found["model ready"] is True
     for way in ("json", "binary", "all binary", "mixed"):
         assert found[way] == {"id": True, "model": NAME, "y": want, "type": True}, way

@@ -22,15 +22,23 @@ import test_endurance
 import test_evaluation
 import test_http_limits
 import test_invariance
+import test_isolation
 import test_platforms
 import test_protocol
+import test_reference
 import test_server
+import torch
 
 HERE = Path(__file__).parent
 H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
-T, V = test_platforms, test_evaluation
+T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
+    ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "DID NOT RAISE"),
+    ("A1", R.test_A1_no_way_out_of_a_tensor_is_missed, {"read": lambda x: x * torch.tensor([x.max(), 1, 1])}, "only_the_dispatcher_is_heard", "DID NOT RAISE"),
+    ("A1", R.test_A1_what_depends_on_sizes_is_no_refusal, {"name": "hand-written"}, "sizes_are_values", "Refused.*x.ndim"),
+    ("A1", R.test_A1_the_live_model_answers_held_back_rows_and_the_saved_one_must_agree, {}, "the_saved_program_answers_held_back_rows", "DID NOT RAISE"),
+    ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
     ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
@@ -99,6 +107,23 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("E10", S.test_E10_a_killed_worker_is_replaced_and_five_times_in_a_minute_is_the_end, {}, "the_dead_are_replaced_for_ever", HELD),
     ("E11", B.test_E11_the_wall_clock_may_jump, {"jump": 3600}, "deadlines_by_the_wall_clock", "done"),
     ("E11", S.test_E11_a_log_that_nobody_reads_stops_nothing, {}, "a_line_waits_for_its_reader", "not ready"),
+    ("E12", X.test_E12_whatever_a_handler_raises_is_one_500, {"deed": 0, "before": True}, "what_is_no_exception_of_a_handler_is_passed_on", "internal error"),
+    ("E12", X.test_E12_a_long_sentence_of_a_handler_is_cut_to_a_kilobyte, {}, "an_error_of_any_length", "1024"),
+    ("E12", X.test_E12_a_handler_that_ends_its_process_is_a_crash_and_is_replaced, {"deed": "exit 0", "how": "code 0"}, "every_end_with_a_code_is_meant", "ready|None"),
+    ("E12", X.test_E12_five_deaths_name_what_killed_the_last, {}, "every_end_with_a_code_is_meant", "SIGSEGV"),
+    ("E12", X.test_E12_a_death_while_it_stops_is_not_exit_0, {}, "every_end_with_a_code_is_meant", "0 == 75"),
+    ("E12", X.test_E12_what_a_handler_changes_for_everybody_disturbs_nobody, {"deed": "stderr"}, "lines_go_wherever_stderr_goes", "still hears"),
+    ("E12", X.test_E12_what_a_handler_changes_for_everybody_disturbs_nobody, {"deed": "stop child"}, "a_child_keeps_what_its_parent_had", "refused|Error|assert"),
+    ("E12", X.test_E12_eight_handlers_that_hang_starve_nobody, {}, "handlers_take_the_threads_of_large_bodies", "timed out"),
+    ("E12", X.test_E12_eight_handlers_that_hang_starve_nobody, {}, "a_stuck_handler_is_left_alone", HELD),
+    ("E12", X.test_E12_one_that_hangs_is_told_504_at_its_own_deadline, {}, "a_handler_has_no_deadline", "timed out"),
+    ("E12", X.test_E12_a_child_of_a_handler_keeps_no_port_and_no_connection, {}, "a_child_keeps_what_its_parent_had", "holds no client|timed out"),
+    ("E13", X.test_E13_a_pause_of_the_whole_server_is_no_hang_and_costs_nobody_an_answer, {"seconds": 4}, "a_pause_is_taken_for_a_hang", "refused|200|408|NoneType|reset"),
+    ("E13", X.test_E13_a_pause_of_the_whole_server_is_no_hang_and_costs_nobody_an_answer, {"seconds": 4}, "connections_are_late_after_a_pause", "408|NoneType|reset|Broken"),
+    ("E13", X.test_E13_a_long_request_runs_in_turns_with_others_and_is_no_hang, {"rows": 100_000}, "a_long_request_is_one_batch", HELD + "|reset|Error"),
+    ("E13", X.test_E13_of_a_long_request_that_nobody_waits_for_no_more_is_run, {"how": "client gone"}, "nobody_hears_a_client_leave", "only proofs"),
+    ("L8", X.test_L8_from_ready_on_nothing_is_opened, {}, "nothing_is_asked_before_ready", "openat"),
+    ("L8", X.test_L8_under_a_limit_of_processes_it_is_able_or_never_ready, {"most": 8}, "threads_start_with_the_first_request", "assert"),
     ("L1", S.test_L1_while_it_loads_it_lives_and_is_not_ready, {}, "ready_while_it_loads", r"\(200, 503\)|\(503, 503\)"),
     ("L2", S.test_L2_a_load_that_fails_ends_with_its_code, {}, "the_digest_is_not_compared", HELD),
     ("L2", S.test_L2_a_wrong_setting_or_argument_ends_with_2, {}, "unknown_settings_are_passed_over", HELD),

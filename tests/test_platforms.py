@@ -70,7 +70,7 @@ def test_a_server_that_was_told_says_it_everywhere_and_on_every_line(double, tmp
         card = s.http.get("/")
         assert card.status_code == 200 and card.headers["content-type"] == "application/json"
         card = card.json()
-        assert (card["name"], card["version"], card["image"], card["status"]) == (name, "7", image, "ready") and card["package"].startswith("sha256:")
+        assert (card["name"], card["version"], card["image"], card["status"], card["state"]) == (name, "7", image, "alive", "ready") and card["package"].startswith("sha256:")
         for link in set(card["links"].values()) - {"/predict", f"/v2/models/{name}/infer"}:
             assert s.http.get(link).status_code == 200, link
         for link in ("predict", "infer"):

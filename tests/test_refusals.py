@@ -214,7 +214,7 @@ def test_a_gate_that_could_never_be_right_is_told_before_anything_is_asked(tmp_p
 
 
 @pytest.mark.parametrize("name, gates, words", [
-    ("good", "min = {accuracy = 0.9}", ["held-back data", "log_package"]),
+    ("good", "min = {accuracy = 0.9}", ["held-back data", "save_package"]),
     ("heads", "min = {accuracy = 0.9}", ["shape_logits, colour_logits", 'target = "shape_logits"']),
     ("heads", 'target = "shape"', ["no output 'shape'", "shape_logits, colour_logits"]),
 ], ids=["no held-back data", "two heads", "no such output"])

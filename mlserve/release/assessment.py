@@ -8,11 +8,11 @@ __all__ = ['foresee', 'in_production', 'held_digest', 'foresee_run']
 # %% ../../nbs/release/06_assessment.ipynb #e1f55c6e
 import hashlib, tempfile
 from pathlib import Path
-from ..arrays import load_tensors
 from ..errors import NotFound, UsageError
 from ..evaluation import baseline, measure, read_target
+from ..holdout import read_holdout
 from .gates import Gates, check_answerable
-from .record import fetch_holdout, read_pair
+from .record import fetch_holdout, read_logged, read_pair
 
 # %% ../../nbs/release/06_assessment.ipynb #f5970a5c
 def foresee(
@@ -24,7 +24,7 @@ def foresee(
     asked = gates.metrics()
     if not held:
         if asked: raise UsageError(f"The gates ask for {', '.join(asked)}; the run logged no held-back data.",
-            mend='Give log_package a holdout, or remove [gates] from mlserve.toml.')
+            mend='Give save_package a holdout, or remove [gates] from mlserve.toml.')
         return None,'There was no held-back data: only the golden rows were compared.'
     labels = held['labels']['labels']
     try: reading = read_target(held['outputs'], labels, gates.target)
@@ -74,6 +74,6 @@ def foresee_run(
     "What a check will measure, or a refusal of gates that it could not answer"
     with tempfile.TemporaryDirectory() as folder:
         place = fetch_holdout(run_id, Path(folder), uri)
-        held = load_tensors(place) if place else None
+        held = read_holdout(place, read_logged(run_id, uri).digest)[0] if place else None
     reading,_ = foresee(held, gates, in_production(name, kind, uri=uri))
     return measure(reading, held['outputs'], held['labels']['labels']) if reading else {}

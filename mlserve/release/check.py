@@ -10,10 +10,10 @@ import math, os, socket, tempfile, time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from .. import errors
-from ..arrays import load_tensors
 from ..client import Client
 from ..errors import CheckFailed, GpuRefused, LocalResource, MlserveError, RemoteUnavailable, UsageError
 from ..evaluation import Reading, baseline, measure
+from ..holdout import SAVED, read_holdout
 from ..package import call_rows, golden
 from .assessment import foresee, held_digest, in_production
 from .container import Limits, container_options, exit_error, gpu_options, merged, remote_options, started
@@ -94,6 +94,7 @@ class CheckResult:
     code: int = 0 # exit code for the reason
     device_name: str = '' # for people
     rows: int = 0 # of held-back data that were compared
+    reference: str = '' # who answered them in the notebook: `live model` or `saved program`
     metrics: dict = field(default_factory=dict) # metric → of `notebook`, `container`, `production`, `baseline`
     reading: str = '' # which output was held against the labels, and as what
     held: str = '' # `sha256:…` of held-back inputs and labels
@@ -192,17 +193,20 @@ def check(
         package = fetch_package(pair, Path(folder)/'package', uri)
         _readable(folder)
         place = fetch_holdout(pair.run_id, Path(folder), uri)
-        held,production = load_tensors(place) if place else None,in_production(pair.name, kind, pair.version, uri)
+        held,reference = read_holdout(place, package.digest) if place else (None, '')
+        production = in_production(pair.name, kind, pair.version, uri)
         reading,why = foresee(held, gates, production)
+        warnings = [why] * bool(why) + [_from_itself] * (reference == SAVED)
         try:
             result = run_image(pair, package, held, device, delivery, limits, reading)
-            result = replace(result, held=held_digest(held) if held else '', warnings=[why] if why else [])
+            result = replace(result, held=held_digest(held) if held else '', reference=reference, warnings=warnings)
             result = judged(result, gates, production)
         except (UsageError, RemoteUnavailable, LocalResource, GpuRefused): raise # it could not run
         except MlserveError as e:
-            result = CheckResult(False, kind, pair.image, pair.version, delivery, reason=str(e), code=e.code if e.code in errors.exit_codes else 3)
+            result = CheckResult(False, kind, pair.image, pair.version, delivery, reference=reference, reason=str(e), code=e.code if e.code in errors.exit_codes else 3)
     mark(pair, device, {**asdict(result), 'when': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), 'run': pair.run_id}, uri)
     return result
+_from_itself = 'The saved program answered the held-back rows in the notebook, not the live model: give holdout to save_package.'
 def _readable(folder):
     for path in [Path(folder), *Path(folder).rglob('*')]: path.chmod(0o755 if path.is_dir() else 0o644)
 

@@ -229,8 +229,7 @@ def commands(
     if device == 'cuda': more = '--gpus all --shm-size 1g -v mlserve-cuda:/var/cache/cuda ' + more
     who = f'-e MLSERVE_MODEL_VERSION={version} -e MLSERVE_IMAGE={image} '
     uri = tracking.tracking_uri()
-    mlflow = Path(sys.executable).parent/'mlflow'
-    ui = uri if uri.startswith('http') else f'{mlflow} ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
+    ui = uri if uri.startswith('http') else f'{Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
     engine = f"DOCKER_HOST={os.environ['DOCKER_HOST']} " if 'DOCKER_HOST' in os.environ else ''
     return {'serve': f'{engine}docker run --rm --network host --stop-timeout 30 -e MLSERVE_HOST=127.0.0.1 {who}{more}{image}',
         'query': f"curl -s http://127.0.0.1:8080/predict -H 'content-type: application/json' -d @{body}", 'mlflow_ui': ui}
@@ -263,7 +262,7 @@ def write_result(run, place, built, pair, checked, steps, evidence):
     "Put `state/release.json` together"
     now = record.read_pair(pair['name'], pair['version'])
     result = {'model': now.name, 'version': now.version, 'image': now.image, 'package': now.package, 'device': checked['device'],
-        'metrics': checked['metrics'] or None, 'gates': run.spec.gates.model_dump(exclude_defaults=True),
+        'reference': checked['reference'] or None, 'metrics': checked['metrics'] or None, 'gates': run.spec.gates.model_dump(exclude_defaults=True),
         'image_mb': built['size_mb'], 'package_mb': built['package_mb'], 'place': built['place'], 'warnings': built['warnings'], 'aliases': record.aliases(now), 'steps': steps, 'run': run.id,
         'evidence': evidence, 'check': {k: checked[k] or None for k in ('golden','holdout','rows','reading','latency_ms','seconds')},
         'commands': commands(now.image, now.version, load_package(place), run.folder, run.spec.delivery, run.spec.device)}

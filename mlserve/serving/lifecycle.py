@@ -95,4 +95,4 @@ def card(
     if p: links |= {'model': f'/v2/models/{p.name}', 'infer': f'/v2/models/{p.name}/infer'}
     if not settings.metrics_port: links['metrics'] = '/metrics'
     return {'name': p.name if p else None, 'version': settings.model_version or None, 'package': p.digest if p else None,
-        'image': settings.image or None, 'status': life.state, 'links': links}
+        'image': settings.image or None, 'status': 'alive', 'state': life.state, 'links': links}

@@ -24,7 +24,7 @@ COUNTERS = {'shed': 'Requests refused as the queue was full', 'cancelled': 'Requ
 GAUGES = {'in_flight': 'Requests being answered', 'pending': 'Requests that wait for the model', 'pending_limit': 'Requests that may wait; one more is refused',
     'oldest_pending_seconds': 'Seconds that the oldest waiting request has waited', 'open_connections': 'Connections that are open',
     'ready': 'Whether traffic is welcome'}
-PHASES = ('device', 'package', 'import', 'load', 'warm', 'golden', 'total')
+PHASES = ('device', 'package', 'import', 'load', 'warm', 'golden', 'rehearsal', 'total')
 
 # %% ../../nbs/serving/04_metrics.ipynb #14c6067d
 class Numbers:

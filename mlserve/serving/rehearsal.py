@@ -10,7 +10,7 @@ import asyncio, dataclasses, gzip, socket
 import orjson
 from .app import create_app
 from .board import Board
-from .events import log
+from .events import hushed
 from .head import Limits
 from .http import Connection
 from .lifecycle import PROBES, Lifecycle
@@ -50,9 +50,10 @@ def questions(
     "Every route and every kind of refusal, as requests"
     names,others = {'name': life.package.name, 'version': settings.model_version},{'name': 'none', 'version': 'none'}
     asked = _bad_heads() + [_request('POST', '/v2/repository/index', b) for b in (b'{"ready": true}', b'{')]
-    for template in templates: asked += [_request('GET', template.format(**n)) for n in (names, others)]
+    asked += [_request('GET', path) for path in sorted({t.format(**n) for t in templates for n in (names, others)})]
     asked += [_request('POST', p.decode(), b'{}') for p in paths(**others)] + [_request('PUT', '/predict'), _request('POST', '/none')]
-    for path in ['/handle', *(p.decode() for p in paths(**names))]:
+    readers = {route.decode: path.decode() for path,route in reversed(paths(**names).items())} # one path for each way to read a body
+    for path in ['/handle', *readers.values()]:
         asked += [_request('POST', path, b) for b in _bodies]
         asked += _good(path, life.rows[0]) if life.rows else []
         asked += [_request('POST', path, b'1,2\n', **{'content-type': m.decode()}) for m in (CSV, BINARY, b'text/none')]
@@ -93,7 +94,8 @@ async def rehearse(
     "Ask everything once"
     stage,given = _Head(life, settings),{}
     templates = {r.path for r in stage.app.routes} | {r.pattern for r in ROUTES} | {p.decode() for p in PROBES} | {'/none'}
-    for question in questions(life, settings, sorted(templates)):
-        status = await _ask(stage.listener, question)
-        given[status] = given.get(status, 0) + 1
+    with hushed('refused', 'ignored'):
+        for question in questions(life, settings, sorted(templates)):
+            status = await _ask(stage.listener, question)
+            given[status] = given.get(status, 0) + 1
     return given

@@ -138,12 +138,12 @@ def _ended(self, worker, code):
         elif state not in ('none', 'loading') and not self.code:
             self.code = finish(Unavailable(f'A worker {cause(code)[0]} while it was stopping; what it was answering was cut.'), 'drain')
     elif said and code and state != 'draining': self.stop(signal.SIGTERM, code)
-    else: self.crashed(worker, *cause(code))
-def _crashed(self, worker, how, mend):
+    else: self.crashed(worker, code)
+def _crashed(self, worker, code):
     "Replace a worker, unless that was done too often"
-    now = time.monotonic()
+    now,(how, mend) = time.monotonic(),cause(code)
     self.crashes = [t for t in self.crashes if now - t < 60] + [now]
-    log('worker_died', worker=worker, how=how, deaths=len(self.crashes))
+    log('worker_died', worker=worker, signal=max(0, -code), how=how, deaths=len(self.crashes))
     if len(self.crashes) < 5: return self.start(worker)
     self.code = finish(MlserveError(f'A worker died five times within a minute; the last {how}.', mend=mend), 'serve')
     self.stop(signal.SIGTERM)

@@ -276,6 +276,7 @@ def work(
     logging.getLogger().handlers = [_Events(logging.WARNING)]
     who = {'version': settings.model_version, 'image': settings.image, 'worker': str(worker) if settings.workers > 1 else ''}
     always.update({k: v for k,v in who.items() if v})
+    async def to_the_end(): leave(await serve(settings, sockets, board, worker)) # closing the loop would start a thread and wait for others
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(serve(settings, sockets, board, worker))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(to_the_end())
     except MlserveError as e: return finish(e, 'listen')

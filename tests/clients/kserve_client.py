@@ -28,7 +28,7 @@ async def main():
     found = {}
     async with InferenceRESTClient(RESTConfig(protocol="v1")) as v1:
         found["v1"] = await v1.infer(URL, {"instances": ROWS}, NAME)
-        found["v1 ready"] = await v1.is_model_ready(URL, NAME)
+        found["v1 live"], found["v1 ready"] = await v1.is_server_live(URL), await v1.is_model_ready(URL, NAME)
         found["v1 refused"] = await refused(v1, {"instances": [[1]]}, NAME)
     async with InferenceRESTClient(RESTConfig(protocol="v2")) as v2:
         found["live"], found["ready"], found["model ready"] = await v2.is_server_live(URL), await v2.is_server_ready(URL), await v2.is_model_ready(URL, NAME)
