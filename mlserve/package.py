@@ -77,14 +77,14 @@ def load_package(
 # %% ../nbs/04_package.ipynb #c317224f
 _golden_limit = 2**30
 def _as_described(file:Path, arrays:dict, specs:tuple)->dict:
-    "Arrays in the order of their specs, or a refusal of those that are not theirs"
-    if set(arrays) != {s.name for s in specs}:
+    "Arrays that are what their specs describe, in the order of the call"
+    if list(arrays) != [s.name for s in specs]:
         raise IntegrityError(f"{file} has {', '.join(arrays)[:200]}; the package describes {', '.join(s.name for s in specs)[:200]}.")
     for s in specs:
         found = spec_of(s.name, arrays[s.name])
         if (found.datatype, found.shape[1:]) != (s.datatype, s.shape[1:]):
             raise IntegrityError(f"{file} has '{s.name}' as {found.datatype} {list(found.shape)}; the package describes {s.datatype} {list(s.shape)}.")
-    return {s.name: arrays[s.name] for s in specs}
+    return arrays
 def golden(
     package:Package, # a verified package
 )->tuple: # (inputs, outputs), each {name: array}
