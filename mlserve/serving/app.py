@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from .. import __version__
-from ..errors import InvalidInput, MlserveError, NotFound, Unavailable
+from ..errors import InvalidInput, MlserveError, NotFound, TooLarge, Unavailable
 from ..protocol import model_metadata
 from .board import Board
 from .events import Sparingly, request_id, trace
@@ -60,14 +60,16 @@ class Around:
                 extra = [(b'x-request-id', rid)]
                 if self.life.state == 'draining': extra.append((b'connection', b'close'))
                 message = message | {'headers': [*message['headers'], *extra]}
+            elif scope['method'] == 'HEAD': message = message | {'body': b''}
             await send(message)
         scope['mlserve.id'] = rid
-        try: await self.app(scope, receive, send_named)
+        inner = scope if scope['method'] != 'HEAD' else scope | {'method': 'GET'}
+        try: await self.app(inner, receive, send_named)
         except (Exception, asyncio.CancelledError) as e:
             response = _unforeseen(e, rid.decode('latin-1'), self.sparingly)
             if not status: await response(scope, receive, send_named)
         finally:
-            if not scope.get('mlserve.counted'): self.numbers.count(getattr(scope.get('route'), 'path', 'none'), status or 500)
+            if not inner.get('mlserve.counted'): self.numbers.count(getattr(inner.get('route'), 'path', 'none'), status or 500)
 
 # %% ../../nbs/serving/05_app.ipynb #9b5cf526
 def _platform_routes(app, life, settings, numbers):
@@ -103,7 +105,9 @@ def _server_routes(app, life, settings, numbers):
     async def all_stats(): return reply(statistics(numbers, serving(life).package.name, settings.model_version))
     @app.post('/v2/repository/index', tags=['V2'])
     async def index(request:Request):
-        try: only = json.loads(await request.body() or b'{}').get('ready') is True
+        body = await request.body()
+        if len(body) > 2**16: raise TooLarge(f'The body has more than {2**16} bytes; allowed is an object such as {{"ready": true}}.')
+        try: only = json.loads(body or b'{}').get('ready') is True
         except (ValueError, AttributeError, RecursionError): raise InvalidInput("The body is not a JSON object such as {\"ready\": true}.") from None
         state = ('READY', '') if life.state == 'ready' else ('UNAVAILABLE', life.state)
         found = [{'name': n, 'version': settings.model_version, 'state': state[0], 'reason': state[1]} for n in names()]

@@ -11,8 +11,9 @@ from email.utils import formatdate
 from uvicorn import Config
 from uvicorn.server import ServerState
 from ..errors import Unavailable
-from .events import Sparingly
-from .head import Heads, Limits
+from .budget import Budget
+from .events import Sparingly, log
+from .head import Heads, Limits, Token
 from .http import BODY, HEAD, SILENT, Connection
 from .lifecycle import PROBES
 from .routes import JSON, refusal
@@ -36,11 +37,13 @@ class Listener:
         life, # the server's state
         numbers, # a row of metrics
         limits:Limits, # for each connection
-        token:bytes|None=None, # what a client must bring
+        token:Token|None=None, # what a client must bring
+        budget:Budget|None=None, # bytes that all requests may hold; four times the largest body by default
     ):
         self.app,self.config = app,Config(app, http='httptools', ws='none', lifespan='off', access_log=False, log_config=None, server_header=False, proxy_headers=False)
         self.life,self.numbers,self.limits,self.token,self.state = life,numbers,limits,token,ServerState()
-        self.routes,self.heads,self.inference,self.crowded,self.stopping,self.buffered,self.date = {},Heads(),None,False,False,0,b''
+        self.routes,self.heads,self.inference,self.crowded,self.stopping,self.date = {},Heads(),None,False,False,b''
+        self.budget = budget or Budget(4 * limits.max_body)
         self.loop = self.socket = self.server = self.sweeping = None
         self.sparingly = Sparingly()
     @property
@@ -79,9 +82,12 @@ Listener.opened,Listener.closed = _opened,_closed
 
 # %% ../../nbs/serving/05_listener.ipynb #9be3ea13
 async def _sweep(self):
-    "Four times a second: the date, and who is late"
+    "Four times a second: who is late; once: the date, and the token"
     while True:
         self.date = b'date: ' + formatdate(time.time(), usegmt=True).encode() + b'\r\n'
+        if self.token is not None and self.token.renewed():
+            self.heads.known.clear()
+            log('token_renewed')
         for _ in range(4):
             now = self.loop.time()
             for c in list(self.connections): c.overdue(now)

@@ -19,7 +19,9 @@ from .board import CUT, OPEN, Board, beat
 from .capacity import plan
 from .device import claim
 from .events import always, log, lost, trace
-from .head import limits_of, read_token
+from .head import Token, limits_of
+from .helper import Helper
+from .intake import decode
 from .lifecycle import PROBES, Lifecycle
 from .listener import Later, Listener
 from .metrics import PHASES, Numbers
@@ -190,12 +192,12 @@ async def _drain(life, listeners, settings, row):
 class _Events(logging.Handler):
     "Warnings of the libraries as one JSON line each"
     def emit(self, record): log('library', logger=record.name, message=record.getMessage()[:1000])
-def _listeners(settings, life, sockets, board, worker):
+def _listeners(settings, life, sockets, board, worker, helper):
     "The listeners of a worker, not open yet"
     numbers = Numbers(board, worker, [*(p.decode() for p in PROBES), *(r.pattern for r in ROUTES), '/handle'])
-    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve', 'service.version': settings.model_version}))
+    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve', 'service.version': settings.model_version}), helper)
     def later(name): return Later(lambda: getattr(importlib.import_module('mlserve.serving.app'), name)(life, settings, numbers))
-    main = Listener(later('create_app'), life, numbers, limits_of(settings), read_token(settings.token_file))
+    main = Listener(later('create_app'), life, numbers, limits_of(settings), Token(settings.token_file) if settings.token_file else None, life.inference.intake.budget)
     main.inference = life.inference
     return [main] + [Listener(later('create_metrics_app'), life, numbers, limits_of(settings)) for _ in sockets[1:]],numbers
 async def _open(listeners, sockets, row):
@@ -209,11 +211,12 @@ async def serve(
     sockets:list, # the port, and that of the metrics if they have their own
     board:Board, # shared with the watchdog
     worker:int=0, # this worker's number
+    helper:Helper|None=None, # forked before there were threads
 )->int: # the exit code
     "Load, serve until told to stop"
     life,stop,loop,row = Lifecycle(),asyncio.Event(),asyncio.get_running_loop(),board.row(worker)
     for s in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(s, on_signal, life, stop)
-    listeners,numbers = _listeners(settings, life, sockets, board, worker)
+    listeners,numbers = _listeners(settings, life, sockets, board, worker, helper)
     life.others = lambda: board.all_ready()
     late = board.any_ready() # another worker serves, so nobody need wait for this one
     if not late: await _open(listeners, sockets, row)
@@ -258,5 +261,6 @@ def work(
     logging.getLogger().handlers = [_Events(logging.WARNING)]
     always.update({'version': settings.model_version} | ({'image': settings.image} if settings.image else {}) | ({'worker': worker} if settings.workers > 1 else {}))
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(serve(settings, sockets, board, worker))
+        helper = Helper(decode, settings.max_decoded + 8 * settings.max_json)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(serve(settings, sockets, board, worker, helper))
     except MlserveError as e: return finish(e, 'listen')
