@@ -187,7 +187,7 @@ def an_early_answer_keeps_its_connection(put):
     def before(self, *answer):
         if self.current is not None:
             self.current.keep = True
-    around(put, "serving.http.Connection._answer", before=before)
+    around(put, "serving.http.Connection.answer", before=before)
 
 
 @plant

@@ -110,7 +110,10 @@ def attack(server, bodies, **headers):
     found, lock = [], threading.Lock()
 
     def one(body):
-        status = ask(server, body, **headers)
+        try:
+            status = ask(server, body, **headers)
+        except (OSError, TypeError):
+            status = None
         with lock:
             found.append(status)
     threads = [threading.Thread(target=one, args=(b,), daemon=True) for b in bodies]
@@ -155,7 +158,7 @@ def test_N11_what_is_long_to_read_disturbs_nobody(server):
         found, _ = attack(server, plain)
         more, _ = attack(server, packed, content_encoding="gzip")
     print(f"statuses {sorted(found + more)}, liveness p99 {probed.p99 * 1e3:.1f} ms, worst {probed.worst * 1e3:.1f} ms, {probed.most / 2**20:.0f} MiB")
-    assert set(found + more) <= {400, 413, 503}
+    assert set(found + more) <= {400, 413, 503}, found + more
     assert probed.p99 < 0.05 and probed.worst <= 0.25, f"liveness took {probed.p99:.3f} s at p99 and {probed.worst:.3f} s at most"
     assert probed.most < 2**30, "the server does not stay within a gibibyte"
     assert server.worker() == worker
@@ -171,8 +174,8 @@ def test_N11_24_at_once_of_each_kind_disturb_nobody(server, kind, packed):
 
 def test_N11_all_requests_share_one_budget(double, tmp_path):
     "What waits for the model holds its tensors; what would go beyond the budget is told 503, and there is room again afterwards"
-    with Server(double, tmp_path, max_decoded=2**20, FAKE_SECONDS=0) as s:
-        body = gzip.compress(json.dumps({"inputs": [[1, 1000.5]] + [[1, 0]] * 30_000}).encode())  # half a second of the model
+    with Server(double, tmp_path, max_decoded=60_000, FAKE_SECONDS=0) as s:
+        body = gzip.compress(json.dumps({"inputs": [[1, 1000.5]] + [[1, 0]] * 3000}).encode())  # half a second of the model
         found, threads = [], []
         for _ in range(6):
             threads.append(threading.Thread(target=lambda: found.append(s.http.post("/predict", content=body, headers={"content-encoding": "gzip"}))))
@@ -181,13 +184,15 @@ def test_N11_all_requests_share_one_budget(double, tmp_path):
             t.join()
         statuses = [r.status_code for r in found]
         assert set(statuses) == {200, 503}
-        assert all(int(r.headers["retry-after"]) >= 1 and "1048576 bytes" in r.json()["error"] for r in found if r.status_code == 503)
+        assert all(int(r.headers["retry-after"]) >= 1 and "60000 bytes" in r.json()["error"] for r in found if r.status_code == 503)
         assert s.http.post("/predict", content=body, headers={"content-encoding": "gzip"}).status_code == 200
 
 
 def test_N11_a_large_request_is_read_elsewhere_and_means_the_same(server):
-    rows = [[i, i % 7] for i in range(40_000)]
-    assert server.predict(*rows).json()["outputs"] == [[2 * a, 2 * b] for a, b in rows]
+    rows = [[i, i % 7] for i in range(1000)]
+    body = json.dumps({"inputs": rows}).encode() + b" " * 2**19
+    for sent, headers in ((body, {}), (gzip.compress(body), {"content-encoding": "gzip"})):
+        assert server.http.post("/predict", content=sent, headers=headers).json()["outputs"] == [[2 * a, 2 * b] for a, b in rows]
     assert server.http.post("/predict", content=b"\xef\xbb\xbf" + json.dumps({"inputs": rows[:3]}).encode()).status_code == 200
 
 
@@ -195,7 +200,7 @@ def test_N11_a_helper_that_is_killed_costs_its_worker(server):
     worker = server.worker()
     helper, = children(worker)
     os.kill(helper, signal.SIGKILL)
-    body = json.dumps({"inputs": [[1, 2]] * 100_000}).encode()
+    body = json.dumps({"inputs": [[1, 2]]}).encode() + b" " * 2**19
     with Wire(server.port) as w:
         assert w.send(request(body=body)).answer() is None
     until(lambda: server.worker() not in (0, worker))

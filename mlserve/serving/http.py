@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'HEAD', 'BODY', 'LEAVING', 'Connection', 'data_received', 'on_message_begin', 'on_url', 'on_header',
-           'on_headers_complete', 'on_body', 'on_message_complete', 'refuse', 'leave_after', 'leave', 'overdue',
-           'pause_writing', 'resume_writing', 'shutdown', 'give_up']
+           'on_headers_complete', 'on_body', 'on_message_complete', 'answer', 'refuse', 'leave_after', 'leave',
+           'overdue', 'pause_writing', 'resume_writing']
 
 # %% ../../nbs/serving/05_http.ipynb #c231dfdc
 import asyncio, math
 from collections import deque
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-from ..errors import InvalidInput, MlserveError, TooLarge, Unavailable
+from ..errors import InvalidInput, MlserveError, Unavailable
 from .events import request_id
-from .exchange import Exchange, to_application
+from .exchange import Exchange, to_application, without_offer
 from .head import Head, HeadRefused, body_limit, fields, path_of, too_many
 from .lifecycle import PROBES
 from .routes import is_text, refusal
@@ -109,13 +109,7 @@ def _feed(self, data):
         head,self.replay,self.parser = self.replay,None,httptools.HttpRequestParser(self)
         self.parser.feed_data(head)
         data = memoryview(data)[end:]
-def _offered(self):
-    "Whether this head offers an upgrade; then it is kept without the offer"
-    if not self.parser.should_upgrade() or self.parser.get_method() == b'CONNECT': return False
-    first = b'%s %s HTTP/%s\r\n' % (self.parser.get_method(), self.next.url, self.parser.get_http_version().encode())
-    self.replay = first + b''.join(b'%s: %s\r\n' % pair for pair in self.next.pairs if pair[0] != b'upgrade') + b'\r\n'
-    return True
-Connection._feed,Connection._offered = _feed,_offered
+Connection._feed = _feed
 
 # %% ../../nbs/serving/05_http.ipynb #44ecefa3
 def on_message_begin(self):
@@ -131,8 +125,12 @@ def on_url(self, url):
 def on_header(self, name, value):
     if self.phase == HEAD: self.next.pairs.append((name.lower(), value))
 def on_headers_complete(self):
-    if self.phase == LEAVING or self._offered(): return
-    e,self.phase,self.late = self.next,BODY,self.arrived + self.limits.body
+    if self.phase == LEAVING: return
+    e = self.next
+    if self.parser.should_upgrade() and (method := self.parser.get_method()) != b'CONNECT':
+        self.replay = without_offer(e, method, self.parser.get_http_version())
+        return
+    self.phase,self.late = BODY,self.arrived + self.limits.body
     try: self._judge(e)
     except MlserveError as error: self.refuse(error)
 Connection.on_message_begin,Connection.on_url,Connection.on_header,Connection.on_headers_complete = on_message_begin,on_url,on_header,on_headers_complete
@@ -161,27 +159,14 @@ def _go_on(self):
 Connection._judge,Connection._go_on = _judge,_go_on
 
 # %% ../../nbs/serving/05_http.ipynb #ea6d6153
-_unread = 2**16 # bytes of a body that is not for the model; one more is kept, so that it is seen to be more
 def on_body(self, body):
     if self.phase == LEAVING: return
-    e,n = self.next,len(body)
-    e.length += n
-    if e.length > e.limit: return self.refuse(TooLarge(f'The body is over {e.limit} bytes.'))
-    if e.route is None and e.length > _unread:
-        if self.web.life.state == 'loading': return self.refuse(Unavailable('The model is loading.'))
-        body = body[:max(0, _unread + 1 - len(e.body))]
-        n = len(body)
-    if not e.body: e.body = body
-    else:
-        if type(e.body) is bytes: e.body = bytearray(e.body)
-        e.body += body
-    e.held += n
-    self.web.budget.receiving += n
-    if self.web.budget.full(0): self.refuse(self.web.budget.refusal())
+    try: self.next.add(body, self.web.budget, self.web.life.state == 'loading')
+    except MlserveError as error: self.refuse(error)
 def on_message_complete(self):
     if self.phase == LEAVING or self.replay is not None: return
     e,self.next = self.next,None
-    if type(e.body) is bytearray and len(e.body) <= _unread: e.body = bytes(e.body)
+    e.whole()
     self.phase,self.head_size,self.late,self.owed = SILENT,0,math.inf,False
     if not e.keep: self.leave_after()
     elif self.whole is not None and e.route is not None: self.web.heads.keep(self.whole, Head(len(e.body), e.h, e.version, e.path, e.route))
@@ -214,10 +199,11 @@ def _begin(self, e):
     self.web.life.in_flight += 1
     if e.held: self._unbuffer(e)
     if e.route is None and e.refused is None and e.method == b'POST' and self.web.life.state == 'loading': e.refused = Unavailable('The model is loading.')
-    if e.refused is not None: self._answer(*refusal(e.refused))
-    elif e.path in PROBES and e.method in (b'GET', b'HEAD'): self._answer(*self.web.probed(e.path))
-    elif e.route is not None: e.call = self.web.inference.start(e.route, e.h, e.body, self._answer, e.id, e.arrived)
+    if e.refused is not None: self.answer(*refusal(e.refused))
+    elif e.path in PROBES and e.method in (b'GET', b'HEAD'): self.answer(*self.web.probed(e.path))
+    elif e.route is not None: e.call = self.web.inference.start(e.route, e.h, e.body, self.answer, e.id, e.arrived)
     else: to_application(self, e, self._application_answered)
+    e.body = b'' # whoever needs it has it
 def _advance(self):
     "Go on with the next request of this connection, and read on when none waits"
     if self.transport.is_closing() or self.flow.write_paused: return
@@ -228,7 +214,7 @@ def _application_answered(self, e):
 Connection._enqueue,Connection._begin,Connection._advance,Connection._application_answered = _enqueue,_begin,_advance,_application_answered
 
 # %% ../../nbs/serving/05_http.ipynb #363d3e72
-def _answer(self, status, media, more, body):
+def answer(self, status, media, more, body):
     "Write the answer to the request at hand"
     e = self.current
     if e is None: return
@@ -248,7 +234,7 @@ def _answered(self, keep):
     if self.waiting: self.loop.call_soon(self._advance)
     elif self.phase == SILENT: self.late = self.loop.time() + self.limits.keep_alive
     elif self.owed: self._go_on()
-Connection._answer,Connection._answered = _answer,_answered
+Connection.answer,Connection._answered = answer,_answered
 
 # %% ../../nbs/serving/05_http.ipynb #40348c71
 def refuse(self, error):
@@ -292,18 +278,3 @@ def resume_writing(self):
     self.write_late = math.inf
     if self.waiting: self.loop.call_soon(self._advance)
 Connection.overdue,Connection.pause_writing,Connection.resume_writing = overdue,pause_writing,resume_writing
-
-# %% ../../nbs/serving/05_http.ipynb #e200f093
-def shutdown(self):
-    "The server stops: leave, if there is nothing to answer; who is still sending has two seconds"
-    if self.phase in (HEAD, BODY): self.late = min(self.late, self.loop.time() + 2)
-    elif self.current is None and not self.waiting and self.phase == SILENT: self.transport.close()
-def give_up(self):
-    "The grace is over: tell the client, and how many answers were lost"
-    e = self.current
-    if e is None: return 0
-    if e.call: e.call.cancel()
-    if e.task: e.task.cancel() # the application answers 503
-    elif e.cycle is None: self._answer(*refusal(Unavailable('The server stopped before the answer was ready.')))
-    return 1 + len(self.waiting)
-Connection.shutdown,Connection.give_up = shutdown,give_up

@@ -85,7 +85,7 @@ def _size(a): return a.nbytes + (sum(map(len, a.flat)) + 40 * a.size if a.dtype.
 def _inflated(self, call, body):
     "The body itself, counted piece by piece; called in a thread"
     coding = call.headers.get(b'content-encoding')
-    if coding is None: return bytes(body)
+    if coding is None: return body
     return inflate(body, coding.decode('latin-1'), self.limit(call.route, call.headers), partial(self.hold, call))
 def _kept(self, call, request):
     "Count the tensors in place of the body"
@@ -97,7 +97,7 @@ def _here(self, call, body, package):
     if call.gone: return None
     body = self.inflated(call, body)
     if self.helper is not None and _json_bytes(call.route, call.headers, body) > FAR: return self.there.submit(_there, self, call, body, package)
-    return _kept(self, call, call.route.decode(body, call.headers, package, self.most))
+    return _kept(self, call, call.route.decode(bytes(body), call.headers, package, self.most))
 def _there(self, call, body, package):
     "Have a body read by the helper"
     if call.gone: return None

@@ -116,6 +116,21 @@ async def _refuse_more(self):
     self.socket.close()
 Listener.refuse_more = _refuse_more
 
+# %% ../../nbs/serving/05_listener.ipynb #79de10f3
+def _wind_up(c, now):
+    "Leave, if there is nothing to answer; who is still sending has two seconds"
+    if c.phase in (HEAD, BODY): c.late = min(c.late, now + 2)
+    elif c.current is None and not c.waiting and c.phase == SILENT: c.transport.close()
+def _give_up(c):
+    "The grace is over: tell the client, and how many answers were lost"
+    e = c.current
+    if e is None: return 0
+    lost = 1 + len(c.waiting)
+    if e.call: e.call.cancel()
+    if e.task: e.task.cancel() # the application answers 503
+    elif e.cycle is None: c.answer(*refusal(Unavailable('The server stopped before the answer was ready.')))
+    return lost
+
 # %% ../../nbs/serving/05_listener.ipynb #bb3b69eb
 def _busy(self): return [c for c in self.connections if c.current is not None or c.waiting or c.phase in (HEAD, BODY)]
 def _receiving(self): return sum(c.phase in (HEAD, BODY) for c in self.connections)
@@ -127,10 +142,10 @@ async def _stop(self,
     await _refuse_more(self)
     if self.connections: await asyncio.sleep(min(0.25, grace))
     while True:
-        for c in list(self.connections): c.shutdown()
+        for c in list(self.connections): _wind_up(c, self.loop.time())
         if not _busy(self) or self.loop.time() >= end: break
         await asyncio.sleep(0.01)
-    cut = sum(c.give_up() for c in list(self.connections))
+    cut = sum(map(_give_up, list(self.connections)))
     await asyncio.sleep(0.05) # what was cut is still told so
     end = self.loop.time() + 1
     while any(c.transport.get_write_buffer_size() for c in self.connections) and self.loop.time() < end: await asyncio.sleep(0.01)

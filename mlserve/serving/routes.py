@@ -216,7 +216,7 @@ def _admit(way, call, body):
             if not call.route.beside: way.numbers.observe('pre_seconds', time.perf_counter() - began)
             _submit(way, call, request)
         except Exception as e: _failed(way, call, e)
-    if call.route.beside: intake.aside(call, lambda: _decoded(way, call, intake.inflated(call, body)), None, then)
+    if call.route.beside: intake.aside(call, lambda: _decoded(way, call, bytes(intake.inflated(call, body))), None, then)
     else: intake.read(call, body, package, then)
 
 # %% ../../nbs/serving/04_routes.ipynb #4adde1c9
