@@ -8,7 +8,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-images test-tools clean
+.PHONY: help setup release test test-fast soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -17,22 +17,26 @@ setup: .venv/.installed ## the environment, in .venv
 
 .venv/.installed: settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'mlserve needs Python 3.11 or later; set PYTHON=...' >&2; exit 7; }
-	@echo 'setup: installing into .venv (a minute or two)' >&2
-	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt setuptools wheel 2> >(grep -v '^WARNING: Location' >&2)
-	@$(BIN)/pip install -q --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)
+	@echo 'setup: installing into .venv' >&2
+	@PYTHON=$(PYTHON) bash .ci/install .venv -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 release: setup engine-start ## the main job: train, build, record, check and promote the example
 	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote --json
 
 test: setup engine-start test-tools ## every test, with real releases in containers
-	@$(WITH_ENGINE) pytest -q
+	@$(WITH_ENGINE) bash .ci/test
 
-test-tools: # what the tests trace, emulate, proxy, load and build with; azurite and checkov go below state/
-	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
-	[ -z "$${missing:-}" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $${missing/nginx/nginx-light} >&2; }
-	@[ -x state/tools/checkov/bin/checkov ] || { $(PYTHON) -m venv state/tools/checkov && state/tools/checkov/bin/pip install -q --disable-pip-version-check checkov==3.3.30; }
+test-fast: setup ## pages and units, without an engine
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m pages
+
+test-tools: setup # what the tests trace, emulate, proxy, load, build and ask with; what pip brings goes below state/
+	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime javac; do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
+	missing=$${missing:-}; missing=$${missing/nginx/nginx-light}; missing=$${missing/javac/openjdk-17-jdk-headless}; \
+	[ -z "$$missing" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $$missing >&2; }
+	@[ -x state/tools/checkov/bin/checkov ] || bash .ci/install state/tools/checkov checkov==3.3.30
+	@for client in kserve mlserver; do pins=tests/clients/$$client.txt; folder=state/tools/$$client; \
+	cmp -s $$pins $$folder/.installed || { rm -rf $$folder; $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $$folder -r $$pins 2> >(grep -v '^WARNING: Location' >&2); cp $$pins $$folder/.installed; }; done
 
 soak: setup engine-start test-tools ## the tests' full counts: hours of load, faults and fuzzing
 	@$(WITH_ENGINE) pytest -q -m soak
@@ -72,6 +76,13 @@ bench: setup ## mlserve beside other model servers; BENCH='--servers mlserve,fas
 	@[ -f state/bench/models/cnn.npz ] || $(BIN)/python -W ignore bench/servers/make_models.py state/bench/models
 	@$(BIN)/python -W ignore bench/servers/run.py --root state/bench --out state/bench/results.jsonl $(BENCH)
 	@$(BIN)/python bench/servers/table.py state/bench/results.jsonl
+
+REV ?= HEAD~1
+bench-since: setup ## this tree beside an earlier commit, five interleaved rounds, as ratios; REV=COMMIT
+	@rev=$$(git rev-parse --short $(REV)) && bash bench/servers/setup.sh "$(CURDIR)/state/bench" mlserve mlserve@$$rev && \
+	{ [ -f state/bench/models/cnn.npz ] || $(BIN)/python -W ignore bench/servers/make_models.py state/bench/models; } && \
+	rm -f state/bench/since.jsonl && $(BIN)/python -W ignore bench/servers/run.py --root state/bench --out state/bench/since.jsonl --rounds 5 --conc 8,64 --no-off --no-floor --servers mlserve,mlserve@$$rev $(BENCH) && \
+	$(BIN)/python bench/servers/table.py state/bench/since.jsonl
 
 bench-images: setup engine-start ## our images beside MLflow's and the tutorials': size, builds, bytes pushed
 	@$(WITH_ENGINE) python -W ignore bench/images.py $(BENCH)

@@ -37,25 +37,27 @@ def save_tensors(
 )->Path: # the file
     "Write named groups of arrays as one safetensors file"
     flat = {f'{g}/{n}': np.asarray(a) for g,arrays in groups.items() for n,a in arrays.items()}
-    texts = {k: list(a.shape) for k,a in flat.items() if a.dtype == object}
-    flat = {k: _pack(a, k) if k in texts else np.ascontiguousarray(a) for k,a in flat.items()}
-    save_file(flat, str(path), metadata={'bytes': json.dumps(texts, sort_keys=True)} if texts else None)
+    table = {k: list(a.shape) if a.dtype == object else None for k,a in flat.items()}
+    flat = {k: np.ascontiguousarray(a) if table[k] is None else _pack(a, k) for k,a in flat.items()}
+    save_file(flat, str(path), metadata={'arrays': json.dumps(table)})
     return Path(path)
 
 # %% ../nbs/04_arrays.ipynb #9b5cffb8
 def _read(path:Path)->dict:
-    "Every array of a file by its key"
+    "Every array of a file by its key, in the order in which they were written"
     with safe_open(str(path), 'np') as f:
-        texts = json.loads((f.metadata() or {}).get('bytes', '{}'))
-        return {k: _unpack(f.get_tensor(k), texts[k], k) if k in texts else f.get_tensor(k) for k in sorted(f.keys())}
+        table = json.loads((f.metadata() or {})['arrays'])
+        if table.keys() != set(f.keys()): raise ValueError('its table names other arrays than it holds')
+        rows = {k: f.get_tensor(k) for k in table}
+        return {k: a if table[k] is None else _unpack(a, table[k], k) for k,a in rows.items()}
 def load_tensors(
     path:str|Path, # a file that `save_tensors` wrote
 )->dict: # {group: {name: array}}
     "Read named groups of arrays"
     if not Path(path).is_file(): raise LocalResource(f'There is no tensor file {path}.')
     try: flat = _read(path)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as e:
-        raise IntegrityError(f'{path} is not a readable safetensors file: {e}.') from e
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise IntegrityError(f'{path} is not a readable safetensors file of ours: {e}.') from e
     groups = {}
     for key,array in flat.items():
         group,slash,name = key.partition('/')

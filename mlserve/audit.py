@@ -6,8 +6,11 @@
 __all__ = ['external_files', 'audit', 'no_pickle']
 
 # %% ../nbs/04_audit.ipynb #35839b7e
-import ast, json, os, re, stat, zipfile
+import ast, json, math, os, re, stat, zipfile
 from pathlib import Path
+from safetensors import SafetensorError, safe_open
+from .allowlist import allowed, check_class, check_code
+from .archive import check_tensors, entries, fits, open_archive, storages
 from .errors import LocalResource, Refused
 
 # %% ../nbs/04_audit.ipynb #4606888b
@@ -58,25 +61,66 @@ def _fields(data):
 # %% ../nbs/04_audit.ipynb #0ddd0f8b
 _messages = {'model': {7: 'graph', 20: 'training', 25: 'function'}, 'training': {1: 'graph', 2: 'graph'}, 'function': {7: 'node', 11: 'attribute'},
     'graph': {1: 'node', 5: 'tensor', 15: 'sparse'}, 'node': {5: 'attribute'}, 'sparse': {1: 'tensor', 2: 'tensor'},
-    'attribute': {5: 'tensor', 6: 'graph', 10: 'tensor', 11: 'graph', 22: 'sparse', 23: 'sparse'}, 'tensor': {13: 'place'}}
-def _places(data, message:str='model', depth:int=0):
-    "Every (key, value) that says where a tensor's data lies"
+    'attribute': {5: 'tensor', 6: 'graph', 10: 'tensor', 11: 'graph', 22: 'sparse', 23: 'sparse'}}
+def _tensors(data, message:str='model', depth:int=0):
+    "The fields of every tensor of a model: {number: values}"
     if depth > 200: raise ValueError('graphs nested too deeply')
-    if message == 'place':
-        pair = {n: bytes(v) for n,v in _fields(data)}
-        yield pair.get(1, b'').decode(),pair.get(2, b'').decode()
+    if message == 'tensor':
+        fields = {}
+        for number,value in _fields(data): fields.setdefault(number, []).append(value)
+        yield fields
         return
     for number,value in _fields(data):
         inner = _messages[message].get(number)
-        if inner and isinstance(value, memoryview): yield from _places(value, inner, depth + 1)
+        if inner and isinstance(value, memoryview): yield from _tensors(value, inner, depth + 1)
+def _place(fields:dict)->dict:
+    "What a tensor says of data outside the file: location, offset, length"
+    pairs = [{n: bytes(v) for n,v in _fields(entry)} for entry in fields.get(13, ())]
+    return {p.get(1, b'').decode(): p.get(2, b'').decode() for p in pairs}
+
+# %% ../nbs/04_audit.ipynb #c1abdbe1
+_sizes = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2, 17: 1, 18: 1, 19: 1, 20: 1} # bytes of an item, by type
+def _numbers(value)->list:
+    "A field that may come as one number or as a packed run of them"
+    if not isinstance(value, memoryview): return [value]
+    numbers,at = [],0
+    while at < len(value):
+        number,at = _varint(value, at)
+        numbers.append(number)
+    return numbers
+def _listed(number:int, value)->int:
+    "How many items a field of a tensor lists"
+    if not isinstance(value, memoryview) or number == 6: return 1
+    return len(value) // {4: 4, 10: 8}[number] if number in (4, 10) else sum(b < 128 for b in value)
+def _check_data(file:Path, fields:dict):
+    "Refuse a tensor whose data is not as long as it says"
+    kind,dims = fields.get(2, [0])[-1],[n for v in fields.get(1, ()) for n in _numbers(v)]
+    place,items,size = _place(fields),math.prod(dims),_sizes.get(kind)
+    name = bytes(fields.get(8, [b''])[-1]).decode(errors='replace')[:80]
+    def no(found): raise Refused(f"'{file.name}' is refused. Its tensor '{name}' is described as {items} items; found {found}.")
+    if any(n >= 2**63 for n in dims): no('a negative dimension')
+    if size is None and kind != 8: return
+    if place.get('location'): _check_span(file, place, items * size, no) if size else no('text outside the file')
+    elif 9 in fields and size:
+        if len(fields[9][-1]) != items * size: no(f'{len(fields[9][-1])} bytes, for {items * size}')
+    elif (listed := sum(_listed(n, v) for n in (4, 5, 6, 7, 10, 11) for v in fields.get(n, ()))) != items: no(f'{listed}')
+def _check_span(file:Path, place:dict, need:int, no):
+    "Refuse a place outside the file that it names"
+    try: offset,length = (int(place.get(k) or d) for k,d in (('offset', 0), ('length', need)))
+    except ValueError: no('a place that is no number')
+    have = (file.parent/place['location']).stat().st_size
+    if offset < 0 or length != need or offset + length > have: no(f"{length} bytes from {offset} of {have} in '{place['location'][:80]}'")
 
 # %% ../nbs/04_audit.ipynb #ef7e452f
+_own = {'mlmodel', 'package.lock', 'registered_model_meta', 'golden.safetensors', 'environment.json', 'handler.py', 'files', 'input_example.json',
+    'serving_input_example.json', 'model.pt', 'model.pt2', 'model.onnx', 'model.safetensors'}
 def _check_place(file:Path, name:str):
     "Refuse external data that is not a plain file of the package"
     why = f"It keeps weights in '{name[:120]}', and "
     parts = name.split('/')
-    if not name or name.startswith('/') or '\\' in name or '\0' in name or {'', '.', '..'} & set(parts):
+    if not name.isprintable() or '\\' in name or {'', '.', '..'} & set(parts):
         raise Refused(f"'{file.name}' is refused. {why}that is not a plain name inside the package.")
+    if parts[0].lower() in _own: raise Refused(f"'{file.name}' is refused. {why}that is a name of the package's own.")
     path = file.parent
     for part in parts:
         path = path/part
@@ -96,16 +140,18 @@ def external_files(
     try:
         with open(file, 'rb') as f: data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         numbers = {n for n,_ in _fields(data)}
-        names = {value for key,value in _places(data) if key == 'location'}
+        tensors = [(fields, _place(fields).get('location')) for fields in _tensors(data)]
     except (ValueError, IndexError, UnicodeDecodeError) as e: _refuse(file, 'ONNX', f'It cannot be read as one: {e}.' if 'pickle' not in _found(file) else '')
     if not {1, 7} <= numbers: _refuse(file, 'ONNX')
+    names = {place for _,place in tensors if place is not None}
     for name in names: _check_place(file, name)
+    for fields,_ in tensors: _check_data(file, fields)
     return sorted(names)
 
 # %% ../nbs/04_audit.ipynb #5afae864
 _entries = re.compile(r'archive_format|archive_version|byteorder|\.data/(version|serialization_id)|models/model\.json|data/sample_inputs/model\.pt'
     r'|data/(weights|constants)/model_(weights|constants)_config\.json|data/weights/weight_\d+|data/constants/tensor_\d+|extra/[\w.-]+')
-_operators = re.compile(r'torch\.ops\.(aten|prims?|higher_order|quantized\w*)\.(?!from_file|save)\w+(\.\w+)?|_operator\.\w+|math\.\w+|torch\.sym_\w+')
+_symbolic = re.compile(r'_operator\.(add|and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|or_|pos|pow|rshift|sub|truediv)|math\.\w+|torch\._?sym_\w+')
 _functions = {'Symbol', 'Integer', 'Float', 'Rational', 'Add', 'Mul', 'Pow', 'Max', 'Min', 'Mod', 'PythonMod', 'FloorDiv', 'CleanDiv', 'CeilDiv',
     'ModularIndexing', 'Where', 'PowByNatural', 'FloatPow', 'FloatTrueDiv', 'IntTrueDiv', 'ToFloat', 'TruncToInt', 'TruncToFloat', 'FloorToInt',
     'CeilToInt', 'RoundToInt', 'LShift', 'RShift', 'Eq', 'Ne', 'Lt', 'Le', 'Gt', 'Ge', 'And', 'Or', 'Not', 'Identity'}
@@ -122,6 +168,12 @@ def _is_arithmetic(text:str)->bool:
     texts = all(re.fullmatch(r'\w+', n.value) for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
     return names and free and texts and all(isinstance(n, _harmless) for n in nodes)
 
+# %% ../nbs/04_audit.ipynb #1ffa12ef
+def _is_operator(text:str)->bool:
+    "Whether a name in the graph is an operator that a served program may have"
+    m = re.fullmatch(r'torch\.ops\.(\w+)\.(\w+)(\.\w+)?', text)
+    return allowed(f'{m[1]}::{m[2]}') if m else bool(_symbolic.fullmatch(text))
+
 # %% ../nbs/04_audit.ipynb #aa1796dc
 def _is_tree(text:str)->bool:
     "Whether a serialised tree of inputs has plain containers only"
@@ -137,27 +189,63 @@ def _is_plain(key:str, value)->bool:
     if not isinstance(value, str) or key in ('as_string', 'as_strings'): return True
     if key == 'expr_str': return _is_arithmetic(value)
     if key in ('in_spec', 'out_spec'): return _is_tree(value)
-    return bool((_operators if key == 'target' else re.compile(r'[\w.+-]*')).fullmatch(value))
+    return _is_operator(value) if key in ('target', 'as_operator') else bool(re.fullmatch(r'[\w.+-]*', value))
 
 # %% ../nbs/04_audit.ipynb #fe89d6e0
+def _check_weight(file:Path, key:str, described:dict, have:int):
+    "Refuse a weight that is described as larger than its entry"
+    from torch._export.serde.serialize import deserialize_scalar_type
+    import torch
+    width = torch._utils._element_size(deserialize_scalar_type(described['dtype']))
+    offset,size,stride = (json.loads(json.dumps(described[k]), object_hook=lambda d: d.get('as_int')) for k in ('storage_offset', 'sizes', 'strides'))
+    if have % width or not fits(have // width, offset, size, stride):
+        raise Refused(f"'{file.name}' is refused. Its weight '{key[:80]}' has {have} bytes, and is described as shape {size!s:.60} of {width} bytes each.")
+def _check_sample(file:Path, data:bytes):
+    "Refuse example inputs that are more than tensors"
+    import io, torch
+    sizes = entries(file.name, io.BytesIO(data))
+    try:
+        check_tensors(file.name, torch._C.PyTorchFileReader(io.BytesIO(data)).get_record('data.pkl'), storages(sizes, 'data/'), check_class)
+        torch.load(io.BytesIO(data), weights_only=True)
+    except Refused: raise
+    except Exception as e: raise Refused(f"'{file.name}' is refused. Its example inputs are a pickle with more than tensors ({type(e).__name__}).") from None
 def _check_export(file:Path):
     "Refuse a torch.export archive that could run anything but its graph"
-    import io, torch
-    from torch.export.pt2_archive._package import PT2ArchiveReader
     if _found(file) != 'a torch.export archive': _refuse(file, 'a torch.export archive')
     def no(why): raise Refused(f"'{file.name}' is refused. {why}")
-    with PT2ArchiveReader(str(file)) as z:
-        for name in z.get_file_names():
-            if not _entries.fullmatch(name): no(f"It has an entry '{name[:80]}' that no exported graph needs.")
+    archive,sizes = open_archive(file)
+    for name in sizes:
+        if not _entries.fullmatch(name): no(f"It has an entry '{name[:80]}' that no exported graph needs.")
+    try:
         for kind in ('weights', 'constants'):
-            for key,p in json.loads(z.read_string(f'data/{kind}/model_{kind}_config.json'))['config'].items():
+            for key,p in json.loads(archive.get_record(f'data/{kind}/model_{kind}_config.json'))['config'].items():
                 if p.get('use_pickle') or not re.fullmatch(r'(weight|tensor)_\d+', p['path_name']): no(f"'{key[:80]}' of its {kind} is a pickle.")
-        if not _is_plain('', json.loads(z.read_string('models/model.json'))): no('Its graph has operators or expressions beyond those of torch.')
-        if sample := z.read_bytes('data/sample_inputs/model.pt'):
-            try: torch.load(io.BytesIO(sample), weights_only=True)
-            except Exception as e: no(f'Its example inputs are a pickle with more than tensors ({type(e).__name__}).')
+                _check_weight(file, key, p['tensor_meta'], sizes.get(f"data/{kind}/{p['path_name']}", 0))
+        if not _is_plain('', json.loads(archive.get_record('models/model.json'))): no('Its graph has operators or expressions beyond those of torch.')
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as e: no(f'Its description cannot be read: {str(e)[:100] or type(e).__name__}.')
+    if 'data/sample_inputs/model.pt' in sizes and (sample := archive.get_record('data/sample_inputs/model.pt')): _check_sample(file, sample)
+
+# %% ../nbs/04_audit.ipynb #7ccda329
+_parts = re.compile(r'(data|constants|traced_inputs|bytecode|mobile_debug_handles)\.pkl|(data|constants|traced_inputs)/\d+|code/[\w/.]+\.py(\.debug_pkl)?|version|byteorder|\.data/(version|serialization_id)'
+    r'|\.(format_version|storage_alignment)|extra/.+')
+def _check_script(file:Path):
+    "Refuse a TorchScript archive that lies about its tensors, or could do more than compute while it loads"
+    if _found(file) != 'TorchScript': _refuse(file, 'TorchScript')
+    archive,sizes = open_archive(file)
+    for name in sizes:
+        if not _parts.fullmatch(name): raise Refused(f"'{file.name}' is refused. It has an entry '{name[:80]}' that no TorchScript program needs.")
+    for kind in ('data', 'constants'): # no loader of ours reads the inputs that a trace was made with
+        if f'{kind}.pkl' not in sizes: raise Refused(f"'{file.name}' is refused. It has no entry '{kind}.pkl'.")
+        check_tensors(file.name, archive.get_record(f'{kind}.pkl'), storages(sizes, f'{kind}/'), check_class)
+    check_code(file.name, {n: archive.get_record(n) for n in sizes if n.startswith('code/') and n.endswith('.py')})
 
 # %% ../nbs/04_audit.ipynb #a90c1ce1
+def _check_weights(file:Path):
+    "Refuse a safetensors file whose tensors are not as long as it says"
+    if _found(file) != 'a safetensors file': _refuse(file, 'a safetensors file')
+    try:
+        with safe_open(str(file), 'np'): pass
+    except SafetensorError as e: _refuse(file, 'a safetensors file', f'Its header does not describe its bytes: {str(e)[:120]}.')
 def audit(
     file:str|Path, # the model's file
     format:str, # what it should be: a key of `formats.FORMATS`
@@ -165,10 +253,10 @@ def audit(
     "Refuse a model file that is something else, or could do more than compute"
     file = Path(file)
     if not file.is_file(): raise LocalResource(f'There is no model file {file}.')
-    wanted = {'torchscript': 'TorchScript', 'safetensors': 'a safetensors file'}
     if format == 'onnx': external_files(file)
     elif format == 'export': _check_export(file)
-    elif _found(file) != wanted[format]: _refuse(file, wanted[format])
+    elif format == 'torchscript': _check_script(file)
+    else: _check_weights(file)
 
 # %% ../nbs/04_audit.ipynb #40ae3489
 def no_pickle(

@@ -7,10 +7,15 @@ __all__ = ['classify']
 
 # %% ../nbs/02_classification.ipynb #1ab743f6
 import numpy as np
+from .body import word_of
 from .errors import InvalidInput
 from .tensors import datatype_of, objects
 
 # %% ../nbs/02_classification.ipynb #ce5ca8e8
+def _value(v)->str:
+    "One value as text"
+    if v.dtype.kind != 'f': return '%d' % v
+    return '%f' % v if np.isfinite(v) else word_of(v)
 def classify(
     array:np.ndarray, # [rows, classes]
     top:int, # how many for each row
@@ -18,6 +23,6 @@ def classify(
     "The largest values of each row, with their places"
     if array.ndim != 2 or array.dtype.kind not in 'uif': raise InvalidInput(
         f'Classification is for outputs of rows and classes; this one is {datatype_of(array)} {list(array.shape)}.')
-    places = array.shape[1] - 1 - np.argsort(array[:, ::-1], axis=1, kind='stable')[:, ::-1][:, :top]
-    shown = '%f:%d' if array.dtype.kind == 'f' else '%d:%d'
-    return objects([(shown % (row[i], i)).encode() for row,best in zip(array, places) for i in best], places.shape)
+    ranked = np.where(np.isnan(array), -np.inf, array) if array.dtype.kind == 'f' else array
+    places = array.shape[1] - 1 - np.argsort(ranked[:, ::-1], axis=1, kind='stable')[:, ::-1][:, :top]
+    return objects([f'{_value(row[i])}:{i}'.encode() for row,best in zip(array, places) for i in best], places.shape)

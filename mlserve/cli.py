@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 import typer
 from .errors import Interrupted, MlserveError, UsageError, hidden, last_line
-from .settings import refuse_unknown
+from .settings import port_variable, refuse_unknown, without_platforms
 
 # %% ../nbs/11_cli.ipynb #220b12ee
 def show(
@@ -56,6 +56,7 @@ def serve_environment(
 )->dict: # for `read_settings`
     "The container's environment, for a server without a container"
     given = {'PACKAGE': package, 'DEVICE': device, 'HOST': host, 'PORT': port}
+    if port is not None: env = without_platforms(env)
     env = {k: v for k,v in env.items() if k != 'MLSERVE_BASE'} | {f'MLSERVE_{k}': str(v) for k,v in given.items() if v is not None}
     env.setdefault('MLSERVE_HOST', '127.0.0.1')
     if env['MLSERVE_HOST'] in ('127.0.0.1','localhost','::1'): env.setdefault('MLSERVE_UI', 'true')
@@ -66,13 +67,13 @@ def serve_environment(
 def serve(package:Annotated[str|None, typer.Argument(help='Folder, s3://…, gs://…, az://… or models:/name/3; MLSERVE_PACKAGE by default.')]=None,
     device:Annotated[str|None, typer.Option(help='cpu, cuda or cuda:N; MLSERVE_DEVICE by default.')]=None,
     host:Annotated[str|None, typer.Option(help='Address to listen on.')]=None,
-    port:Annotated[int|None, typer.Option(help='Port to listen on.')]=None):
+    port:Annotated[int|None, typer.Option(min=0, max=65535, help='Port to listen on.')]=None):
     "Serve a package without a container, until stopped."
     from mlserve.serving.server import run
     from mlserve.settings import read_settings
     env = serve_environment(dict(os.environ), package, device, host, port)
     if 'MLSERVE_PACKAGE' not in env: raise UsageError('A server needs a package.', mend='Give its folder or its place: mlserve serve PACKAGE; or set MLSERVE_PACKAGE.')
-    raise typer.Exit(run(read_settings(env)))
+    raise typer.Exit(run(read_settings(env), port_variable(env) if port is None else '--port'))
 
 # %% ../nbs/11_cli.ipynb #a1439432
 @app.command()
@@ -122,6 +123,7 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
     "Run a recorded image by its digest, and prove that it infers."
     from mlserve.release.check import check as run
     from mlserve.release.container import by_code
+    from mlserve.release.gates import Gates, told_metrics
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
     if device: checked_device(device)
@@ -130,7 +132,10 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
     if digest and version: raise UsageError('--version was given with an image; a digest has one version.', mend='Give the name of a model with --version, or the image alone.')
     pair = find_pair(image) if digest else read_pair(image, version or 'candidate')
     result = run(pair, device)
-    if result.passed: print(f'{pair.name} version {pair.version} answers on {result.device} as the notebook did, on the golden rows and {result.rows} held-back rows.', file=sys.stderr)
+    for warning in result.warnings: print(f'warning: {warning}', file=sys.stderr)
+    measured = told_metrics(Gates.model_validate_json(pair.tags.get('mlserve.gates', '{}')), result.metrics)
+    if result.passed: print(f'{pair.name} version {pair.version} answers on {result.device} as the notebook did, '
+        f'on the golden rows and {result.rows} held-back rows{": " + measured if measured else ""}.', file=sys.stderr)
     if full or result.passed: show(asdict(result), 'passed', full)
     if not result.passed:
         error = by_code(result.code)(result.reason)

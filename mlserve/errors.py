@@ -85,14 +85,16 @@ class GpuRefused(MlserveError):
 # %% ../nbs/00_errors.ipynb #53f39952
 exit_codes = {0: 'done', 1: 'a notebook of the user raised', 2: 'usage', 3: 'a check failed', 4: 'conflict',
     5: 'integrity: a digest differs', 6: 'a remote is unavailable', 7: 'a local resource is missing',
-    8: 'refused by policy', 9: 'GPU refused', 70: 'internal', 75: 'stopped with cut requests', 130: 'interrupted'}
+    8: 'refused by policy', 9: 'GPU refused', 70: 'internal, or a worker hung or kept dying', 75: 'stopped with cut requests', 130: 'interrupted'}
 
 # %% ../nbs/00_errors.ipynb #c38e9395
 def error_body(
     error:MlserveError, # what went wrong
 )->dict: # the JSON body a client sees
     "The one shape in which every route reports a failure"
-    return {'error': error.message[:900]}
+    text = error.message[:1000].encode('utf-8', 'replace').decode()
+    while (size := len(json.dumps(text))) > 1000: text = text[:len(text) * 1000 // size]
+    return {'error': text}
 
 # %% ../nbs/00_errors.ipynb #040f66c4
 def hidden(

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from .allowlist import check_graphs
 from .audit import audit
 from .errors import GpuRefused, InvalidInput, LocalResource, ModelFailed, MlserveError, Refused, UsageError
 
@@ -36,21 +37,23 @@ def run_module(
     arrays:dict, # inputs by name, in call order
     names:list, # of the outputs, in the order the model gives them
     device:str='cpu', # where the module is
-)->dict: # outputs by name, as arrays
+    fresh:bool=False, # contiguous arrays that nobody reads again: the module may write to them
+)->dict: # outputs by name, as arrays of their own
     "One forward pass: arrays in, arrays out"
     import torch
+    given = arrays.values() if fresh else [a.copy() for a in arrays.values()]
     with torch.inference_mode():
-        tensors = [torch.from_numpy(np.require(a, requirements=['C', 'W'])).to(device) for a in arrays.values()]
-        return {n: t.cpu().numpy() for n,t in named(module(*tensors), names).items()}
+        tensors = [torch.from_numpy(a).to(device) for a in given]
+        return {n: t.cpu().numpy().copy() for n,t in named(module(*tensors), names).items()}
 @dataclass(frozen=True)
 class TorchProgram:
     "A torch module that takes and gives arrays"
     module: object # in evaluation mode
     device: str='cpu' # 'cpu' or 'cuda:0'
-    def run(self, arrays:dict, names:list)->dict:
+    def run(self, arrays:dict, names:list, fresh:bool=False)->dict:
         "One forward pass; a device without memory says so"
         import torch
-        try: return run_module(self.module, arrays, names, self.device)
+        try: return run_module(self.module, arrays, names, self.device, fresh)
         except torch.OutOfMemoryError as e: raise ModelFailed(f'The device {self.device} has no memory left for this batch.') from e
     def devices(self)->list:
         "Where the parameters and buffers really are"
@@ -71,14 +74,15 @@ def _set_torch(device:str, threads:int|None):
 
 # %% ../nbs/04_formats.ipynb #9dff93b3
 def read_module(
-    file:str|Path, # a TorchScript file
+    file:str|Path, # a TorchScript file that was audited
     device:str='cpu', # 'cpu' or 'cuda:0'
 ): # the module, in evaluation mode
-    "Load a TorchScript program onto a device"
+    "Load a TorchScript program onto a device, if all its operators are on the list"
     import torch
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)
-        return torch.jit.load(str(file), map_location=device).eval()
+    unit = torch._C.CompilationUnit() # of its own, so that it has the functions of this file and no others
+    module = torch._C.import_ir_module(unit, str(file), torch.device(device), {}, False)
+    check_graphs(Path(file).name, unit.get_functions())
+    return torch.jit._recursive.wrap_cpp_module(module).eval()
 
 # %% ../nbs/04_formats.ipynb #d4276641
 def _read_export(file:Path, device:str):
@@ -132,7 +136,7 @@ class OnnxProgram:
     "An onnxruntime session that takes and gives arrays"
     session: object # an `onnxruntime.InferenceSession`
     device: str='cpu' # 'cpu' or 'cuda:0'
-    def run(self, arrays:dict, names:list)->dict:
+    def run(self, arrays:dict, names:list, fresh:bool=False)->dict:
         "One run of the graph"
         feeds = {n: _decode(n, a) if a.dtype == object else np.ascontiguousarray(a) for n,a in arrays.items()}
         return {n: _encode(a) if a.dtype == object else a for n,a in zip(names, self.session.run(list(names), feeds))}

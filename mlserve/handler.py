@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 from .cells import notebook_cells, self_contained, unresolved
 from .errors import IntegrityError, InvalidInput, MlserveError, ModelFailed, UsageError
 from .tensors import check_tensors
@@ -23,7 +24,7 @@ def _import(file:Path, source:bytes)->types.ModuleType:
     module.__file__ = str(file)
     sys.modules[name] = module
     try: exec(compile(source, str(file), 'exec', dont_inherit=True), module.__dict__)
-    except (Exception, SystemExit) as e:
+    except BaseException as e:
         del sys.modules[name]
         raise _import_error(e) from e
     return module
@@ -72,8 +73,8 @@ class Handler:
     def typed(self)->bool: return self.preprocess is not None
     def decode(self, body:bytes): return _decode(self.request, body)
     def prepare(self, request, inputs:tuple)->dict: return _prepare(self.preprocess, request, inputs)
-    def respond(self, outputs:dict, request): return _respond(self, outputs, request)
-    def encode(self, response)->bytes: return _encode(self.response, response)
+    def respond(self, outputs:dict, request, nonfinite=None): return _respond(self, outputs, request, nonfinite)
+    def encode(self, response, nonfinite=None)->bytes: return _encode(self.response, response, nonfinite)
     def openapi(self)->dict: # {'request', 'response', 'schemas'}, for `/openapi.json`
         "How both types are described in OpenAPI"
         both = [('request', 'validation', self.request), ('response', 'serialization', self.response)]
@@ -90,7 +91,7 @@ def _call(function, *args):
     "Call a function of the handler; what it raises is its failure"
     try: return function(*args)
     except MlserveError: raise
-    except Exception as e: raise ModelFailed(f"{function.__name__} of the handler raised {type(e).__name__}.") from e
+    except BaseException as e: raise ModelFailed(f"{function.__name__} of the handler raised {type(e).__name__}.") from e
 
 # %% ../nbs/04_handler.ipynb #5c894c3a
 def _decode(adapter:TypeAdapter, body:bytes):
@@ -102,13 +103,13 @@ def _decode(adapter:TypeAdapter, body:bytes):
         return request
     except ValidationError as e: raise InvalidInput(f'The request is not valid{_place(e)}.') from None
     except MlserveError: raise
-    except Exception as e: raise ModelFailed(f"The handler's request type raised {type(e).__name__}.") from e
+    except BaseException as e: raise ModelFailed(f"The handler's request type raised {type(e).__name__}.") from e
 def _prepare(function, request, inputs:tuple)->dict:
     "The model's inputs from a request"
     def guarded(request):
         try: return function(request)
         except ValidationError as e: raise InvalidInput(f'The request is not valid{_place(e)}.') from e
-        except ValueError as e: raise InvalidInput(str(e)[:600] or 'preprocess refused the request.') from e
+        except ValueError as e: raise InvalidInput(str(e)[:1024] or 'preprocess refused the request.') from e
     guarded.__name__ = function.__name__
     arrays = _call(guarded, request)
     if not isinstance(arrays, dict) or not all(isinstance(a, np.ndarray) for a in arrays.values()):
@@ -118,19 +119,22 @@ def _prepare(function, request, inputs:tuple)->dict:
     return arrays
 
 # %% ../nbs/04_handler.ipynb #6f42a68c
-def _respond(handler:Handler, outputs:dict, request):
+def _respond(handler:Handler, outputs:dict, request, nonfinite:str|None=None):
     "A response from the model's outputs"
-    for n,a in outputs.items():
+    for n,a in outputs.items() if not nonfinite else ():
         if a.dtype.kind == 'f' and not np.isfinite(a).all(): raise ModelFailed(f"non-finite output '{n}'")
     response = _call(handler.postprocess, outputs, request)
     try: return handler.response.validate_python(response)
     except ValidationError as e: raise ModelFailed(f'postprocess of the handler gave what its annotation does not allow{_place(e)}.') from e
-def _encode(adapter:TypeAdapter, response)->bytes:
+    except BaseException as e: raise ModelFailed(f"The handler's response type raised {type(e).__name__}.") from e
+def _encode(adapter:TypeAdapter, response, nonfinite:str|None=None)->bytes:
     "A response as JSON"
     try:
         body = adapter.dump_json(response)
+        if b'null' in body and nonfinite: return to_json(adapter.dump_python(response, mode='json'), inf_nan_mode='strings')
         if b'null' in body: json.dumps(adapter.dump_python(response), allow_nan=False, default=str, skipkeys=True)
     except ValueError as e: raise ModelFailed(f"The handler's response cannot be written as JSON: {str(e)[:200]}.") from e
+    except BaseException as e: raise ModelFailed(f"The handler's response type raised {type(e).__name__}.") from e
     return body
 
 # %% ../nbs/04_handler.ipynb #7b37f6f2

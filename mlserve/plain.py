@@ -8,7 +8,7 @@ __all__ = ['InferRequest', 'named_arrays', 'decode_predict', 'encode_predict', '
 
 # %% ../nbs/02_plain.ipynb #b6f1dbc9
 from typing import NamedTuple
-from .body import dump, jsonable, may_hold_booleans, read_object
+from .body import dump, jsonable, lift_words, may_hold_booleans, put_words, read_object
 from .errors import InvalidInput, MlserveError, ModelFailed
 from .tensors import check_names, count_rows, to_array
 
@@ -21,7 +21,10 @@ class InferRequest(NamedTuple):
     binary: tuple = () # names of the outputs that are sent as bytes behind the JSON
     timeout: float|None = None # seconds the client waits
     classes: dict|None = None # output name to how many of its largest values are wanted, with their places
-    rows: bool = False # V1's answer in rows
+    form: str = '' # how the answer is laid out, where a route has several ways: `rows`, `lines`, `csv`
+    model: str|None = None # the model that the body names, if it names one
+    version: str|None = None # its version, likewise
+    ignored: str|None = None # a key whose value nobody reads, for the log
 
 # %% ../nbs/02_plain.ipynb #d6caee6a
 _plain,_answer = dict.fromkeys(['inputs']),dict.fromkeys(['outputs'])
@@ -52,16 +55,17 @@ def decode_predict(
     return InferRequest(named_arrays(o['inputs'], specs, limit, may_hold_booleans(body)))
 
 # %% ../nbs/02_plain.ipynb #eeeb3025
-def _encode_plain(arrays, key, error):
+def _encode_plain(arrays, key, error, nonfinite=None):
     "One tensor bare, several by name"
-    values = {n: jsonable(n, a, error) for n,a in arrays.items()}
+    values = {n: jsonable(n, a, error, nonfinite) for n,a in arrays.items()}
     return dump({key: next(iter(values.values())) if len(values) == 1 else values})
 
 def encode_predict(
     outputs:dict, # name to array
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
     "An answer of the plain format"
-    return _encode_plain(outputs, 'outputs', ModelFailed)
+    return _encode_plain(outputs, 'outputs', ModelFailed, nonfinite)
 
 def encode_predict_request(
     inputs:dict, # name to array
@@ -70,10 +74,19 @@ def encode_predict_request(
     return _encode_plain(inputs, 'inputs', InvalidInput)
 
 # %% ../nbs/02_plain.ipynb #af2e07b2
+def _lifted(value, specs):
+    "The outputs of an answer without their words, and the words"
+    if type(value) is not dict: value = {specs[0].name: value}
+    types = {s.name: s.datatype for s in specs}
+    pairs = {n: lift_words(v, types.get(n, '')) for n,v in value.items()}
+    return {n: v for n,(v, _) in pairs.items()}, {n: places for n,(_, places) in pairs.items()}
 def decode_predict_response(
     body:bytes, # JSON from a server
     specs, # contracts of the outputs
 )->dict: # name to array
     "The arrays of a plain answer"
-    try: return named_arrays(read_object(body, _answer).get('outputs'), specs, 2**31, key='outputs')
+    try:
+        value,words = read_object(body, _answer).get('outputs'),{}
+        if b'N"' in body or b'Infinity"' in body: value,words = _lifted(value, specs)
+        return put_words(named_arrays(value, specs, 2**31, key='outputs'), words)
     except MlserveError as e: raise ModelFailed(f'The answer is not what the model promises: {e.message}') from None

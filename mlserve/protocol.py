@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['decode_infer', 'encode_infer', 'encode_infer_binary', 'answer_infer', 'encode_infer_request',
-           'encode_infer_request_binary', 'decode_infer_response', 'model_metadata']
+           'encode_infer_request_binary', 'decode_infer_response']
 
 # %% ../nbs/02_protocol.ipynb #51eda49e
 from functools import lru_cache
 import numpy as np
-from .binary import from_bytes, from_raw, split, to_bytes
-from .body import check_keys, dump, jsonable, may_hold_booleans, read_object
+from .binary import from_base64, from_bytes, from_raw, split, to_bytes
+from .body import check_keys, dump, jsonable, lift_words, may_hold_booleans, put_words, read_object
 from .classification import classify
 from .errors import InvalidInput, MlserveError, ModelFailed
 from .plain import InferRequest, decode_predict, decode_predict_response, encode_predict, encode_predict_request
-from .tensors import TensorSpec, check_names, claimed_shape, count_rows, datatype_of, from_flat
+from .tensors import TensorSpec, check_names, claimed_shape, count_rows, datatype_of, from_flat, objects
 
 # %% ../nbs/02_protocol.ipynb #ce5a7ca9
-_top = dict.fromkeys(['inputs', 'outputs', 'id', 'parameters'])
+_top = dict.fromkeys(['inputs', 'outputs', 'id', 'parameters', 'model_name', 'model_version'])
 _tensor = dict.fromkeys(['name', 'shape', 'datatype', 'data', 'parameters'])
 _wanted = dict.fromkeys(['name', 'parameters'])
 _unserved = ('shared_memory_region', 'shared_memory_offset', 'shared_memory_byte_size', 'sequence_id', 'sequence_start', 'sequence_end')
@@ -37,7 +37,7 @@ def _entries(o, key, allowed):
 def _parameters(o, what):
     "The parameters of a request or a tensor"
     found = o.get('parameters')
-    if found is None and 'parameters' not in o: return {}
+    if found is None: return {}
     if type(found) is not dict: raise InvalidInput(f"{what} has 'parameters' that are not an object.")
     for k in _unserved:
         if found.get(k): raise InvalidInput(f"{what} has the parameter '{k}', which is not served; allowed are tensors in the body, and requests that stand alone.")
@@ -50,38 +50,55 @@ def _parameter(found, key, kind, least, default, what):
         raise InvalidInput(f"{what} has the parameter '{key}' as {ascii(str(value)[:40])}; allowed is {'a boolean' if kind is bool else f'a whole number from {least}'}.")
     return value
 
+# %% ../nbs/02_protocol.ipynb #d0d10002
+def _codec(found, what, allowed=('np', 'pd', 'str', 'base64')):
+    "MLServer's word for how values stand in a list, of those that are known"
+    codec = found.get('content_type')
+    if codec is not None and codec not in allowed: raise InvalidInput(f"{what} has the content_type {ascii(str(codec)[:40])}; allowed are {', '.join(allowed)}.")
+    return codec
+
+def _column(shape, spec):
+    "The shape of a column as the model writes it, with or without a second dimension"
+    if type(shape) is not list: return shape
+    if len(shape) == len(spec.shape) + 1 and shape[-1] == 1: return shape[:-1]
+    return [*shape, 1] if len(shape) == 1 and len(spec.shape) == 2 else shape
+
 # %% ../nbs/02_protocol.ipynb #fd94eb5f
-def _claim(e, spec):
-    "What one input of a V2 request claims: its contract, shape, and size in bytes or data"
-    what = f"Input '{spec.name}'"
+def _claim(e, spec, codec=None):
+    "What one input of a V2 request claims: its contract, shape, size in bytes or data, and whether that is base64"
+    what,size,data,shape = f"Input '{spec.name}'",None,e.get('data'),e.get('shape')
     if e.get('datatype') != spec.datatype:
         given = e.get('datatype')
         raise InvalidInput(f"{what} has datatype {ascii(given[:40]) if type(given) is str else type(given).__name__}; the model takes {spec.datatype}.")
-    size = _parameter(_parameters(e, what), 'binary_data_size', int, 0, None, what) if 'parameters' in e else None
-    if 'shape' not in e or ('data' in e) == (size is not None):
+    if 'parameters' in e:
+        parameters = _parameters(e, what)
+        size,codec = _parameter(parameters, 'binary_data_size', int, 0, None, what),_codec(parameters, what) or codec
+    if shape is None or (data is None) == (size is None):
         raise InvalidInput(f"{what} needs a shape, and either 'data' or the parameter 'binary_data_size'.")
     if size is None and spec.datatype == 'FP16': raise InvalidInput(f"{what} is FP16, which has no JSON form in V2; send it as binary.")
-    return spec,claimed_shape(e['shape'], spec),size,e.get('data')
+    if codec in ('str', 'base64') and spec.datatype != 'BYTES': raise InvalidInput(f"{what} has the content_type {codec}, which is for BYTES; the model takes {spec.datatype}.")
+    return spec,claimed_shape(_column(shape, spec) if codec else shape, spec),size,data,codec == 'base64'
 
-def _claims(o, specs):
+def _claims(o, specs, codec=None):
     "What all inputs of a V2 request claim, in the order of the request"
     entries = _entries(o, 'inputs', _tensor)
     check_names(entries, specs)
-    if len(specs) == 1: return (_claim(entries[specs[0].name], specs[0]),)
+    if len(specs) == 1: return (_claim(entries[specs[0].name], specs[0], codec),)
     by_name = {s.name: s for s in specs}
-    return tuple(_claim(e, by_name[n]) for n,e in entries.items())
+    return tuple(_claim(e, by_name[n], codec) for n,e in entries.items())
 
 # %% ../nbs/02_protocol.ipynb #436f70bc
 def _arrays(claims, rest, limit, booleans):
     "The arrays of a V2 request"
     arrays,at = {},0
-    for spec,shape,size,data in claims:
+    for spec,shape,size,data,encoded in claims:
         if size is None: arrays[spec.name] = from_flat(data, shape, spec, limit, booleans)
         elif rest is None: raise InvalidInput(f"Input '{spec.name}' is binary, but there is no Inference-Header-Content-Length.")
         else:
             if at + size > len(rest): raise InvalidInput(f"Input '{spec.name}' claims {str(size)[:30]} bytes; {len(rest) - at} are left in the body.")
             arrays[spec.name] = from_bytes(rest[at:at + size], shape, spec, limit)
             at += size
+        if encoded: arrays[spec.name] = objects([from_base64(v) for v in arrays[spec.name].flat], shape)
     if rest is not None and at != len(rest): raise InvalidInput(f'The body has {len(rest)} bytes behind the JSON; the inputs claim {at}.')
     if len(arrays) > 1: count_rows(arrays)
     return arrays
@@ -97,21 +114,30 @@ def _outputs(o, parameters, specs):
     for n,e in (wanted or dict.fromkeys(names, {})).items():
         if n not in names: raise InvalidInput(f"There is no output {ascii(n[:80])}; the model gives {', '.join(names)}.")
         p = _parameters(e, f"Output '{n}'")
+        _codec(p, f"Output '{n}'", ('np', 'pd', 'str'))
         if _parameter(p, 'binary_data', bool, 0, every, f"Output '{n}'"): binary.append(n)
         if top := _parameter(p, 'classification', int, 1, None, f"Output '{n}'"): classes[n] = top
     return tuple(wanted),tuple(binary),classes or None
 
 # %% ../nbs/02_protocol.ipynb #c8cf466b
+def _named(o):
+    "The model and the version that a body names, if it does"
+    names = o.get('model_name'),o.get('model_version')
+    for key,name in zip(('model_name', 'model_version'), names):
+        if name is not None and type(name) is not str: raise InvalidInput(f'{key!r} is not a string.')
+    return names
+
 def _read_head(head, inputs_specs, outputs_specs):
     "A V2 request without its arrays: claims, and fields of `InferRequest` after the first"
     o = read_object(head, _top)
-    claims = _claims(o, inputs_specs)
-    if len(o) == 1: return claims,()
-    if type(o.get('id', '')) is not str: raise InvalidInput("'id' is not a string.")
+    if len(o) == 1: return _claims(o, inputs_specs),()
     p = _parameters(o, 'The request')
+    claims = _claims(o, inputs_specs, _codec(p, 'The request', ('np', 'pd', 'str')) if p else None)
+    if type(o.get('id') or '') is not str: raise InvalidInput("'id' is not a string.")
     outputs,binary,classes = _outputs(o, p, outputs_specs)
     wait = _parameter(p, 'timeout', int, 0, None, 'The request')
-    return claims,(outputs, o.get('id'), binary, wait / 1e6 if wait else None, classes)
+    names = ('', *_named(o)) if 'model_name' in o or 'model_version' in o else ()
+    return claims,(outputs, o.get('id'), binary, wait / 1e6 if wait else None, classes, *names)
 
 _kept_head = lru_cache(256)(_read_head)
 
@@ -133,59 +159,67 @@ def decode_infer(
     return InferRequest(_arrays(claims, rest, limit, may_hold_booleans(head)), *fields)
 
 # %% ../nbs/02_protocol.ipynb #fce71b75
-def _entry(name, a, error):
+def _entry(name, a, error, nonfinite=None):
     "An array as V2's tensor in JSON"
     if a.dtype == np.float16: raise InvalidInput(f"Tensor '{name}' is FP16, which has no JSON form in V2; ask for it as binary.")
-    return {'name': name, 'shape': a.shape, 'datatype': datatype_of(a), 'data': jsonable(name, a.ravel(), error)}
+    return {'name': name, 'shape': a.shape, 'datatype': datatype_of(a), 'data': jsonable(name, a.ravel(), error, nonfinite)}
 
-def _framed(o, key, arrays, binary, error):
+def _framed(o, key, arrays, binary, error, nonfinite=None):
     "A V2 message with some tensors behind the JSON, and the JSON's length"
     parts = {n: to_bytes(arrays[n]) for n in arrays if n in binary}
     o[key] = [{'name': n, 'shape': a.shape, 'datatype': datatype_of(a), 'parameters': {'binary_data_size': len(parts[n])}}
-              if n in parts else _entry(n, a, error) for n,a in arrays.items()]
+              if n in parts else _entry(n, a, error, nonfinite) for n,a in arrays.items()]
     head = dump(o)
     return b''.join([head, *parts.values()]),len(head)
 
 # %% ../nbs/02_protocol.ipynb #edf38ec8
 def _answer_head(model, version, id):
     "What an answer says besides its outputs"
-    o = {'model_name': model, 'model_version': version}
+    o = {'model_name': model, 'model_version': version} if version else {'model_name': model}
     if id is not None: o['id'] = id
     return o
 
 def encode_infer(
     outputs:dict, # name to array
     model:str, # the model's name
-    version:str, # its version
+    version:str, # its version; '' when nobody told it, and then the answer has none
     id:str|None=None, # the request's, if it had one
+    nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
     "A V2 answer in JSON"
     o = _answer_head(model, version, id)
-    o['outputs'] = [_entry(n, a, ModelFailed) for n,a in outputs.items()]
+    o['outputs'] = [_entry(n, a, ModelFailed, nonfinite) for n,a in outputs.items()]
     return dump(o)
 
 def encode_infer_binary(
     outputs:dict, # name to array
     model:str, # the model's name
-    version:str, # its version
+    version:str, # its version; '' when nobody told it, and then the answer has none
     id:str|None=None, # the request's, if it had one
     binary=None, # names of the outputs behind the JSON; all if not given
+    nonfinite:str|None=None, # 'strings': in the JSON, NaN and infinities are written as words
 )->tuple: # the body, and the length of its JSON
     "A V2 answer with binary tensors"
-    return _framed(_answer_head(model, version, id), 'outputs', outputs, outputs if binary is None else binary, ModelFailed)
+    return _framed(_answer_head(model, version, id), 'outputs', outputs, outputs if binary is None else binary, ModelFailed, nonfinite)
 
 # %% ../nbs/02_protocol.ipynb #2f0da8c3
+def _classified(request, arrays, nonfinite):
+    "The outputs of which the largest values are wanted, as texts"
+    for n in request.classes:
+        if n not in request.binary: jsonable(n, arrays[n], ModelFailed, nonfinite)
+    return {n: classify(arrays[n], top) for n,top in request.classes.items()}
 def answer_infer(
     request:InferRequest, # as decoded
     outputs:dict, # name to array, from the model
     model:str, # the model's name
     version:str, # its version
+    nonfinite:str|None=None, # 'strings': in JSON, NaN and infinities are written as words
 )->tuple: # the body, and the length of its JSON; None if it is all JSON
     "The V2 answer to a request"
     arrays = {n: outputs[n] for n in request.outputs} if request.outputs else outputs
-    if request.classes: arrays = arrays | {n: classify(arrays[n], top) for n,top in request.classes.items()}
-    if request.binary: return encode_infer_binary(arrays, model, version, request.id, request.binary)
-    return encode_infer(arrays, model, version, request.id),None
+    if request.classes: arrays = arrays | _classified(request, arrays, nonfinite)
+    if request.binary: return encode_infer_binary(arrays, model, version, request.id, request.binary, nonfinite)
+    return encode_infer(arrays, model, version, request.id, nonfinite),None
 
 # %% ../nbs/02_protocol.ipynb #4b62e85f
 def _request_head(id, timeout):
@@ -225,20 +259,9 @@ def decode_infer_response(
     try:
         head,rest = (body, None) if header is None else split(body, header)
         o = read_object(head, dict.fromkeys(['outputs', 'model_name', 'model_version', 'id', 'parameters']))
-        specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in _entries(o, 'outputs', _tensor).items()]
-        return _arrays(_claims({'inputs': o.get('outputs', [])}, specs), rest, 2**31, True)
+        entries,words = _entries(o, 'outputs', _tensor),{}
+        specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in entries.items()]
+        for n,e in entries.items():
+            if 'data' in e: e['data'],words[n] = lift_words(e['data'], e['datatype'])
+        return put_words(_arrays(_claims({'inputs': o.get('outputs', [])}, specs), rest, 2**31, True), words)
     except (MlserveError, TypeError) as e: raise ModelFailed(f'The answer is not V2: {e}') from None
-
-# %% ../nbs/02_protocol.ipynb #113307a5
-def model_metadata(
-    name:str, # the model's name
-    versions, # versions that are served
-    platform:str, # such as `pytorch_torchscript`
-    inputs, # contracts of the inputs
-    outputs, # contracts of the outputs
-    properties:dict|None=None, # further texts by name
-)->dict: # V2's model metadata
-    "What V2 says about a model"
-    o = {'name': name, 'versions': list(versions), 'platform': platform,
-         'inputs': [s.to_dict() for s in inputs], 'outputs': [s.to_dict() for s in outputs]}
-    return o | ({'properties': {k: str(v) for k,v in properties.items()}} if properties else {})

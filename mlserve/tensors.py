@@ -108,13 +108,13 @@ def _refuse(spec, flat, shape, bad, why):
     raise InvalidInput(f"Input '{spec.name}'[{at}] is {shown}; {why}.")
 
 # %% ../nbs/01_tensors.ipynb #7a65534d
-_kinds = {'b': {bool}, 'u': {int}, 'i': {int}, 'f': {int, float}, 'O': {str}}
+_kinds = {'b': {bool}, 'u': {int}, 'i': {int}, 'f': {int, float}, 'O': {str, bytes}}
 def _build(flat, shape, spec):
     "An array from Python values, each of which fits the datatype"
     dtype = dtype_of(spec.datatype)
     ok = _kinds[dtype.kind]
     if not set(map(type, flat)) <= ok:
-        _refuse(spec, flat, shape, lambda v: type(v) not in ok, f"{spec.datatype} takes {' and '.join(sorted(t.__name__ for t in ok))}")
+        _refuse(spec, flat, shape, lambda v: type(v) not in ok, f"{spec.datatype} takes {' and '.join(sorted(t.__name__ for t in ok - {bytes}))}")
     if dtype.kind in 'ui':
         lo,hi = int(np.iinfo(dtype).min),int(np.iinfo(dtype).max)
         if min(flat) < lo or max(flat) > hi: _refuse(spec, flat, shape, lambda v: not lo <= v <= hi, f'{spec.datatype} holds {lo} to {hi}')
@@ -133,10 +133,10 @@ def objects(
     return array.reshape(shape)
 
 def _build_bytes(flat, shape, spec):
-    "A BYTES array from text"
-    try: return objects([v.encode() for v in flat], shape)
+    "A BYTES array from text, and from bytes that were written as base64"
+    try: return objects([v if type(v) is bytes else v.encode() for v in flat], shape)
     except UnicodeEncodeError: pass
-    _refuse(spec, flat, shape, lambda v: any('\ud800' <= c <= '\udfff' for c in v), 'a lone surrogate has no UTF-8 form')
+    _refuse(spec, flat, shape, lambda v: type(v) is str and any('\ud800' <= c <= '\udfff' for c in v), 'a lone surrogate has no UTF-8 form')
 
 # %% ../nbs/01_tensors.ipynb #e4ce9b3f
 def _build_float(flat, shape, spec, dtype):
@@ -267,13 +267,14 @@ class Comparison:
     where: str # the worst place, or what made comparing impossible
 
 # %% ../nbs/01_tensors.ipynb #d07b7f63
-def _compare_one(name, want, got, rtol, atol):
+def _compare_one(name, want, got, rtol, atol, nan):
     "Compare two arrays"
     want,got = np.asarray(want),np.asarray(got)
     if want.shape != got.shape: return Comparison(False, math.inf, math.inf, f'{name}: shape {list(got.shape)}, expected {list(want.shape)}')
     if want.dtype.kind != got.dtype.kind: return Comparison(False, math.inf, math.inf, f'{name}: type {got.dtype}, expected {want.dtype}')
     if not want.size: return Comparison(False, math.inf, math.inf, f'{name}: nothing to compare')
     same = np.asarray(want == got, bool)
+    if nan and want.dtype.kind == 'f': same |= np.isnan(want) & np.isnan(got)
     if want.dtype.kind not in 'biuf': want,got = np.zeros(same.shape),np.where(same, 0, np.inf)
     w,g = want.astype(np.float64),got.astype(np.float64)
     with np.errstate(all='ignore'):
@@ -289,9 +290,10 @@ def compare(
     got:dict, # name to array, from elsewhere
     rtol:float, # relative tolerance
     atol:float, # absolute tolerance
+    nan:bool=False, # NaN is an answer, and equals NaN
 )->Comparison: # of all tensors together; `where` is the worst place
     "Compare two sets of tensors"
     if not expected or set(expected) != set(got): return Comparison(False, math.inf, math.inf, f'tensors {sorted(got)}, expected {sorted(expected)}')
-    each = [_compare_one(n, expected[n], got[n], rtol, atol) for n in expected]
+    each = [_compare_one(n, expected[n], got[n], rtol, atol, nan) for n in expected]
     worst = max(each, key=lambda c: (not c.passed, c.max_abs))
     return Comparison(all(c.passed for c in each), max(c.max_abs for c in each), max(c.max_rel for c in each), worst.where)

@@ -12,13 +12,19 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
 
 
+ENGINE = {"attest", "debug", "hardened", "image", "matrix", "memory", "refusals", "release", "cuda_image"}  # build images and run containers
+SERVING = {"batcher", "clients", "conformance", "controls", "endurance", "handler", "http_limits", "proxies", "server", "tracing"}  # ask servers, with a clock
+
+
 def pytest_addoption(parser):
     parser.addoption("--url", help="a server that the conformance suite shall ask")
 
 
 def pytest_collection_modifyitems(items):
-    "The full counts may take hours"
+    "The lane of each test, by its module; the full counts may take hours"
     for item in items:
+        name = item.path.stem.removeprefix("test_")
+        item.add_marker("engine" if name in ENGINE else "serving" if name in SERVING else "pages")
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(4 * 3600))
 

@@ -69,7 +69,13 @@ class Model:
 
 def load_model(package, device, threads=None):
     time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", 0)))
-    return Model()
+    model = Model()
+    if path := os.environ.get("FAKE_HANDLER"):
+        from pathlib import Path
+
+        from mlserve import handler
+        model.handler = handler._handler(handler._import(Path(path), Path(path).read_bytes()))
+    return model
 
 
 if __name__ == "__main__":

@@ -65,6 +65,19 @@ def around(put, where, before=never, after=never):
     put(where, wrapped)
 
 
+# ---- A: answers, and who gives them
+
+
+@plant
+def an_untold_version_is_1(put):
+    good = now("serving.server.read_settings")
+
+    def read(*env):
+        settings = good(*env)
+        return dataclasses.replace(settings, model_version=settings.model_version or "1")
+    put("serving.server.read_settings", read)
+
+
 # ---- N: the network
 
 
@@ -360,12 +373,45 @@ def numbers_are_cast(put):
 @plant
 def the_datatype_is_not_compared(put):
     good = now("protocol._claim")
-    put("protocol._claim", lambda e, spec: good(e | {"datatype": spec.datatype}, spec))
+    put("protocol._claim", lambda e, spec, codec=None: good(e | {"datatype": spec.datatype}, spec, codec))
 
 
 @plant
 def the_last_of_two_wins(put):
     put("protocol._entries", lambda o, key, allowed: {e["name"]: e for e in o.get(key, [])})
+
+
+@plant
+def a_codec_is_passed_over(put):
+    put("protocol._codec", lambda found, what, allowed=(): None)
+
+
+@plant
+def a_name_in_the_body_is_not_read(put):
+    put("protocol._named", lambda o: (None, None))
+
+
+@plant
+def empty_lines_are_skipped(put):
+    good = now("rows._lines")
+    put("rows._lines", lambda body: good(b"\n".join(line for line in body.splitlines() if line)))
+
+
+@plant
+def a_first_line_that_is_no_row_is_a_header(put):
+    good, invalid = now("rows._has_header"), now("errors.InvalidInput")
+
+    def has_header(*args):
+        try:
+            return good(*args)
+        except invalid:
+            return True
+    put("rows._has_header", has_header)
+
+
+@plant
+def a_text_may_end_its_line(put):
+    put("rows._text_line", lambda cells: ",".join(map(str, cells)).encode())
 
 
 @plant
@@ -485,7 +531,7 @@ def nobody_looks_at_the_deadline(put):
 
 @plant
 def nobody_watches_the_worker(put):
-    put("serving.watchdog.hung", lambda row, limit: "")
+    put("serving.watchdog.hung", lambda *args, **kw: "")
 
 
 @plant
@@ -618,3 +664,180 @@ def some_connections_leave_a_file(put):
 def some_connections_leave_a_thread(put):
     import threading
     around(put, "serving.listener.Listener.opened", before=lambda self, connection: threading.Thread(target=time.sleep, args=(60,), daemon=True).start())
+
+
+# ---- A: right answers
+
+
+@plant
+def rows_are_asked_beside_rows_like_theirs(put):
+    put("invariance.companions", lambda arrays, ends=(): [("itself", {n: a[:1] for n, a in arrays.items()})])
+
+
+@plant
+def requests_are_always_joined(put):
+    batcher = now("serving.worker.Batcher")
+    put("serving.worker.Batcher", lambda *args, joined=True, **kw: batcher(*args, **kw))
+
+
+@plant
+def recorded_rows_are_asked_by_thirty_two(put):
+    put("release.check.call_rows", lambda package: 32)
+
+
+@plant
+def memory_is_shared_with_the_model(put):
+    def run_module(module, arrays, names, device="cpu", fresh=False):
+        import torch
+        with torch.inference_mode():
+            return {n: t.numpy() for n, t in now("formats.named")(module(*map(torch.from_numpy, arrays.values())), names).items()}
+    merge = now("serving.batch.merge")
+    put("formats.run_module", run_module)
+    put("serving.batch.merge", lambda jobs: jobs[0].arrays if len(jobs) == 1 else merge(jobs))
+
+
+@plant
+def writes_of_the_model_are_not_counted(put):
+    put("invariance._prove_still", never)
+
+
+@plant
+def what_is_no_number_is_saved(put):
+    put("freeze.check_finite", never)
+
+
+@plant
+def what_is_no_number_is_null(put):
+    put("body._in_words", lambda array: array)
+
+
+@plant
+def arrays_come_back_in_the_order_of_the_alphabet(put):
+    good = now("arrays._read")
+    put("arrays._read", lambda path: dict(sorted(good(path).items())))
+
+
+@plant
+def the_first_output_of_the_alphabet_is_measured(put):
+    good = now("evaluation._fitting")
+    put("evaluation._fitting", lambda outputs, labels: list(good(dict(sorted(outputs.items())), labels))[:1])
+
+
+# ---- what one part does to the others
+
+
+@plant
+def what_is_no_exception_of_a_handler_is_passed_on(put):
+    put("handler._call", lambda function, *args: function(*args))
+
+
+@plant
+def an_error_of_any_length(put):
+    put("serving.routes.error_body", lambda error: {"error": error.message})
+
+
+@plant
+def every_end_with_a_code_is_meant(put):
+    "As `os._exit(0)` in a handler would have ended the server"
+    import signal
+
+    def ended(watch, worker, code):
+        if watch.stopping:
+            watch.code = watch.code or max(code, 0)
+        elif code >= 0:
+            watch.stop(signal.SIGTERM, code)
+        else:
+            watch.crashed(worker, code)
+    put("serving.watchdog._ended", ended)
+    put("serving.watchdog.cause", lambda code: ("died", "Look at the memory limit first."))
+
+
+@plant
+def handlers_take_the_threads_of_large_bodies(put):
+    put("serving.routes._pool", lambda way, call: way.bodies)
+
+
+@plant
+def a_stuck_handler_is_left_alone(put):
+    put("serving.watchdog.stuck", lambda *args, **kw: "")
+
+
+@plant
+def a_handler_has_no_deadline(put):
+    put("serving.pool._overdue", never)
+
+
+@plant
+def a_child_keeps_what_its_parent_had(put):
+    put("serving.fork.let_go", never)
+
+
+@plant
+def lines_go_wherever_stderr_goes(put):
+    put("serving.worker.keep_stderr", never)
+
+
+@plant
+def a_pause_is_taken_for_a_hang(put):
+    put("serving.pause.Pauses.lost", lambda self: 0.0)
+
+
+@plant
+def connections_are_late_after_a_pause(put):
+    put("serving.listener._grant", never)
+
+
+@plant
+def a_long_request_is_one_batch(put):
+    def piece(batcher, runner, ticket):
+        return [ticket], *now("serving.batcher._execute")(batcher, runner, [ticket])
+    put("serving.batcher._piece", piece)
+
+
+@plant
+def nothing_is_asked_before_ready(put):
+    async def rehearse(life, settings):
+        return {}
+    put("serving.worker.rehearse", rehearse)
+
+
+@plant
+def threads_start_with_the_first_request(put):
+    async def ready_for_all(life, settings, making):
+        await making
+    put("serving.worker._ready_for_all", ready_for_all)
+
+
+@plant
+def values_are_read_unseen(put):
+    "A trace is believed, whatever it read of its inputs"
+    put("freeze.readings", lambda module, tensors: [])
+
+
+@plant
+def only_the_dispatcher_is_heard(put):
+    "The ways out of a tensor that pass by the dispatcher are not known"
+    put("dataflow._ways_out", set())
+    put("dataflow._constants", {})
+
+
+@plant
+def sizes_are_values(put):
+    "Every tensor is taken for one that holds values of inputs"
+    put("dataflow.Taint.__contains__", lambda self, tensor: True)
+
+
+@plant
+def the_saved_program_answers_held_back_rows(put):
+    "The saved program is its own reference"
+    good = now("package.live_answers")
+    put("package.live_answers", lambda live, program, *args, **kw: good(program, program, *args, **kw))
+
+
+@plant
+def held_back_answers_are_anybodys(put):
+    "The package that they name is not looked at"
+    def load(file, package):
+        groups = now("arrays.load_tensors")(file)
+        return groups, groups.pop("about")["reference"][0].decode()
+    put("release.record.read_holdout", load)

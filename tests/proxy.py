@@ -16,6 +16,7 @@ class Proxy:
         "No fault"
         self.delay = 0  # seconds before each piece of an answer
         self.cut = None  # total bytes of answers after which every connection ends, once
+        self.every = None  # bytes of answers after which a connection ends, each time
         self.reset = False  # every connection is reset at once
         self.frozen = False  # answers stop coming, connections stay
         self.rate = None  # bytes a second for each connection
@@ -75,6 +76,7 @@ class Proxy:
             await writer.drain()
 
     async def _down(self, reader, writer):
+        left = self.every
         while data := await reader.read(65536):
             if self.delay:
                 await asyncio.sleep(self.delay)
@@ -87,6 +89,8 @@ class Proxy:
             last = self.cut is not None and self.down + len(data) >= self.cut
             if last:
                 data, self.cut = data[:max(self.cut - self.down, 0)], None
+            if left is not None:
+                data, left, last = data[:left], left - len(data), last or left <= len(data)
             self.down += len(data)
             writer.write(data)
             await writer.drain()

@@ -12,7 +12,7 @@ import pytest
 from serving import Server
 
 NAME = "double"
-SETTINGS = dict(ui=True)
+SETTINGS = dict(ui=True, model_version=1)
 V2 = f"/v2/models/{NAME}"
 
 
@@ -32,6 +32,7 @@ ROUTES = {
     f"{V2}/infer": (v2, from_v2),
     f"{V2}/versions/1/infer": (v2, from_v2),
     f"/v1/models/{NAME}:predict": (lambda rows: {"instances": rows}, lambda o: o["predictions"]),
+    f"/v1/models/{NAME}/versions/1:predict": (lambda rows: {"instances": rows}, lambda o: o["predictions"]),
     "/invocations": (lambda rows: {"inputs": rows}, lambda o: o["predictions"]),
 }
 
@@ -78,7 +79,7 @@ def test_the_client_s_request_id_comes_back(http, route):
     assert r.headers["x-request-id"] == "order-17"
 
 
-BROKEN = {"empty": b"", "half": b'{"inputs": [[1,', "bad UTF-8": b'{"inputs": "\xff"}', "a list": b"[[1, 2]]", "a number": b"3", "nothing": b"{}",
+BROKEN = {"empty": b"", "half": b'{"inputs": [[1,', "bad UTF-8": b'{"inputs": "\xff"}', "a list": b"[[1, 2]", "a text": b'"[[1, 2]]"', "a number": b"3", "nothing": b"{}",
           "NaN": b'{"inputs": [[NaN, 1]]}', "deep": b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "120 deep": b'{"inputs": ' + b"[" * 120 + b"]" * 120 + b"}",
           "a long number": b'{"inputs": [[' + b"9" * 5000 + b", 1]]}", "a key twice": b'{"inputs": [[1, 2]], "inputs": [[1, 2]]}'}
 
@@ -100,7 +101,7 @@ def test_V2_V3_wrong_tensors_are_400(http, route, rows):
 
 
 def test_another_media_type_is_415(http, route):
-    failed(http.post(route, content=b"<x/>", headers={"content-type": "application/xml"}), 415)
+    failed(http.post(route, content=b"<x>1</x>", headers={"content-type": "application/xml"}), 415)
     failed(http.post(route, content=b"{}", headers={"content-type": "application/json", "content-encoding": "br"}), 415)
 
 
@@ -143,6 +144,9 @@ def test_V2_health_and_metadata(http):
     for base in (V2, f"{V2}/versions/{version}"):
         assert http.get(base + "/ready").json() == {"name": NAME, "ready": True}
         assert http.get(base + "/stats").json()["model_stats"][0]["name"] == NAME
+        config = http.get(base + "/config").json()
+        assert config["name"] == NAME and config["max_batch_size"] >= 1
+        assert config["input"] == [{"name": "x", "data_type": "TYPE_FP32", "dims": [2]}] and config["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": [2]}]
     assert http.get("/v2/models/stats").json()["model_stats"]
     assert NAME in http.get("/v2/models").json()["models"]
     assert http.post("/v2/repository/index", json={"ready": True}).json()[0]["state"] == "READY"
@@ -227,12 +231,47 @@ def test_V8_another_name_is_404(http, name):
         failed(http.post(path, json=v2([[1, 2]])), 404)
 
 
+def test_V8_a_name_in_the_body_is_the_served_one(http):
+    for path in (V2, f"{V2}/versions/1"):
+        for names in ({"model_name": NAME}, {"model_name": NAME, "model_version": "1"}, {"model_name": None, "model_version": None}, {"model_name": "", "model_version": ""}):
+            assert from_v2(http.post(path + "/infer", json=v2([[1, 2]], **names)).json()) == [[2, 4]]
+        for names in ({"model_name": "nope"}, {"model_name": NAME.upper()}, {"model_name": "../" + NAME}, {"model_version": "2"}, {"model_name": NAME, "model_version": "01"}):
+            failed(http.post(path + "/infer", json=v2([[1, 2]], **names)), 404)
+            failed(http.post(path + "/infer", **binary(np.ones((1, 2), "<f4"), **names)), 404)
+        for names in ({"model_name": 7}, {"model_version": 1}, {"model_version": ["1"]}):
+            failed(http.post(path + "/infer", json=v2([[1, 2]], **names)), 400)
+
+
+@pytest.mark.parametrize("change, status", [({"parameters": None}, 200), ({"parameters": {}}, 200), ({"parameters": {"content_type": "np"}}, 200), ({"parameters": {"content_type": "np", "custom": 1}}, 200),
+                                            ({"parameters": {"content_type": "str"}}, 400), ({"parameters": {"content_type": "base64"}}, 400), ({"parameters": {"content_type": "datetime"}}, 400)], ids=str)
+def test_V4_a_codec_is_followed_or_refused(http, change, status):
+    body = v2([[1, 2]], id=None, outputs=None)
+    body["inputs"][0] |= change
+    r = http.post(V2 + "/infer", json=body)
+    assert from_v2(r.json()) == [[2, 4]] if status == 200 else failed(r, status) is None
+
+
 # ---- V1, MLflow, SageMaker
 
 
 def test_V1_lists_and_describes(http):
     assert NAME in http.get("/v1/models").json()["models"]
-    assert http.get(f"/v1/models/{NAME}").json() == {"name": NAME, "ready": True}
+    for path in (f"/v1/models/{NAME}", f"/v1/models/{NAME}/versions/1"):
+        assert http.get(path).json() == {"name": NAME, "ready": True, "model_version_status": [{"version": "1", "state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}]}
+        found = http.get(path + "/metadata").json()
+        assert found["model_spec"]["name"] == NAME and list(found["metadata"]["signature_def"]["signature_def"]["serving_default"]["inputs"]) == ["x"]
+    for path in (f"/v1/models/{NAME}/versions/2", f"/v1/models/{NAME}/versions/2/metadata", "/v1/models/nope/metadata"):
+        failed(http.get(path), 404)
+    for path in (f"/v1/models/{NAME}/versions/2:predict", f"/v1/models/{NAME}/labels/stable:predict"):
+        failed(http.post(path, json={"instances": [[1, 2]]}), 404)
+
+
+def test_V1_takes_what_its_clients_send(http):
+    "curl without a type as TensorFlow Serving's pages show it, and Vertex AI's parameters"
+    for media in ("application/json", "application/x-www-form-urlencoded", "APPLICATION/JSON; charset=utf-8"):
+        r = http.post(f"/v1/models/{NAME}:predict", content=b'{"instances": [[1, 2]], "parameters": {"confidence": 0.5}}', headers={"content-type": media})
+        assert r.status_code == 200 and r.json() == {"predictions": [[2, 4]]}, r.text
+    failed(http.post(f"/v1/models/{NAME}:predict", json={"instances": [{"b64": "AAAAAA=="}]}), 400)
 
 
 def test_mlflow_s_formats(http):
@@ -242,6 +281,33 @@ def test_mlflow_s_formats(http):
         r = http.post("/invocations", json=body)
         assert r.status_code == 200 and r.json() == want, r.text
     failed(http.post("/invocations", json={"inputs": [[1, 2]], "instances": [[1, 2]]}), 400)
+    assert http.post("/invocations", json={"inputs": [[1, 2]], "params": {"temperature": 1}}).json() == want
+    failed(http.post("/invocations", json={"inputs": [[1, 2]], "params": [1]}), 400)
+
+
+SENT = {"json": b"[[1, 2], [3, 4]]", "objects": b' [{"x": [1, 2]}, {"x": [3, 4]}]', "csv": b"1,2\n3,4\n", "lines": b"[1, 2]\n[3, 4]\n", "named lines": b'{"x": [1, 2]}\r\n{"x": [3, 4]}'}
+MEDIA = {"json": "application/json", "csv": "text/csv", "lines": "application/jsonlines"}
+
+
+@pytest.mark.parametrize("answer", [None, "*/*", "application/json", "text/csv", "application/jsonlines"], ids=str)
+@pytest.mark.parametrize("body", SENT)
+def test_sagemaker_s_forms(http, body, answer):
+    media = MEDIA.get(body.split()[-1], "application/json")
+    r = http.post("/invocations", content=SENT[body], headers={"content-type": media} | ({"accept": answer} if answer else {}))
+    assert r.status_code == 200, r.text
+    form = answer if answer in ("text/csv", "application/jsonlines") else "application/json"
+    want = {"text/csv": b"2.0,4.0\n6.0,8.0\n", "application/jsonlines": b"[2.0,4.0]\n[6.0,8.0]\n", "application/json": b'{"predictions":[[2.0,4.0],[6.0,8.0]]}'}
+    assert (r.headers["content-type"], r.content) == (form, want[form])
+
+
+@pytest.mark.parametrize("media, body, rows", [
+    ("text/csv", b"1,2\n", 1), ("text/csv", b"1,2", 1), ("text/csv; header=present", b"a,b\n1,2\n", 1), ("text/csv; header=absent", b"1,2\n3,4", 2), ("text/csv", b"1,2\r\n3,4\r\n\r\n", 2),
+    ("text/csv", b"a,b\n1,2\n", 400), ("text/csv", b"x\n1\n", 400), ("text/csv", b"1,2\n\n3,4\n", 400), ("text/csv", b"1,\n3,4", 400), ("text/csv", b"", 400), ("text/csv; header=maybe", b"1,2", 415),
+    ("application/jsonlines", b"[1, 2], [3, 4]", 400), ("application/jsonlines", b"[1, 2]\n\n[3, 4]", 400), ("application/jsonlines", b"[1, 2]\n{}", 400), ("application/jsonlines", b"", 400),
+    ("application/json", b"[[1, 2]], \"params\": {}", 400), ("application/json", b"[1, 2]", 400), ("application/json", b"[]", 400), ("application/x-npy", b"", 415)])
+def test_V10_as_many_answers_as_rows_or_a_refusal(http, media, body, rows):
+    r = http.post("/invocations", content=body, headers={"content-type": media})
+    assert len(r.json()["predictions"]) == rows if rows < 400 else failed(r, rows) is None
 
 
 # ---- the whole

@@ -20,16 +20,29 @@ import test_batcher
 import test_conformance
 import test_decoding
 import test_endurance
+import test_evaluation
 import test_http_limits
+import test_invariance
+import test_isolation
 import test_pipelining
+import test_platforms
 import test_protocol
+import test_reference
 import test_server
+import torch
 
 HERE = Path(__file__).parent
-H, C, P, B, S, D = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance
-I, K = test_decoding, test_pipelining
+H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
+T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
+Y, K = test_decoding, test_pipelining
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
+    ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "DID NOT RAISE"),
+    ("A1", R.test_A1_no_way_out_of_a_tensor_is_missed, {"read": lambda x: x * torch.tensor([x.max(), 1, 1])}, "only_the_dispatcher_is_heard", "DID NOT RAISE"),
+    ("A1", R.test_A1_what_depends_on_sizes_is_no_refusal, {"name": "hand-written"}, "sizes_are_values", "Refused.*x.ndim"),
+    ("A1", R.test_A1_the_live_model_answers_held_back_rows_and_the_saved_one_must_agree, {}, "the_saved_program_answers_held_back_rows", "DID NOT RAISE"),
+    ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
+    ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
     ("N1", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N1 a head that drips", "room": True, "clients": 25, "duration": 3}, "no_deadline_for_a_head", "ended by the server"),
@@ -57,10 +70,10 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N10", H.test_N10_a_path_has_one_spelling, {"path": "/v2/%2e%2e/metrics"}, "other_spellings_are_mended", "text/plain|200"),
     ("N10", C.test_nothing_is_at_other_paths, {}, "an_administration_route", "405 == 404"),
     ("N10", S.test_no_route_administers_takes_a_url_or_unpickles, {}, "an_administration_route", "load"),
-    ("N11", I.test_N11_compressed_bodies_that_inflate_a_thousandfold_are_413_and_disturb_nobody, {}, "the_path_is_chosen_by_what_travels", "liveness took|None|" + HELD),
-    ("N11", I.test_N11_one_body_of_json_over_its_limit_is_413_before_it_is_read, {}, "json_has_no_limit_of_its_own", HELD),
-    ("N11", I.test_N11_what_is_long_to_read_disturbs_nobody, {}, "everything_is_read_in_this_process", "liveness took|gibibyte|None|" + HELD),
-    ("N11", I.test_N11_all_requests_share_one_budget, {}, "what_is_decoded_is_not_counted", r"\{200\} == \{200, 503\}|\[200"),
+    ("N11", Y.test_N11_compressed_bodies_that_inflate_a_thousandfold_are_413_and_disturb_nobody, {}, "the_path_is_chosen_by_what_travels", "liveness took|None|" + HELD),
+    ("N11", Y.test_N11_one_body_of_json_over_its_limit_is_413_before_it_is_read, {}, "json_has_no_limit_of_its_own", HELD),
+    ("N11", Y.test_N11_what_is_long_to_read_disturbs_nobody, {}, "everything_is_read_in_this_process", "liveness took|gibibyte|None|" + HELD),
+    ("N11", Y.test_N11_all_requests_share_one_budget, {}, "what_is_decoded_is_not_counted", r"\{200\} == \{200, 503\}|\[200"),
     ("N12", K.test_N12_whatever_comes_in_whatever_pieces_each_is_answered_in_order, {}, "two_waiting_requests_stop_the_reading", "never goes on|nothing is read"),
     ("N12", K.test_N12_a_client_that_leaves_at_any_point_leaves_nothing, {}, "what_waits_outlives_its_client", "waiting|receiving|answer to nobody"),
     ("N12", K.test_N12_two_requests_in_one_write_and_then_a_third, {}, "two_waiting_requests_stop_the_reading", HELD + "|NoneType"),
@@ -82,8 +95,14 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("V7", P.test_v7_fuzzed_binary_bodies_are_refused_or_meet_the_contract, {}, "the_length_of_a_header_is_believed", "crash"),
     ("V7", C.test_V7_a_header_length_that_lies_is_400_and_the_next_request_is_right, {"header": "abc"}, "the_length_of_a_header_is_believed", "500 == 400"),
     ("V7", C.test_V7_a_tensor_size_that_lies_is_400, {"size": 12}, "the_size_of_a_tensor_is_believed", "200 == 400"),
+    ("V4", C.test_V4_a_codec_is_followed_or_refused, {"change": {"parameters": {"content_type": "datetime"}}, "status": 400}, "a_codec_is_passed_over", "200 == 400"),
+    ("V8", C.test_V8_a_name_in_the_body_is_the_served_one, {}, "a_name_in_the_body_is_not_read", "200 == 404"),
     ("V8", C.test_V8_another_name_is_404, {"name": "nope"}, "a_name_is_a_path", "200 == 404"),
     ("V8", S.test_V8_no_name_opens_a_file, {"name": "nope"}, "a_name_is_a_path", "package.lock"),
+    ("V10", C.test_V10_as_many_answers_as_rows_or_a_refusal, {"media": "text/csv", "body": b"1,2\n\n3,4\n", "rows": 400}, "empty_lines_are_skipped", "200 == 400"),
+    ("V10", C.test_V10_as_many_answers_as_rows_or_a_refusal, {"media": "text/csv", "body": b"a,b\n1,2\n", "rows": 400}, "a_first_line_that_is_no_row_is_a_header", "200 == 400"),
+    ("V10", P.test_malformed, {"name": "V10-csv-features"}, "a_first_line_that_is_no_row_is_a_header", "DID NOT RAISE"),
+    ("V10", P.test_V10_no_row_is_lost_or_invented_in_csv_and_json_lines, {}, "a_text_may_end_its_line", "distinct failures|CSV|cells"),
     ("V9", S.test_V9_no_error_tells_what_is_inside, {}, "an_error_tells_all_it_knows", "1024|canary"),
     ("E1", S.test_E1_one_poisoned_request_fails_alone, {}, "a_batch_fails_as_a_whole", "right"),
     ("E2", S.test_E2_a_value_that_is_no_number_fails_its_request_alone, {}, "what_is_no_number_is_passed_on", "500 if i == 3"),
@@ -100,6 +119,23 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("E10", S.test_E10_a_killed_worker_is_replaced_and_five_times_in_a_minute_is_the_end, {}, "the_dead_are_replaced_for_ever", HELD),
     ("E11", B.test_E11_the_wall_clock_may_jump, {"jump": 3600}, "deadlines_by_the_wall_clock", "done"),
     ("E11", S.test_E11_a_log_that_nobody_reads_stops_nothing, {}, "a_line_waits_for_its_reader", "not ready"),
+    ("E12", X.test_E12_whatever_a_handler_raises_is_one_500, {"deed": 0, "before": True}, "what_is_no_exception_of_a_handler_is_passed_on", "internal error"),
+    ("E12", X.test_E12_a_long_sentence_of_a_handler_is_cut_to_a_kilobyte, {}, "an_error_of_any_length", "1024"),
+    ("E12", X.test_E12_a_handler_that_ends_its_process_is_a_crash_and_is_replaced, {"deed": "exit 0", "how": "code 0"}, "every_end_with_a_code_is_meant", "ready|None"),
+    ("E12", X.test_E12_five_deaths_name_what_killed_the_last, {}, "every_end_with_a_code_is_meant", "SIGSEGV"),
+    ("E12", X.test_E12_a_death_while_it_stops_is_not_exit_0, {}, "every_end_with_a_code_is_meant", "0 == 75"),
+    ("E12", X.test_E12_what_a_handler_changes_for_everybody_disturbs_nobody, {"deed": "stderr"}, "lines_go_wherever_stderr_goes", "still hears"),
+    ("E12", X.test_E12_what_a_handler_changes_for_everybody_disturbs_nobody, {"deed": "stop child"}, "a_child_keeps_what_its_parent_had", "refused|Error|assert"),
+    ("E12", X.test_E12_eight_handlers_that_hang_starve_nobody, {}, "handlers_take_the_threads_of_large_bodies", "timed out"),
+    ("E12", X.test_E12_eight_handlers_that_hang_starve_nobody, {}, "a_stuck_handler_is_left_alone", HELD),
+    ("E12", X.test_E12_one_that_hangs_is_told_504_at_its_own_deadline, {}, "a_handler_has_no_deadline", "timed out"),
+    ("E12", X.test_E12_a_child_of_a_handler_keeps_no_port_and_no_connection, {}, "a_child_keeps_what_its_parent_had", "holds no client|timed out"),
+    ("E13", X.test_E13_a_pause_of_the_whole_server_is_no_hang_and_costs_nobody_an_answer, {"seconds": 4}, "a_pause_is_taken_for_a_hang", "refused|200|408|NoneType|reset"),
+    ("E13", X.test_E13_a_pause_of_the_whole_server_is_no_hang_and_costs_nobody_an_answer, {"seconds": 4}, "connections_are_late_after_a_pause", "408|NoneType|reset|Broken"),
+    ("E13", X.test_E13_a_long_request_runs_in_turns_with_others_and_is_no_hang, {"rows": 100_000}, "a_long_request_is_one_batch", HELD + "|reset|Error"),
+    ("E13", X.test_E13_of_a_long_request_that_nobody_waits_for_no_more_is_run, {"how": "client gone"}, "nobody_hears_a_client_leave", "only proofs"),
+    ("L8", X.test_L8_from_ready_on_nothing_is_opened, {}, "nothing_is_asked_before_ready", "openat"),
+    ("L8", X.test_L8_under_a_limit_of_processes_it_is_able_or_never_ready, {"most": 8}, "threads_start_with_the_first_request", "assert"),
     ("L1", S.test_L1_while_it_loads_it_lives_and_is_not_ready, {}, "ready_while_it_loads", r"\(200, 503\)|\(503, 503\)"),
     ("L2", S.test_L2_a_load_that_fails_ends_with_its_code, {}, "the_digest_is_not_compared", HELD),
     ("L2", S.test_L2_a_wrong_setting_or_argument_ends_with_2, {}, "unknown_settings_are_passed_over", HELD),
@@ -110,6 +146,18 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("L5", S.test_L5_a_signal_during_the_load_ends_it_at_once, {}, "a_signal_waits_for_the_load", HELD),
     ("L5", S.test_L5_a_second_signal_does_not_wait, {}, "a_second_signal_is_not_heard", HELD),
     ("L5", S.test_L5_a_killed_parent_leaves_no_worker_and_its_port_is_free, {}, "a_worker_outlives_its_parent", HELD),
+    ("A2", I.test_A2_a_row_that_depends_on_its_company_is_refused, {"name": "over the batch", "rows": 1}, "rows_are_asked_beside_rows_like_theirs", "DID NOT RAISE"),
+    ("A2", I.test_A2_requests_whose_rows_belong_together_are_never_joined_and_never_cut, {}, "requests_are_always_joined", "wholes"),
+    ("A2", I.test_A2_recorded_rows_are_asked_in_the_calls_of_the_reference, {}, "recorded_rows_are_asked_by_thirty_two", "held-back"),
+    ("A3", I.test_A3_a_model_that_works_in_place_changes_no_array_of_anybody, {"format": "torchscript"}, "memory_is_shared_with_the_model", "before|otherwise|differ"),
+    ("A3", I.test_A3_an_answer_is_not_overwritten_by_the_next, {}, "memory_is_shared_with_the_model", "first == 1"),
+    ("A3", I.test_A3_a_model_that_writes_to_what_it_keeps_is_refused, {}, "writes_of_the_model_are_not_counted", "DID NOT RAISE"),
+    ("A3", I.test_A3_an_answer_that_json_cannot_carry_is_refused_at_save, {"word": "-Infinity"}, "what_is_no_number_is_saved", "DID NOT RAISE"),
+    ("A3", I.test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route, {}, "what_is_no_number_is_null", "null"),
+    ("A3", V.test_A3_the_order_of_the_model_is_kept_by_every_file_and_program, {"format": "torchscript", "model": V.Columns()}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
+    ("A3", V.test_A3_golden_inputs_keep_the_order_of_the_call, {"format": "torchscript"}, "arrays_come_back_in_the_order_of_the_alphabet", "part"),
+    ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
+    ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
 ]
 
 

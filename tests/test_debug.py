@@ -27,7 +27,7 @@ def leaves_nothing(engine):
     assert not engine.images.list(filters={"label": "io.mlserve.debug"})
 
 
-LOOK = """py-spy dump --pid 1; timeout 5 strace -f -p 1 -e trace=all 2>&1 | head -3; gdb -p 1 -batch -ex bt 2>&1 | tail -1
+LOOK = """py-spy dump --pid $(workers); timeout 5 strace -f -p 1 -e trace=all 2>&1 | head -3; gdb -p 1 -batch -ex bt 2>&1 | tail -1
 curl -s -o /dev/null -w 'ready %{http_code}\\n' http://127.0.0.1:8080/v2/health/ready; ls /proc/1/root/models/package/MLmodel; exit 3"""
 
 
@@ -37,7 +37,7 @@ def test_beside_a_hardened_server_its_stack_its_calls_and_its_answers_are_seen(r
     wait_healthy(container)
     done = mlserve("debug", release["image"], "--container", container.id, "--command", LOOK, env=tools)
     assert done.returncode == 3, done.stderr[-3000:]
-    assert "mlserve/serving/server.py" in done.stdout and "Process 1 attached" in done.stdout and "detached" in done.stdout
+    assert "mlserve/serving/worker.py" in done.stdout and "Process 1 attached" in done.stdout and "detached" in done.stdout
     assert "ready 200" in done.stdout and "/proc/1/root/models/package/MLmodel" in done.stdout
     assert f"beside {container.name}" in done.stderr
     container.reload()

@@ -545,3 +545,62 @@ def test_a_server_that_is_given_another_digest_is_never_ready(s3, package, tmp_p
         env = {**s3.env(), **asked_for(uri, digest, tmp_path / "cache", MLSERVE_PORT=0, MLSERVE_HOST="127.0.0.1"), **more}
         done = run(sys.executable, "-m", "mlserve.serving.server", env={k: str(v) for k, v in env.items()}, timeout=60)
         assert done.returncode == last_json(done.stderr)["code"] == code and '"ready"' not in done.stdout + done.stderr
+
+
+# W12: answers without end, and connections that never last
+
+@pytest.fixture
+def endless():
+    "A server of this machine that answers everything without end, with a length or without"
+    class Endless(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        sent = 0
+
+        def do_GET(self):
+            self.send_response(206 if "Range" in self.headers else 200)
+            if self.server.announced:
+                self.send_header("Content-Length", str(2**40))
+            self.send_header("Content-Range", f"bytes 0-{2**40 - 1}/{2**40}")
+            self.send_header("ETag", '"1"')
+            self.end_headers()
+            while True:
+                try:
+                    self.wfile.write(b" " * 2**16)
+                except OSError:
+                    self.close_connection = True
+                    return
+                Endless.sent += 2**16
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    server.daemon_threads, server.announced, server.counter = True, True, Endless
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_an_answer_without_end_stops_at_its_limit(store, uri, settings, endless, announced, monkeypatch):
+    "The lock of a store, and the registry's own answer: little is read, and memory is flat"
+    import resource
+    endless.announced = announced
+    use(monkeypatch, store, port=endless.server_address[1])
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises((Refused, IntegrityError, RemoteUnavailable)) as e:
+        open_package(settings(uri, MLSERVE_FETCH_SECONDS=20))
+    assert e.value.code in (5, 8), e.value
+    assert time.monotonic() - start < 15
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 100e6
+    assert endless.counter.sent < 200e6
+
+
+def test_a_download_that_is_cut_all_the_time_goes_on_from_where_it_was(store, uri, package, settings, tmp_path):
+    "Every connection ends after some thousand bytes of its answer, and the budget is far shorter than the whole"
+    store.proxy.every = 2500
+    try:
+        opened = open_package(settings(uri, MLSERVE_FETCH_SECONDS=20))
+    finally:
+        store.proxy.every = None
+    assert tree(opened.path) == tree(package.path)

@@ -315,6 +315,255 @@ def test_example_inputs_of_tensors_only_are_allowed(tmp_path):
     assert (package.path / "model.pt2").read_bytes() == (tmp_path / "theirs.pt2").read_bytes()
 
 
+# ---- W11: programs that reach out of the model, and weights that are not there
+
+class Reads(nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x):
+        return torch.from_file(self.path, False, 4, dtype=torch.float32) + x
+
+
+class Writes(nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x):
+        if float(x.sum()) < 1e9:
+            torch.save(x, self.path)
+        return x
+
+
+class Prints(nn.Module):
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x):
+        print("forged", self.path)
+        return x
+
+
+class Other(Prints):
+    "The forward is honest; another method is not"
+
+    def forward(self, x):
+        return x
+
+    @torch.jit.export
+    def debug(self, x):
+        print("forged", self.path)
+        return x
+
+
+@torch.jit.script
+def spy(x, path: str):
+    return x + torch.from_file(path, False, 4, dtype=torch.float32)
+
+
+class Calls(Prints):
+    def forward(self, x):
+        return spy(x, self.path)
+
+
+class Forks(Prints):
+    "In a submodule, in a forked function"
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.inner = Writes(path)
+
+    def forward(self, x):
+        return torch.jit.wait(torch.jit.fork(self.inner, x))
+
+
+class Trusts(Prints):
+    "An operator that takes positions in memory without a look at them"
+
+    def forward(self, x):
+        return torch.sparse_coo_tensor(torch.zeros(2, 1, dtype=torch.int64) + 10**9, torch.ones(1), [4, 4]).to_dense() + x
+
+
+@pytest.mark.parametrize("kind", [Reads, Writes, Prints, Other, Calls, Forks, Trusts])
+def test_a_program_that_reaches_out_of_the_model_is_refused_before_it_runs(kind, packages, tmp_path, capfd):
+    "At save, live and from a file, and at the start of a server"
+    from dataclasses import replace
+    (tmp_path / "secret").write_bytes(np.ones(4, np.float32).tobytes())
+    path = tmp_path / ("secret" if kind in (Reads, Calls) else "written")
+    module = torch.jit.script(kind(str(path)))
+    module.save(str(tmp_path / "model.pt"))
+    for model in (module, tmp_path / "model.pt"):
+        with pytest.raises(Refused, match="which is not on the list") as e:
+            save_package(model, tmp_path / "p", "net", {"x": torch.ones(3, 4)}, ["y"])
+        assert e.value.code == 8
+    with pytest.raises(Refused, match="which is not on the list"):
+        load_model(replace(packages["torchscript"], path=tmp_path), claim("cpu"))
+    assert not (tmp_path / "written").exists() and not (tmp_path / "p").exists() and "forged" not in capfd.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory):
+    "A TorchScript file with a default, and with layers that unpack their weights while they are loaded"
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}, torch.qint8)
+
+        def forward(self, x, k: int = 3):
+            return self.line(x) + k
+    file = tmp_path_factory.mktemp("scripted") / "adds.pt"
+    torch.jit.script(Adds().eval()).save(str(file))
+    return file
+
+
+def early(mark):
+    "Changes of a program's text after which it would do something while it is loaded"
+    made = f'torch.from_file("{mark}", True, 4, dtype=0)'
+    return {"a default": ("k: int=3", f"k: Tensor={made}"), "a default by another name": ("k: int=3", f'k: Tensor=getattr(torch, "from_" "file")("{mark}", True, 4, dtype=0)'),
+            "a state": ("ops.quantized.linear_prepack(", f'{made}\n    _99 = ops.quantized.linear_prepack('), "a print": ("ops.quantized.linear_prepack(", 'print("forged")\n    _99 = ops.quantized.linear_prepack('),
+            "a native class": ("ops.quantized.linear_prepack(", "__torch__.torch.classes.profiling._ScriptProfile()\n    _99 = ops.quantized.linear_prepack(")}
+
+
+def changed(source, target, old, new):
+    "The archive with a text of its code replaced"
+    def change(entries):
+        for name in [n for n in entries if n.endswith(".py")]:
+            entries[name] = re.sub(rf"_?\w* = {re.escape(old)}" if old.startswith("ops") else re.escape(old),
+                                   lambda m: ("_98 = " if old.startswith("ops") else "") + new, entries[name].decode()).encode()
+    rewrite(source, target, change)
+    with zipfile.ZipFile(target) as z:
+        assert any(new.encode() in z.read(n) for n in z.namelist()), "the change did not happen"
+
+
+@pytest.mark.parametrize("what", early("x"))
+def test_code_that_runs_while_it_is_loaded_is_refused_from_its_text(what, scripted, tmp_path, capfd):
+    read_program(scripted, "torchscript")
+    changed(scripted, tmp_path / "adds.pt", *early(tmp_path / "made")[what])
+    with pytest.raises(Refused, match="adds.pt"):
+        read_program(tmp_path / "adds.pt", "torchscript")
+    assert not (tmp_path / "made").exists() and "forged" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["a default", "a default by another name"])
+def test_torchs_own_loader_would_have_run_that_too(what, scripted, tmp_path):
+    changed(scripted, tmp_path / "adds.pt", *early(tmp_path / "made")[what])
+    torch.jit.load(str(tmp_path / "adds.pt"))
+    assert (tmp_path / "made").exists()
+
+
+def honest():
+    "Modules of many kinds, traced, scripted and quantized"
+    x, words, sequence = torch.rand(2, 3, 32, 32), torch.randint(0, 9, (2, 7)), torch.rand(2, 5, 8)
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    yield "a convolution", conv, (x,)
+    yield "an embedding", nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(28, 2)), (words,)
+    yield "an encoder", nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2), (sequence,)
+    yield "attention", nn.MultiheadAttention(8, 2, batch_first=True), (sequence, sequence, sequence)
+    yield "resizing", nn.Upsample(scale_factor=2.0, mode="bilinear"), (x,)
+    yield "dynamic int8", torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 4)), {nn.Linear}, torch.qint8), (sequence,)
+    yield "dynamic float16", torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 4)), {nn.Linear}, torch.float16), (sequence,)
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    prepared = prepare_fx(conv.eval(), get_default_qconfig_mapping("x86"), (x,))
+    prepared(x)
+    yield "static int8", convert_fx(prepared), (x,)
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2Model, ViTConfig, ViTForImageClassification
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    yield "BERT", BertForSequenceClassification(BertConfig(vocab_size=99, **small)), (words,)
+    yield "GPT-2", GPT2Model(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=99, bos_token_id=0, eos_token_id=0)), (words,)
+    yield "ViT", ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **small)), (x,)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_programs_of_many_kinds_are_on_the_list(tmp_path):
+    ran = 0
+    for what, module, example in honest():
+        module.eval()
+        for make in (lambda: torch.jit.trace(module, example, strict=False, check_trace=False), lambda: torch.jit.script(module)):
+            try:
+                with torch.no_grad():
+                    program = make()
+            except Exception:  # not every module can be scripted
+                continue
+            program.save(str(tmp_path / "model.pt"))
+            program = read_program(tmp_path / "model.pt", "torchscript").module
+            with torch.no_grad():
+                program(*example)
+            ran += 1
+    assert ran >= 15
+
+
+def shorter(package, target):
+    "The model of a package with less data than its description says"
+    good, format = package.path / package.file, package.format
+    if format == "torchscript":
+        rewrite(good, target, lambda e: e.update({"data/0": e["data/0"][:1]}))
+    elif format == "export":
+        rewrite(good, target, lambda e: e.update({"data/weights/weight_0": e["data/weights/weight_0"][:4]}))
+    elif format == "onnx":
+        import onnx
+        model = onnx.load(good)
+        weights = next(t for t in model.graph.initializer if t.raw_data)
+        weights.raw_data = weights.raw_data[:4]
+        target.write_bytes(model.SerializeToString())
+    else:
+        target.write_bytes(good.read_bytes()[:-4])
+    return target
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_weights_that_are_shorter_than_they_say_are_refused(format, packages, tmp_path):
+    package = packages[format]
+    file = shorter(package, tmp_path / package.file)
+    with pytest.raises(Refused, match=file.name) as e:
+        read_program(file, format, build=net)
+    assert e.value.code == 8
+    with pytest.raises((Refused, UsageError)):
+        save(tmp_path / "p", format, file)
+
+
+def test_torch_would_have_answered_with_memory_that_is_not_the_models(packages, tmp_path):
+    loaded = torch.jit.load(str(shorter(packages["torchscript"], tmp_path / "model.pt")))
+    assert next(loaded.parameters()).untyped_storage().nbytes() > 1
+
+
+@pytest.mark.parametrize("what, change", {
+    "an empty weight": lambda e: e.update({"data/weights/weight_0": b""}),
+    "a larger shape": lambda e: e.update({"data/weights/model_weights_config.json": e["data/weights/model_weights_config.json"].replace(b'"as_int": 3', b'"as_int": 3000')}),
+    "a description that is none": lambda e: e.update({"data/weights/model_weights_config.json": b"[" * 10**5})}.items())
+def test_an_exported_archive_that_lies_about_its_weights_is_refused(what, change, packages, tmp_path):
+    rewrite(packages["export"].path / "model.pt2", tmp_path / "model.pt2", change)
+    with pytest.raises(Refused, match="model.pt2"):
+        read_program(tmp_path / "model.pt2", "export")
+
+
+def test_an_archive_that_inflates_or_says_two_things_is_refused(packages, tmp_path):
+    "1.6 MB that become 1.6 GB are refused by their sizes, before a byte is inflated"
+    good = packages["torchscript"].path / "model.pt"
+    with zipfile.ZipFile(good) as z:
+        pairs = [(i, z.read(i)) for i in z.namelist()]
+
+    def archive(*more, **how):
+        with zipfile.ZipFile(tmp_path / "model.pt", "w", **how) as z:
+            for name, data in [*pairs, *more]:
+                z.writestr(name, data)
+        return tmp_path / "model.pt"
+    read_program(archive(), "torchscript")
+    root = pairs[0][0].split("/")[0]
+    for file in (lambda: archive((f"{root}/data/99", bytes(16 * 10**7)), compression=zipfile.ZIP_DEFLATED), lambda: archive((f"{root}/extra/x", b""), (f"{root}/Extra/x", b"")),
+                 lambda: archive((f"{root}/code/zeros.py", bytes(10**8)), compression=zipfile.ZIP_DEFLATED), lambda: archive(("other/data.pkl", b""))):
+        path = file()
+        import tracemalloc
+        tracemalloc.start()
+        with pytest.raises(Refused, match="model.pt"):
+            read_program(path, "torchscript")
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+        tracemalloc.stop()
+
+
 # ---- ONNX reads nothing outside its package
 
 @pytest.fixture(scope="module")

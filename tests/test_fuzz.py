@@ -41,7 +41,7 @@ def canaries(tmp_path_factory):
             return x * 2
     folder = tmp_path_factory.mktemp("canary-in-the-path")
     save_package(Double().eval(), folder / NAME, NAME, {"x": torch.zeros(4, 2)}, ["y"])
-    with Server(folder / NAME, folder, real=True, ui=True, max_body=100_000, head_seconds=1, body_seconds=1, CANARY_IN_THE_ENVIRONMENT="canary-in-the-environment") as s:
+    with Server(folder / NAME, folder, real=True, ui=True, model_version=1, max_body=100_000, head_seconds=1, body_seconds=1, CANARY_IN_THE_ENVIRONMENT="canary-in-the-environment") as s:
         yield s
 
 
@@ -237,7 +237,7 @@ def test_all_fuzzed_input_is_counted(scale, canaries, tmp_path, capsys):
 @pytest.mark.parametrize("part, bug, sees", [("sockets", "json_as_the_standard_library_reads_it", "500"), ("schemathesis", "an_error_tells_all_it_knows", "canary"),
                                              ("sockets", "an_error_tells_all_it_knows", "canary")])
 def test_V9_control_a_server_that_fails_or_tells_is_seen(double, tmp_path, part, bug, sees):
-    with Server(double, tmp_path, ui=True, head_seconds=1, body_seconds=1, FAKE_SECONDS=0, FAKE_PLANT=bug, CANARY_IN_THE_ENVIRONMENT="canary") as s:
+    with Server(double, tmp_path, ui=True, model_version=1, head_seconds=1, body_seconds=1, FAKE_SECONDS=0, FAKE_PLANT=bug, CANARY_IN_THE_ENVIRONMENT="canary") as s:
         with pytest.raises(AssertionError) as caught:
             globals()[part](2_000, server=s)
         assert sees in str(caught.value)

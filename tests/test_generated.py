@@ -26,6 +26,17 @@ def copy(tmp_path_factory):
     return to
 
 
+def test_the_environment_is_the_pinned_one_and_its_torch_is_the_cpus():
+    "Whichever installer made it; torch with CUDA would be gigabytes that nothing here uses"
+    from importlib.metadata import distributions
+
+    import torch
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version.partition("+")[0] for d in distributions()}
+    assert not {n: v for n, v in installed.items() if pinned.get(n, v) != v}
+    assert torch.version.cuda is None and not [n for n in installed if n.startswith("nvidia-")]
+
+
 def differences(copy, *names):
     return [str(p.relative_to(copy)) for name in names for p in sorted((copy / name).rglob("*") if (copy / name).is_dir() else [copy / name])
             if p.is_file() and "__pycache__" not in p.parts and p.read_bytes() != (ROOT / p.relative_to(copy)).read_bytes()]

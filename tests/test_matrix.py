@@ -119,7 +119,7 @@ def test_a_release_without_torch_from_a_store_or_the_registry(environment, packa
     result = json.loads(done.stdout)
     digest = result["package"].removeprefix("sha256:")
     assert result["place"] == f"{place.root}/released/{digest}" if kind == "s3" else result["place"].startswith("models:/m-")
-    assert result["aliases"] == ["candidate"] and result["accuracy"]["container"] == 1
+    assert result["aliases"] == ["candidate"] and result["metrics"]["accuracy"]["container"] == 1
     assert "hunter2" not in done.stdout + done.stderr + "".join(open(p).read() for p in result["evidence"])
     torch = build(packages["torchscript"], "baked").size_mb
     print(f"edge image {result['image_mb']} MB, torch image {torch} MB")

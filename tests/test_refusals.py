@@ -157,16 +157,22 @@ def test_two_first_commands_share_a_new_store(tmp_path):
     assert len({out for out, _ in said}) == 1 and said[0][0].strip(), said
 
 
-def test_a_regression_has_no_accuracy(environment, tracking, tmp_path):
-    "And none can be asked for"
+def test_a_regression_is_measured_by_its_errors(environment, tracking, tmp_path):
+    "An accuracy that is asked of it is refused before anything is built"
     done = mlserve("release", NOTEBOOKS / "price.ipynb", "--json", env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["accuracy"] is None and result["check"]["rows"] == 64 and any("no classes" in w for w in result["warnings"])
-    assert "warning: The labels are no classes" in done.stderr
+    assert list(result["metrics"]) == ["rmse", "mae", "r2"] and result["check"]["rows"] == 64
+    assert result["check"]["reading"] == "'price' as numbers"
+    rmse = result["metrics"]["rmse"]
+    assert rmse["container"] == pytest.approx(rmse["notebook"], rel=1e-3) and rmse["production"] is None
+    assert rmse["container"] > rmse["baseline"] and any("no better than" in w for w in result["warnings"])  # it was never trained
+    assert "warning: The model is no better than" in done.stderr
     [version] = versions(tracking, "price")
     assert version.tags["mlserve.contract"] == "x FP32[-1,4] → price FP32[-1,1]"
-    refused(mlserve("release", beside(tmp_path, "price", "min_accuracy = 0.9\n"), env=environment), 3, "are no classes", "min_accuracy")
+    gated = beside(tmp_path, "price", "[gates]\nmin = {accuracy = 0.9}\n")
+    refused(mlserve("release", gated, env=environment), 2, "accuracy", "'price' as numbers", "allowed: rmse, mae, r2")
+    assert versions(tracking, "price") == [version]
 
 
 def test_a_golden_output_that_is_wrong_fails_the_check(environment, tracking):
@@ -183,13 +189,39 @@ def beside(folder, name, spec):
     return folder / f"{name}.ipynb"
 
 
-def test_an_accuracy_that_is_not_reached_fails_the_check(environment, tracking, tmp_path):
-    refused(mlserve("release", beside(tmp_path, "guessing", "min_accuracy = 0.9\n"), "--promote", env=environment), 3, "0.5", "0.9")
+def test_a_gate_that_is_missed_fails_the_check(environment, tracking, tmp_path):
+    "And again when the version is checked again: the gates are in the record"
+    gated = beside(tmp_path, "guessing", "[gates]\nmin = {accuracy = 0.9}\n")
+    refused(mlserve("release", gated, "--promote", env=environment), 3, "accuracy is 0.5", "at least 0.9")
     [version] = versions(tracking, "guessing")
     finding = json.loads(version.tags["mlserve.check.cpu"])
     assert version.tags["mlserve.status"] == "failed" and finding["passed"] is False and "accuracy" in finding["reason"]
-    refused(mlserve("check", "guessing", "--version", version.version, env=environment), 3, "0.5", "0.9")
+    assert finding["metrics"]["accuracy"] == {"notebook": 0.5, "container": 0.5, "production": None, "baseline": 0.5}
+    refused(mlserve("check", "guessing", "--version", version.version, env=environment), 3, "accuracy is 0.5", "at least 0.9")
     assert aliases(tracking, version.name) == {}
+
+
+@pytest.mark.parametrize("gates, words", [
+    ("min = {acuracy = 0.9}", ["did you mean 'accuracy'", "allowed: accuracy, balanced_accuracy, f1_macro, rmse, mae, r2"]),
+    ("min = {accuracy = 97}", ["min of accuracy is 97", "allowed: 0 to 1"]),
+    ("min = {rmse = 3}", ["of which less is better", "allowed: max"]),
+    ("accuracy = 0.97", ["gates.accuracy", "allowed in this table: min, max, drop, target"]),
+    ("min = {accuracy = nan}", ["gates.min.accuracy", "finite"]),
+], ids=["misspelt", "percent", "wrong side", "no such key", "not a number"])
+def test_a_gate_that_could_never_be_right_is_told_before_anything_is_asked(tmp_path, gates, words):
+    dead = {"MLSERVE_STATE": str(tmp_path / "state"), "MLFLOW_TRACKING_URI": None, "DOCKER_HOST": f"tcp://{DEAD}"}
+    refused(mlserve("release", beside(tmp_path, "good", f"[gates]\n{gates}\n"), env=dead), 2, *words)
+
+
+@pytest.mark.parametrize("name, gates, words", [
+    ("good", "min = {accuracy = 0.9}", ["held-back data", "save_package"]),
+    ("heads", "min = {accuracy = 0.9}", ["shape_logits, colour_logits", 'target = "shape_logits"']),
+    ("heads", 'target = "shape"', ["no output 'shape'", "shape_logits, colour_logits"]),
+], ids=["no held-back data", "two heads", "no such output"])
+def test_a_gate_that_cannot_be_answered_is_told_before_anything_is_built(environment, tracking, tmp_path, name, gates, words):
+    before = versions(tracking, name)
+    refused(mlserve("release", beside(tmp_path, name, f"[gates]\n{gates}\n"), env=environment), 2, *words)
+    assert versions(tracking, name) == before
 
 
 def test_an_image_over_its_budget_is_refused_before_it_is_pushed_or_recorded(environment, state, tracking, tmp_path):

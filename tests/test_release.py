@@ -67,8 +67,10 @@ def wait_healthy(container, seconds=60):
 def test_release_says_what_it_made(release):
     assert release["model"] == "digits" and int(release["version"]) >= 1
     assert "@sha256:" in release["image"] and release["package"].startswith("sha256:")
-    assert release["accuracy"]["notebook"] >= 0.97
-    assert release["accuracy"]["container"] == pytest.approx(release["accuracy"]["notebook"], abs=0.003)
+    assert f"-e MLSERVE_MODEL_VERSION={release['version']} -e MLSERVE_IMAGE={release['image']} " in release["commands"]["serve"]
+    accuracy = release["metrics"]["accuracy"]
+    assert accuracy["notebook"] >= 0.97 and accuracy["baseline"] < 0.2 and release["check"]["reading"] == "'logits' as scores in 10 columns"
+    assert accuracy["container"] == pytest.approx(accuracy["notebook"], abs=0.003)
     assert release["device"] == "cpu" and 0 < release["image_mb"] < 2000
     assert set(release["aliases"]) == {"candidate", "production"}
     assert all(s["seconds"] >= 0 for s in release["steps"]) and len(release["steps"]) >= 4
@@ -209,6 +211,16 @@ def test_the_readme_query_is_true(release, start):
     got = httpx.post(address(container) + "/predict", content=body, headers={"Content-Type": "application/json"}, trust_env=False).json()
     assert np.shape(got["outputs"]) == np.shape(answer["outputs"])
     assert np.argmax(got["outputs"], -1).tolist() == np.argmax(answer["outputs"], -1).tolist()
+
+
+@pytest.mark.parametrize("variables", [["MLSERVE_PORT=9123", "MLSERVE_HOST=::"], ["SAGEMAKER_BIND_TO_PORT=9124", "MLSERVE_METRICS_PORT=tcp://10.0.0.7:80", "MLSERVE_PORT_80_TCP=tcp://10.0.0.7:80"]], ids=lambda v: v[0])
+def test_the_health_check_of_an_image_asks_where_its_server_listens(variables, release, start, engine):
+    "An address, a port and service links that the image did not know"
+    container = start(release["image"], *(word for v in variables for word in ("-e", v)))
+    wait_healthy(container)
+    port = variables[0].partition("=")[2]
+    assert f"port {port}: HTTP/1.1 200 OK" in container.attrs["State"]["Health"]["Log"][-1]["Output"]
+    assert engine.images.get(release["image"]).labels["com.amazonaws.sagemaker.capabilities.accept-bind-to-port"] == "true"
 
 
 def test_a_change_of_serving_code_rebuilds_only_the_code_layer(release, engine, environment, tmp_path):

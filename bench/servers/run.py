@@ -192,6 +192,7 @@ def wrk(port, path, work, conc, seconds):
 
 # ---------------------------------------------------------------- one start
 def adapter(name):
+    name = name.partition("@")[0]
     path = next(d / f"{name}.py" for d in ADAPTERS if (d / f"{name}.py").exists())
     spec = importlib.util.spec_from_file_location("adapter_" + name, path)
     m = importlib.util.module_from_spec(spec)
@@ -201,7 +202,7 @@ def adapter(name):
 
 def one(a, name, model, batching, emit, refs, concs):
     ad = adapter(name)
-    c = Ctx(root=a.root, model=model, port=free_port(), batching=batching, max_batch=a.max_batch,
+    c = Ctx(root=a.root, server=name, model=model, port=free_port(), batching=batching, max_batch=a.max_batch,
             delay_ms=a.delay_ms, workers=a.workers)
     marker = uuid.uuid4().hex
     c.work = a.root / "work" / f"{name}-{model}-{marker[:6]}"

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# setup.sh DIR: what the benchmark needs that is not there yet: wrk and Java (Debian, as root), and one virtual
-# environment per server under DIR/venvs. torch goes in first, pinned, so that nothing pulls another build.
+# setup.sh DIR [SERVER…]: what the benchmark needs that is not there yet: wrk and Java (Debian, as root), and one virtual
+# environment per server under DIR/venvs, of all servers or of those named. torch goes in first, pinned, so that nothing pulls another build.
+# `mlserve@REV` is this project at an earlier commit.
 set -euo pipefail
-dir=$1
+dir=$1; shift
+wanted=" $* "
 here=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$dir"/{venvs,models,logs,work}
 missing=()
@@ -17,6 +19,7 @@ fi
 cd "$dir/venvs"
 mk() { # name, interpreter, packages
   local name=$1 python=$2; shift 2
+  [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
   [ -f "$name/.installed" ] && return
   echo "bench: installing $name" >&2
   "$python" -m venv --clear "$name"
@@ -25,10 +28,17 @@ mk() { # name, interpreter, packages
   touch "$name/.installed"
 }
 # mlserve as an image has it: what the server needs, and no more; installed anew each time, since it may have changed
-mk mlserve python3
-mlserve/bin/python -m pip install -q --disable-pip-version-check -c "$here/constraints.txt" "$here[serving,torch]"
-mlserve/bin/python -m pip install -q --disable-pip-version-check --no-deps --force-reinstall "$here"
+install=(bash "$here/.ci/install")
+rm -rf mlserve && "${install[@]}" "$PWD/mlserve" -c constraints.txt --no-build-isolation "$here[serving,torch]"
 rm -rf "$here/build"
+for name in $wanted; do
+  [[ $name == mlserve@* && ! -f $name/.installed ]] || continue
+  source=$(mktemp -d)
+  git -C "$here" archive "${name#mlserve@}" | tar -x -C "$source"
+  "${install[@]}" "$PWD/$name" -c constraints.txt --no-build-isolation "$source[serving,torch]"
+  rm -rf "$source"
+  touch "$name/.installed"
+done
 mk fastapi python3 fastapi==0.165.0 'uvicorn[standard]==0.54.0' orjson msgspec
 mk litserve python3 litserve==0.2.19
 mk bentoml python3 bentoml==1.4.39

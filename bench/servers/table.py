@@ -133,3 +133,11 @@ if bad:
     print("Failures:\n")
     for k in sorted({(b["server"], b["model"], b["batching"], b["error"][:160]) for b in bad}):
         print(f"- {k[0]} / {k[1]} / batching {k[2]}: {k[3]}")
+for earlier in sorted({k[0] for k in load if k[0].startswith("mlserve@")}):
+    print(f"\n### Beside {earlier}, as ratios of medians\n\n| model | concurrency | requests/s (at least 0.9) | server CPU of a request (at most 1.05) | start |\n|---|--:|--:|--:|--:|")
+    for m in MODELS:
+        begin = [med([r["startup_s"] for r in start[s, m, True]]) for s in ("mlserve", earlier)]
+        for c in sorted({k[3] for k in load if k[:3] == (earlier, m, True)}):
+            (fast, cpu), (was_fast, was_cpu) = [[med([r[what] for r in load[s, m, True, c]]) for what in ("rps", "server_cpu_us_per_req")]
+                                                for s in ("mlserve", earlier)]
+            print(f"| {m} | {c} | {fast / was_fast:.2f} | {cpu / was_cpu:.2f} | {begin[0] / begin[1]:.2f} |")

@@ -66,6 +66,14 @@ exec setpriv --reuid="${DEBUG_USER%%:*}" --regid="${DEBUG_USER##*:}" --clear-gro
 """, 'kernel': """#!/bin/sh
 # a Jupyter kernel on the image's interpreter; its connection file is named by -f
 exec /opt/venv/bin/python -c 'import sys; sys.path.append("/opt/debug"); from ipykernel.kernelapp import launch_new_instance; launch_new_instance()' "$@"
+""", 'workers': """#!/bin/sh
+# the process ids of the server's workers
+server() { tr '\\0' ' ' < "/proc/$1/cmdline" 2>/dev/null | grep -q 'mlserve.serving.server'; }
+for status in /proc/[0-9]*/status; do
+    pid=${status#/proc/}; pid=${pid%/status}
+    server "$pid" && server "$(sed -n 's/^PPid:[[:space:]]*//p' "$status" 2>/dev/null)" && echo "$pid"
+done
+true
 """}
 _kernel = '{"argv": ["/opt/debug/bin/kernel", "-f", "{connection_file}"], "display_name": "the image", "language": "python"}\n'
 def stage_tools(
@@ -170,7 +178,7 @@ def told(
     hints = 'py-spy, strace, gdb, curl; as-server starts the server, kernel a Jupyter kernel.'
     if not found: return f'{image} by itself, without a network. {hints}'
     name = found['Name'].strip('/')
-    if found['State']['Running']: return f"beside {name}, whose server is process 1: py-spy dump --pid 1; strace -f -p 1. {hints}"
+    if found['State']['Running']: return f"beside {name}; its workers: py-spy dump --pid $(workers); strace -f -p $(workers). {hints}"
     return f"instead of {name}, which ended with code {found['State']['ExitCode']}, with its volumes and environment. {hints}"
 
 # %% ../../nbs/release/09_debug.ipynb #7d6f31d8
@@ -187,7 +195,9 @@ def debug(
     found = find_container(docker, container, image) if container else None
     with with_tools(image, state, progress) as made:
         print('debug:', told(image, found), file=sys.stderr, flush=True)
-        box = docker.containers.create(made, **debug_options(docker.images.get(image).attrs['Config'], found, command))
+        options = debug_options(docker.images.get(image).attrs['Config'], found, command)
+        if not found: options['environment'].setdefault('MLSERVE_IMAGE', image) # for `as-server`, which else could not say who it is
+        box = docker.containers.create(made, **options)
         try: return _wait(box) if command else subprocess.run([find_builder().command, 'start', '-ai', box.id]).returncode
         finally: box.remove(force=True, v=True)
 def _wait(box):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reference', 'read_reference', 'Login', 'Remote', 'held', 'manifest', 'blob', 'stream', 'put_blob', 'put_manifest',
-           'referrers', 'attach']
+           'referrers', 'attach', 'registry_of', 'reach_registry']
 
 # %% ../../nbs/release/02_distribution.ipynb #f73cd41a
 import base64, hashlib, json, re
@@ -199,3 +199,22 @@ def attach(
         if any(d['digest'] == digest for d in listed): break
         put_manifest(remote, {'schemaVersion': 2, 'mediaType': _index, 'manifests': [*listed, entry]}, subject['digest'].replace(':', '-'))
     return digest
+
+# %% ../../nbs/release/02_distribution.ipynb #e4923329
+def registry_of(
+    repository:str, # with or without a host in front
+)->str: # `host:port`, or '' when the repository names none
+    "The registry that a repository lies in"
+    host,slash,_ = repository.partition('/')
+    return host if slash and ('.' in host or ':' in host or host == 'localhost') else ''
+def reach_registry(
+    repository:str, # where images will be pushed
+    seconds:float=5, # budget of the question
+)->None:
+    "Raise `RemoteUnavailable` when a registry does not answer"
+    if not (host := registry_of(repository)): return
+    local = host.partition(':')[0] in ('localhost','127.0.0.1')
+    try: ok = httpx.get(f"{'http' if local else 'https'}://{host}/v2/", timeout=seconds, trust_env=not local).status_code < 500
+    except httpx.HTTPError: ok = False
+    if not ok: raise RemoteUnavailable(f'The registry {host} did not answer within {seconds:g} s.',
+        mend='Start it (make engine-start), or set MLSERVE_REGISTRY.')

@@ -74,8 +74,8 @@ def _environment(spec):
     return 'ENV ' + ' \\\n    '.join(f'{k}={v}' for k,v in env.items())
 
 # %% ../../nbs/release/02_dockerfile.ipynb #fe13b8c5
-_probe = ("import http.client,os,sys; c=http.client.HTTPConnection('127.0.0.1',int(os.environ['MLSERVE_PORT']),timeout=4); "
-    "c.request('GET','/v2/health/ready'); sys.exit(c.getresponse().status!=200)")
+_label = 'com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true'
+_health = 'HEALTHCHECK --interval=5s --timeout=5s --start-period=60s \\\n    CMD ["/opt/venv/bin/python","-m","mlserve.serving.healthcheck"]'
 def layers_of(
     spec:ImageSpec, # the decisions
 )->list[str]: # stages whose content the image has, in the order of its layers
@@ -86,11 +86,10 @@ def _copies(spec):
 
 # %% ../../nbs/release/02_dockerfile.ipynb #842b28be
 def _images(spec):
-    health = f'HEALTHCHECK --interval=5s --timeout=5s --start-period=60s \\\n    CMD ["/opt/venv/bin/python","-c","{_probe}"]'
     return [['# The same layers with a shell, for a look inside', 'FROM ${DEBUG_BASE} AS debug', *_copies(spec),
              '# hadolint ignore=DL3002', 'USER 0:0', 'ENTRYPOINT ["/bin/sh"]'],
-        ['# What is released', 'FROM scratch AS production', *_copies(spec), f'EXPOSE {spec.port}', 'STOPSIGNAL SIGTERM',
-             'USER 10001:10001', health, 'ENTRYPOINT ["/opt/venv/bin/python","-m","mlserve.serving.server"]']]
+        ['# What is released', 'FROM scratch AS production', *_copies(spec), f'LABEL {_label}', f'EXPOSE {spec.port}', 'STOPSIGNAL SIGTERM',
+             'USER 10001:10001', _health, 'ENTRYPOINT ["/opt/venv/bin/python","-m","mlserve.serving.server"]']]
 
 # %% ../../nbs/release/02_dockerfile.ipynb #3e36a03c
 def render(

@@ -13,6 +13,7 @@ from typing import Literal
 from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ..errors import Refused, UsageError
+from .gates import Gates
 
 # %% ../../nbs/release/00_spec.ipynb #8b5b29d6
 def default_repository(
@@ -25,7 +26,7 @@ def default_repository(
 # %% ../../nbs/release/00_spec.ipynb #e6877a9f
 class ReleaseSpec(BaseModel):
     "Every decision of a release; frozen, and passed from step to step"
-    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True)
+    model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True, allow_inf_nan=False)
     name: str = Field(pattern=r'^[a-z0-9]+([._-][a-z0-9]+)*$', max_length=63, description='the model, in lower case')
     notebook: Path = Field(description='the model notebook')
     repository: str = Field(default_factory=lambda d: default_repository(d.get('name','')), description='where images are pushed: the name, behind `MLSERVE_REGISTRY`')
@@ -41,9 +42,9 @@ class ReleaseSpec(BaseModel):
     requirements: list[str] = Field([], description='further packages of the model, as pip names them')
     allow: list[str] = Field([], description='numeric packages whose version may differ from training')
     platform: Literal['linux/amd64'] = Field('linux/amd64', description='of the image')
-    min_accuracy: float|None = Field(None, ge=0, le=1, description='fraction of the held-back rows that must be right')
-    max_image_mb: float|None = Field(None, gt=0, description='megabytes (10**6 bytes) that an image may have')
-    ready_seconds: float = Field(120, gt=0, description='seconds that a container may take to become ready')
+    gates: Gates = Field(Gates(), description='table of what held-back answers must reach: `min`, `max`, `drop`, `target`')
+    max_image_mb: float|None = Field(None, gt=0, le=10**6, description='megabytes (10**6 bytes) that an image may have')
+    ready_seconds: float = Field(120, gt=0, le=24*60*60, description='seconds that a container may take to become ready')
     state: Path = Field(default_factory=lambda: Path(os.environ.get('MLSERVE_STATE') or 'state'), description='folder for what a release leaves: `MLSERVE_STATE`, or `state`')
 
     @field_validator('requirements')
@@ -155,6 +156,7 @@ def told_error(
     "What is wrong with a value"
     if error['type'] == 'literal_error': return 'allowed: ' + error['ctx']['expected'].replace("'", '').replace(' or ', ', ')
     if error['type'] == 'string_pattern_mismatch': return 'allowed: small letters and digits, with single dots, dashes or underscores between them'
+    if error['type'] == 'extra_forbidden': return 'allowed in this table: ' + ', '.join(Gates.model_fields)
     said = error['msg'].removeprefix('Value error, ')
     return said[:1].lower() + said[1:]
 

@@ -13,12 +13,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from .. import __version__
 from ..errors import InvalidInput, MlserveError, NotFound, TooLarge, Unavailable
-from ..protocol import model_metadata
+from ..metadata import model_config, model_metadata, signature, version_status
 from .board import Board
-from .events import Sparingly, request_id, trace
-from .lifecycle import PROBES, Lifecycle, health, readiness, serving, the_package
+from .events import Sparingly, log_refused, request_id, trace
+from .lifecycle import PROBES, Lifecycle, card, health, readiness, serving, the_package
 from .metrics import Numbers
-from .routes import ROUTES, Inference, own_route, refusal
+from .routes import FORM, JSON, ROUTES, Inference, own_route, refusal
 from .scrape import exposition, statistics
 
 # %% ../../nbs/serving/05_app.ipynb #d5df8138
@@ -69,7 +69,12 @@ class Around:
             response = _unforeseen(e, rid.decode('latin-1'), self.sparingly)
             if not status: await response(scope, receive, send_named)
         finally:
-            if not inner.get('mlserve.counted'): self.numbers.count(getattr(inner.get('route'), 'path', 'none'), status or 500)
+            if not inner.get('mlserve.counted'): self.counted(inner, status or 500)
+    def counted(self, scope, status):
+        "One request more, under its route; a refusal leaves a line"
+        route = getattr(scope.get('route'), 'path', 'none')
+        self.numbers.count(route, status)
+        if 400 <= status < 500: log_refused(scope['path'] if route == 'none' else route, status, scope['mlserve.id'], scope.get('mlserve.error', ''))
 
 # %% ../../nbs/serving/05_app.ipynb #9b5cf526
 def _platform_routes(app, life, settings, numbers):
@@ -78,6 +83,9 @@ def _platform_routes(app, life, settings, numbers):
         async def ask(): return reply(probe(life))
         app.get(path.decode(), tags=['platform'])(ask)
     for path,probe in PROBES.items(): add(path, probe)
+    if not settings.ui:
+        @app.get('/', tags=['operator'])
+        async def root(): return reply(card(life, settings))
     @app.get('/health', tags=['operator'])
     async def about(): return reply(health(life, settings))
     @app.get('/version', tags=['operator'])
@@ -89,10 +97,11 @@ def _metrics_route(app, life, settings, numbers):
     async def metrics():
         p = life.package
         about = {'model': p.name if p else '', 'version': settings.model_version, 'image': settings.image, 'package': p.digest if p else '', 'mlserve': __version__}
-        return Response(exposition(numbers, about), media_type=CONTENT_TYPE_LATEST)
+        text = await asyncio.to_thread(exposition, numbers, about, settings.cache) # a disk that hangs holds no request
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 # %% ../../nbs/serving/05_app.ipynb #1d4a1f6e
-EXTENSIONS = ['binary_tensor_data', 'classification', 'statistics']
+EXTENSIONS = ['binary_tensor_data', 'classification', 'model_configuration', 'statistics']
 def _server_routes(app, life, settings, numbers):
     "What V2 and V1 say of the server"
     def names(): return [life.package.name] if life.package else []
@@ -110,26 +119,44 @@ def _server_routes(app, life, settings, numbers):
         try: only = json.loads(body or b'{}').get('ready') is True
         except (ValueError, AttributeError, RecursionError): raise InvalidInput("The body is not a JSON object such as {\"ready\": true}.") from None
         state = ('READY', '') if life.state == 'ready' else ('UNAVAILABLE', life.state)
-        found = [{'name': n, 'version': settings.model_version, 'state': state[0], 'reason': state[1]} for n in names()]
+        version = {'version': settings.model_version} if settings.model_version else {}
+        found = [{'name': n, **version, 'state': state[0], 'reason': state[1]} for n in names()]
         return reply([f for f in found if f['state'] == 'READY' or not only])
 
 # %% ../../nbs/serving/05_app.ipynb #c545376e
 def _model_routes(app, life, settings, numbers):
-    "What V2 and V1 say of the model"
+    "What V2 says of the model"
     async def metadata(name:str, version:str|None=None):
         p = the_package(life, settings, name, version)
-        return reply(model_metadata(p.name, [settings.model_version], p.format, p.inputs, p.outputs))
+        return reply(model_metadata(p.name, [v for v in [settings.model_version] if v], p.format, p.inputs, p.outputs))
     async def ready(name:str, version:str|None=None):
         the_package(life, settings, name, version)
         readiness(life)
         return reply({'name': name, 'ready': True})
     async def stats(name:str, version:str|None=None):
         return reply(statistics(numbers, the_package(life, settings, name, version).name, settings.model_version))
+    async def config(name:str, version:str|None=None):
+        p = the_package(life, settings, name, version)
+        return reply(model_config(p.name, p.format, p.inputs, p.outputs, settings.max_batch))
     for base in ('/v2/models/{name}', '/v2/models/{name}/versions/{version}'):
         app.get(base, tags=['V2'])(metadata)
         app.get(base + '/ready', tags=['V2'])(ready)
         app.get(base + '/stats', tags=['V2'])(stats)
-    app.get('/v1/models/{name}', tags=['V1'])(ready)
+        app.get(base + '/config', tags=['V2'])(config)
+
+# %% ../../nbs/serving/05_app.ipynb #d0f10002
+def _v1_routes(app, life, settings, numbers):
+    "What V1 says of the model"
+    async def state(name:str, version:str|None=None):
+        p = the_package(life, settings, name, version)
+        readiness(life)
+        return reply({'name': p.name, 'ready': True, 'model_version_status': version_status(settings.model_version)})
+    async def metadata(name:str, version:str|None=None):
+        p = the_package(life, settings, name, version)
+        return reply(signature(p.name, settings.model_version, p.inputs, p.outputs))
+    for base in ('/v1/models/{name}', '/v1/models/{name}/versions/{version}'):
+        app.get(base, tags=['V1'])(state)
+        app.get(base + '/metadata', tags=['V1'])(metadata)
 
 # %% ../../nbs/serving/05_app.ipynb #264a8ae6
 def _the_names(inference, given):
@@ -175,7 +202,7 @@ def _describe_own(app, life):
 # %% ../../nbs/serving/05_app.ipynb #98922b23
 def _described(inference, route):
     "What OpenAPI says of a way to ask"
-    content = {m.decode(): {'schema': {'type': 'object'} if b'json' in m else {'type': 'string', 'format': 'binary'}} for m in route.media}
+    content = {m.decode(): {'schema': {'type': 'object'} if m == JSON else {'type': 'string', 'format': 'binary'}} for m in route.media if m != FORM}
     named = [{'name': n, 'in': 'path', 'required': True, 'schema': {'type': 'string'}} for n in ('name', 'version') if '{%s}' % n in route.pattern]
     error = {'description': 'A sentence that says what was asked and what is allowed', 'content': {'application/json': {'schema':
         {'type': 'object', 'required': ['error'], 'properties': {'error': {'type': 'string'}}}}}}
@@ -188,10 +215,13 @@ def _described(inference, route):
 def _error_handlers(app):
     "Every failure of ours and of the framework's, in one shape"
     @app.exception_handler(MlserveError)
-    async def ours(request, e): return refuse(e)
+    async def ours(request, e):
+        request.scope['mlserve.error'] = e.message
+        return refuse(e)
     @app.exception_handler(HTTPException)
     async def theirs(request, e):
-        return reply({'error': f'{e.detail}: {request.method} {request.url.path[:200]}'}, e.status_code, e.headers)
+        request.scope['mlserve.error'] = text = f'{e.detail}: {request.method} {request.url.path[:200]}'
+        return reply({'error': text}, e.status_code, e.headers)
     @app.exception_handler(RequestValidationError)
     async def invalid(request, e): return refuse(InvalidInput('The parameters of this request are not those of the route.'))
 
@@ -216,7 +246,7 @@ def create_app(
     app = FastAPI(title='mlserve', version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False, openapi_url='/openapi.json' if settings.ui else None)
     numbers = numbers or Numbers(Board())
     life.inference = life.inference or Inference(life, settings, numbers)
-    for add in (_platform_routes, _server_routes, _model_routes): add(app, life, settings, numbers)
+    for add in (_platform_routes, _server_routes, _model_routes, _v1_routes): add(app, life, settings, numbers)
     _inference_routes(app, life.inference)
     _describe_own(app, life)
     for path in ('/', '/docs') if settings.ui else (): app.get(path, include_in_schema=False)(_docs)

@@ -6,7 +6,7 @@
 __all__ = ['Job', 'shape_key', 'merge', 'split', 'Broken', 'DeviceLost', 'check', 'out_of_memory', 'device_lost', 'Runner', 'run']
 
 # %% ../../nbs/serving/03_batch.ipynb #c28a48be
-import re, traceback
+import math, re, traceback
 import numpy as np
 from ..errors import MlserveError, ModelFailed, Unavailable
 
@@ -31,8 +31,8 @@ def shape_key(
 def merge(
     jobs:list, # of equal shape key
 )->dict: # inputs by name, all rows of all jobs
-    "Lay the arrays of the jobs one below the other"
-    if len(jobs) == 1: return jobs[0].arrays
+    "Lay the arrays of the jobs one below the other, in new memory"
+    if len(jobs) == 1: return {k: v.copy() for k,v in jobs[0].arrays.items()}
     return {k: np.concatenate([j.arrays[k] for j in jobs]) for k in jobs[0].arrays}
 
 # %% ../../nbs/serving/03_batch.ipynb #a294d6b9
@@ -92,11 +92,11 @@ class Runner:
     "Runs jobs through a model; one runner for each thread"
     def __init__(self,
         predict, # inputs by name to outputs by name, rows first
-        max_batch:int, # most rows in one call
+        max_batch:float, # most rows in one call; infinite where a request is one call
         expected:dict|None=None, # output name to dtype
         free_memory=None, # called when memory ran out
     ):
-        self.predict,self.max_batch,self.expected,self.calls = predict,max_batch,expected,0
+        self.predict,self.max_batch,self.expected,self.calls,self.out_of_memory = predict,max_batch,expected,0,0
         self.free_memory = free_memory or (lambda: None)
     def call(self,
         jobs:list, # of equal shape key
@@ -136,7 +136,7 @@ def _attempt(runner, jobs, limit):
     "Run the jobs together: the error that was raised, or None when each has its result"
     try: runner.call(jobs, limit)
     except Broken: raise
-    except (Exception, SystemExit) as e:
+    except BaseException as e: # a model may raise SystemExit, which is no Exception
         if device_lost(e): raise DeviceLost(f'The device failed: {type(e).__name__}.') from e
         return e
 
@@ -157,8 +157,9 @@ def _settle(runner, jobs, error, halved):
 def _smaller(runner, jobs, error, halved):
     "Memory ran out: once more in halves, or later"
     _strip(error)
+    runner.out_of_memory += 1
     runner.free_memory()
-    if halved:
+    if halved or len(jobs) == 1 and runner.max_batch == math.inf:
         for j in jobs: j.error = Unavailable('The memory does not suffice for this request just now.')
     elif len(jobs) > 1:
         for part in (jobs[:len(jobs)//2], jobs[len(jobs)//2:]): _solve(runner, part, True)
@@ -170,10 +171,10 @@ def run(
     jobs:list, # of equal shape key
 )->MlserveError|None: # a fault of the model or the device, which the server must know
     "Give every job its result or its error"
-    runner.calls = 0
+    runner.calls = runner.out_of_memory = 0
     try: _solve(runner, jobs)
     except (Broken, DeviceLost) as e: fault = e
-    except Exception as e: fault = _failed(e)
+    except BaseException as e: fault = _failed(e)
     else: return None
     if isinstance(fault, (Broken, DeviceLost)): _detach(fault)
     for j in jobs: j.result,j.error = None,fault

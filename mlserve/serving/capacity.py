@@ -28,14 +28,14 @@ def _busy(seconds):
     while thread_time() < end: pass
 async def _load(batcher, inputs, seconds):
     "Requests a second with 64 in flight"
-    answered,finished,start = 0,asyncio.Event(),perf_counter()
+    answered,finished,rows,start = 0,asyncio.Event(),len(next(iter(inputs.values()))),perf_counter()
     def answer(result, error):
         nonlocal answered
         answered += 1
         _busy(20e-6)
-        if perf_counter() < start + seconds: batcher.submit_nowait(inputs, 1, None, answer)
+        if perf_counter() < start + seconds: batcher.submit_nowait(inputs, rows, None, answer)
         elif not batcher.open: finished.set()
-    for _ in range(64): batcher.submit_nowait(inputs, 1, None, answer)
+    for _ in range(64): batcher.submit_nowait(inputs, rows, None, answer)
     await finished.wait()
     taken = perf_counter() - start
     await batcher.close(1)
@@ -47,10 +47,12 @@ def request_rate(
     inputs:dict, # golden inputs, any number of rows
     budget:float=0.005, # seconds to spend
     prepare=None, # called in each thread that runs the model
+    joined:bool=True, # requests have one row; else each is all of the golden inputs
     **options, # of the `Batcher`: `max_batch`, `inline`, `threads`
-)->float: # requests of one row a second
+)->float: # requests a second
     "What a batcher with these options gets out of the model, on an event loop of its own"
-    load = lambda: asyncio.run(_load(Batcher(predict, prepare=prepare, **options), tile(inputs, 1), budget))
+    asked = tile(inputs, 1) if joined else inputs
+    load = lambda: asyncio.run(_load(Batcher(predict, prepare=prepare, joined=joined, **options), asked, budget))
     with ThreadPoolExecutor(1) as thread: return thread.submit(load).result()
 
 # %% ../../nbs/serving/04_capacity.ipynb #629c0055
@@ -68,12 +70,13 @@ def plan(
     rates:dict, # rows in a batch to rows a second, of `warm`
     threads:int=1, # model threads that there would be
     prepare=None, # called in each thread that runs the model
+    joined:bool=True, # requests may share a call
 )->Plan: # what to give to `Batcher`
     "Choose the batch, and try with and without a thread"
     best,loop,apart = best_batch(rates),0.,0.
     if best / rates[best] > 0.001: return Plan(best, False)
     if 1 / rates[best] < _light: return Plan(best, True)
-    def rate(**way): return request_rate(predict, inputs, prepare=prepare, max_batch=best, **way)
+    def rate(**way): return request_rate(predict, inputs, prepare=prepare, joined=joined, max_batch=best, **way)
     for _ in range(5):
         loop,apart = max(loop, rate(inline=True)),max(apart, rate(threads=threads))
         if not 0.6 < loop / apart < 1.4: break

@@ -12,10 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from ..errors import IntegrityError, MlserveError, Refused, RemoteUnavailable
 
 # %% ../../nbs/serving/00_fetch.ipynb #3c78936c
+_worth = 2**16
 class Budget:
-    "Seconds that all reads of one delivery share"
-    def __init__(self, seconds:float): self.seconds,self.end = seconds,time.monotonic() + seconds
+    "Seconds that all reads of one delivery share, until the next bytes come"
+    def __init__(self, seconds:float): self.seconds,self.end,self.new,self.waits = seconds,time.monotonic() + seconds,0,set()
     def left(self): return self.end - time.monotonic()
+    def add(self, n:int):
+        "Count `n` bytes that came; enough of them renew the budget"
+        self.new += n
+        if self.new < _worth: return
+        self.new,self.end = 0,time.monotonic() + self.seconds
+        for wait in self.waits: wait.reschedule(asyncio.get_running_loop().time() + self.seconds)
 
 # %% ../../nbs/serving/00_fetch.ipynb #5bb78e3c
 def _chain(e):
@@ -79,7 +86,10 @@ async def retried(
     last,bound = TimeoutError(),0.1
     while True:
         try:
-            async with asyncio.timeout(budget.left()): return await call()
+            async with asyncio.timeout(budget.left()) as wait:
+                budget.waits.add(wait)
+                try: return await call()
+                finally: budget.waits.discard(wait)
         except MlserveError: raise
         except Exception as e:
             if budget.left() > 0: last = e
@@ -96,19 +106,24 @@ def _differs(what, expected, got):
         mend='The object was changed or cut after the release; upload the package again.')
 async def read_range(store, name:str, start:int, end:int, keep, budget:Budget):
     "Read one range; `keep(name, start, chunk)` gets each chunk once"
-    at,what = start,f'{store.place}/{name}'
+    at,most,what = start,end - start,f'{store.place}/{name}'
     async def go_on():
-        nonlocal at
+        nonlocal at,most
+        begun,until = at,min(end, at + most)
         try:
-            async for chunk in store.read(name, at, end):
-                if at + len(chunk) > end: raise _differs(what, f'no more than {end}', at + len(chunk))
+            async for chunk in store.read(name, at, until):
+                if at + len(chunk) > until: raise _differs(what, f'no more than {until}', at + len(chunk))
                 await keep(name, at, chunk)
                 at += len(chunk)
+                budget.add(len(chunk))
         except Exception as e:
             if status_of(e) == 416: raise _differs(what, f'at least {end}', f'no more than {at}') from None
-            raise
-        if at < end: raise _differs(what, f'at least {end}', at)
-    await retried(what, go_on, budget)
+            if at == begun: most = max(most // 16, 512)
+            if at == begun or isinstance(e, MlserveError) or is_final(e): raise
+            return # what came is kept, and the next try goes on behind it
+        if at < until: raise _differs(what, f'at least {end}', at)
+        most *= 2
+    while at < end: await retried(what, go_on, budget)
 
 # %% ../../nbs/serving/00_fetch.ipynb #32197fb7
 class Meter:

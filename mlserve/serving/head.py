@@ -21,7 +21,7 @@ class Limits:
     silent: float = 5 # seconds that a new connection may say nothing
     body: float = 30 # seconds from the head to the end of the body
     write: float = 30 # seconds for a reader to take an answer
-    keep_alive: float = 30 # seconds between two requests of a connection
+    keep_alive: float = 75 # seconds between two requests of a connection
     url: int = 8192 # bytes of a request's target
     head_bytes: int = 32768 # bytes of a head
     headers: int = 100 # lines of a head

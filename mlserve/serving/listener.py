@@ -12,10 +12,11 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 from ..errors import Unavailable
 from .budget import Budget
-from .events import Sparingly, log
+from .events import log, log_refused
 from .head import Heads, Limits, Token
 from .http import BODY, HEAD, SILENT, Connection
 from .lifecycle import PROBES
+from .pause import Pauses
 from .routes import JSON, refusal
 
 # %% ../../nbs/serving/05_listener.ipynb #4b781c46
@@ -45,7 +46,6 @@ class Listener:
         self.routes,self.heads,self.inference,self.crowded,self.stopping,self.date = {},Heads(),None,False,False,b''
         self.budget = budget or Budget(4 * limits.max_body)
         self.loop = self.socket = self.server = self.sweeping = None
-        self.sparingly = Sparingly()
     @property
     def connections(self): return self.state.connections
     def probed(self, path):
@@ -57,7 +57,7 @@ class Listener:
     def refused(self, exchange, status):
         "Count a refusal that no route has seen"
         self.numbers.count('none', status)
-        if status >= 500: self.sparingly('refused', id=exchange.id.decode('latin-1'), status=status, error=exchange.refused.message)
+        log_refused(exchange.path.decode('latin-1') or 'none', status, exchange.id, exchange.refused.message)
     def aborted(self, connection):
         "End a connection whose reader is too slow"
         self.numbers.add('aborted')
@@ -81,16 +81,24 @@ def _closed(self, connection):
 Listener.opened,Listener.closed = _opened,_closed
 
 # %% ../../nbs/serving/05_listener.ipynb #9be3ea13
+def _grant(connection, lost):
+    "Put off every deadline of a connection"
+    connection.late,connection.write_late = connection.late + lost,connection.write_late + lost
+    for work in (connection.next, connection.current and connection.current.call):
+        if work is not None: work.arrived += lost
 async def _sweep(self):
-    "Four times a second: who is late; once: the date, and the token"
+    "Four times a second: who is late; nobody is for a time in which nothing ran. Once: the date, and the token"
+    pauses = Pauses()
     while True:
         self.date = b'date: ' + formatdate(time.time(), usegmt=True).encode() + b'\r\n'
         if self.token is not None and self.token.renewed():
             self.heads.known.clear()
             log('token_renewed')
         for _ in range(4):
-            now = self.loop.time()
-            for c in list(self.connections): c.overdue(now)
+            now,lost = self.loop.time(),pauses.lost()
+            for c in list(self.connections):
+                if lost: _grant(c, lost)
+                else: c.overdue(now)
             await asyncio.sleep(0.25)
 async def _open(self, sock):
     "Accept connections"
@@ -138,10 +146,11 @@ async def _stop(self,
     grace:float, # seconds to finish what was accepted
 )->int: # answers that were given up
     "Close, and lose nothing within the grace"
-    self.stopping,end = True,self.loop.time() + grace
+    self.stopping,end,pauses = True,self.loop.time() + grace,Pauses()
     await _refuse_more(self)
     if self.connections: await asyncio.sleep(min(0.25, grace))
     while True:
+        end += pauses.lost()
         for c in list(self.connections): _wind_up(c, self.loop.time())
         if not _busy(self) or self.loop.time() >= end: break
         await asyncio.sleep(0.01)

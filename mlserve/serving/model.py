@@ -26,14 +26,14 @@ class Model:
     )->dict: # outputs by name, each [rows, …]
         "One forward pass, in the calling thread"
         rows = check_tensors(arrays, self.package.inputs)
-        outputs = self.forward(arrays)
+        outputs = _forward(self, arrays)
         for s in self.package.outputs: _check_output(s, outputs[s.name], rows)
         return outputs
     def forward(self,
-        arrays:dict, # inputs by name that were checked, each [rows, …]
+        arrays:dict, # inputs by name that were checked, each [rows, …]; the model may write to them
     )->dict: # outputs by name, as the program gave them
-        "The same without the checks, for the batcher, which has its own"
-        return _forward(self, {s.name: arrays[s.name] for s in self.package.inputs})
+        "The same without checks and copies, for the batcher, which has its own"
+        return _forward(self, arrays, fresh=True)
     def devices(self)->list: # such as ['cuda:0']
         "Where the parameters and buffers really are"
         return self.program.devices()
@@ -48,10 +48,10 @@ def _check_output(spec:TensorSpec, array:np.ndarray, rows:int):
     fits = array.ndim == len(want) and all(w in (-1, n) for w,n in zip(want, array.shape))
     if not fits or array.dtype != DATATYPES[spec.datatype]:
         raise ModelFailed(f"Output '{spec.name}' of the model is {array.dtype} {list(array.shape)}; its contract is {spec.datatype} {list(want)}.")
-def _forward(model:Model, arrays:dict)->dict:
+def _forward(model:Model, arrays:dict, fresh:bool=False)->dict:
     "Run the program; whatever it raises becomes `ModelFailed`"
     names = [s.name for s in model.package.outputs]
-    try: return model.program.run(arrays, names)
+    try: return model.program.run({s.name: arrays[s.name] for s in model.package.inputs}, names, fresh)
     except (ModelFailed, InvalidInput): raise
     except MlserveError as e: raise ModelFailed(f'The model broke its contract: {e.message}') from e
     except Exception as e: raise ModelFailed(f'The model raised {type(e).__name__}.') from e

@@ -6,7 +6,7 @@
 __all__ = ['parse_model', 'Registry', 'locate', 'proxied', 'read']
 
 # %% ../../nbs/serving/00_registry.ipynb #c63beaed
-import re
+import json, re
 from urllib.parse import quote
 from ..errors import Refused, UsageError
 from .fetch import Budget, retried
@@ -42,6 +42,16 @@ class Registry:
     async def __aexit__(self, *a): await self.http.aclose()
 
 # %% ../../nbs/serving/00_registry.ipynb #8d0f8bcd
+_answer = 2**20
+async def _ask(self:Registry, path:str, query:dict)->dict:
+    "A short answer of the tracking server"
+    data = b''
+    async with self.http.stream('GET', f'api/2.0/mlflow/{path}', params=query, headers={'Accept-Encoding': 'identity'}) as answer:
+        answer.raise_for_status()
+        async for chunk in answer.aiter_raw():
+            data += chunk
+            if len(data) > _answer: raise Refused(f'The registry answers with more than the {_answer} bytes that are allowed.')
+    return json.loads(data)
 async def locate(self:Registry,
     uri:str, # `models:/name/3` or `models:/m-…`
     budget:Budget, # of the delivery
@@ -49,14 +59,10 @@ async def locate(self:Registry,
     "Ask the registry where a model lies"
     name,version = parse_model(uri)
     async def ask():
-        if version: path,query = 'model-versions/get-download-uri', {'name': name, 'version': version}
-        else: path,query = f'logged-models/{name}', {}
-        answer = await self.http.get(f'api/2.0/mlflow/{path}', params=query)
-        answer.raise_for_status()
-        found = answer.json()
-        return found['artifact_uri'] if version else found['model']['info']['artifact_uri']
+        if version: return (await self._ask('model-versions/get-download-uri', {'name': name, 'version': version}))['artifact_uri']
+        return (await self._ask(f'logged-models/{name}', {}))['model']['info']['artifact_uri']
     return await retried(uri, ask, budget)
-Registry.locate = locate
+Registry._ask,Registry.locate = _ask,locate
 
 # %% ../../nbs/serving/00_registry.ipynb #5c3a8e3f
 def proxied(
@@ -73,11 +79,19 @@ def proxied(
 # %% ../../nbs/serving/00_registry.ipynb #6ebd6620
 async def read(self:Registry, name, start, end):
     "Yield a range of a file, as it comes"
+    import httpx
     path,headers = quote(f'{self.root}/{name}'), {'Range': f'bytes={start}-{end - 1}', 'Accept-Encoding': 'identity'}
     async with self.http.stream('GET', f'api/2.0/mlflow-artifacts/artifacts/{path}', headers=headers) as answer:
         answer.raise_for_status()
         skip = start if answer.status_code == 200 else 0 # a proxy that knows no ranges sends it all
-        async for chunk in answer.aiter_raw(2**20):
-            chunk,skip = chunk[skip:],max(skip - len(chunk), 0)
-            if chunk: yield chunk
+        kept = bytearray()
+        try:
+            async for chunk in answer.aiter_raw():
+                kept += chunk[skip:]
+                skip = max(skip - len(chunk), 0)
+                if len(kept) >= 2**20: yield bytes(kept); kept.clear()
+        except httpx.HTTPError:
+            if kept: yield bytes(kept) # what came before a cut counts
+            raise
+        if kept: yield bytes(kept)
 Registry.read = read

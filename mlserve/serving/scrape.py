@@ -9,6 +9,7 @@ __all__ = ['exposition', 'statistics']
 from prometheus_client import generate_latest
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from .metrics import COUNTERS, GAUGES, HISTOGRAMS, PHASES, STATUSES, Numbers
+from .usage import USAGE, usage
 
 # %% ../../nbs/serving/04_scrape.ipynb #6808c41b
 def _requests(n):
@@ -28,9 +29,10 @@ def _histogram(n, name):
     return HistogramMetricFamily('mlserve_' + name, text, buckets=buckets, sum_value=values[-1])
 
 # %% ../../nbs/serving/04_scrape.ipynb #e7a1a593
+_over = {'ready': min, 'oldest_pending_seconds': max} # how the workers' gauges become one, where they are not added
 class _Collector:
     "What the client library asks for the numbers"
-    def __init__(self, numbers, about): self.numbers,self.about = numbers,about
+    def __init__(self, numbers, about, cache): self.numbers,self.about,self.cache = numbers,about,cache
     def collect(self):
         n = self.numbers
         yield _info(self.about)
@@ -38,25 +40,32 @@ class _Collector:
         for name in HISTOGRAMS: yield _histogram(n, name)
         for name,text in COUNTERS.items(): yield CounterMetricFamily('mlserve_' + name, text, value=n.sum(name))
         for name,text in GAUGES.items():
-            value = min(r[n.at[name]] for r in n.rows) if name == 'ready' else n.sum(name)
+            value = _over.get(name, sum)(r[n.at[name]] for r in n.rows)
             yield GaugeMetricFamily('mlserve_' + name, text, value=value)
         phases = GaugeMetricFamily('mlserve_start_seconds', 'Seconds of each step of the start, the slowest worker', labels=['phase'])
         for p in PHASES: phases.add_metric([p], max(r[n.at['phase_' + p]] for r in n.rows))
         yield phases
+        yield from _usage(self.cache)
 def _info(about):
     "One series that carries what is served as labels"
     family = GaugeMetricFamily('mlserve_info', 'What is served', labels=list(about))
     family.add_metric([str(v) for v in about.values()], 1)
     return family
+def _usage(cache):
+    "What the container uses, as far as the kernel tells it"
+    for name,value in usage(cache).items():
+        kind,text = USAGE[name]
+        yield (CounterMetricFamily if kind == 'counter' else GaugeMetricFamily)('mlserve_' + name, text, value=value)
 
 # %% ../../nbs/serving/04_scrape.ipynb #8d5912fd
 def exposition(
     numbers:Numbers, # of any worker
     about:dict, # labels of `mlserve_info`: model, version, image, package
+    cache:str='', # folder of packages from a store, if there is one
 )->bytes: # Prometheus text
     "The numbers of all workers, as Prometheus reads them"
     registry = CollectorRegistry()
-    registry.register(_Collector(numbers, about))
+    registry.register(_Collector(numbers, about, cache))
     return generate_latest(registry)
 
 # %% ../../nbs/serving/04_scrape.ipynb #b5cca65a

@@ -10,19 +10,25 @@ import contextlib, gc, importlib, json, os, signal, socket, subprocess, sys, tem
 from mlserve.errors import (CheckFailed, GpuRefused, IntegrityError, LocalResource, MlserveError, RemoteUnavailable, Refused,
     UsageError)
 from .board import Board
+from .events import log
 from .watchdog import SIGNALS, finish, leave, listen, watch
-from ..settings import Settings, read_settings
+from ..settings import Settings, port_variable, read_settings, service_links, without_platforms
 
 # %% ../../nbs/serving/06_server.ipynb #c0a19a73
+_maths = ('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'BLIS_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'RAYON_NUM_THREADS', 'POLARS_MAX_THREADS')
 def run(
     settings:Settings, # what a container was told
+    by:str='MLSERVE_PORT', # what named the port
 )->int: # the exit code
     "Serve until stopped; every ending has a code"
-    try: sockets = [listen(settings.host, p) for p in (settings.port, *([settings.metrics_port] if settings.metrics_port else []))]
+    ports = {by: settings.port} | ({'MLSERVE_METRICS_PORT': settings.metrics_port} if settings.metrics_port else {})
+    try: sockets = [listen(settings.host, port, name) for name,port in ports.items()]
     except MlserveError as e: return finish(e, 'listen')
+    if links := service_links(os.environ): log('ignored', variables=links, why='Kubernetes made them for a service')
     board = Board(settings.workers)
     def work(worker):
         gc.disable() # until it is ready
+        for name in _maths: os.environ.setdefault(name, '1' if settings.device == 'cpu' else str(settings.threads))
         return importlib.import_module('mlserve.serving.worker').work(settings, sockets, board, worker)
     return watch(work, settings, board)
 
@@ -34,7 +40,7 @@ def main():
         if sys.argv[1:] not in ([], ['serve']): raise UsageError(f'The server has no argument {sys.argv[1][:40]!r}; settings are environment variables.')
         settings = read_settings()
     except MlserveError as e: leave(finish(e, 'settings'))
-    leave(run(settings))
+    leave(run(settings, port_variable(os.environ)))
 
 # %% ../../nbs/serving/06_server.ipynb #d6a747b2
 _classes = {c.code: c for c in (UsageError, CheckFailed, IntegrityError, RemoteUnavailable, LocalResource, Refused, GpuRefused)}
@@ -57,7 +63,7 @@ def start_process(
     **settings, # fields of `Settings`
 )->subprocess.Popen: # still starting
     "The server as a child process"
-    env = {k: v for k,v in os.environ.items() if not k.startswith('MLSERVE_')}
+    env = without_platforms({k: v for k,v in os.environ.items() if not k.startswith('MLSERVE_')})
     env |= {f'MLSERVE_{k.upper()}': str(v) for k,v in ({'package': path} | settings).items()}
     return subprocess.Popen([sys.executable, '-m', 'mlserve.serving.server'], env=env, stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL, stderr=stderr)
@@ -80,7 +86,7 @@ def serve_local(
 ): # the server's URL
     "A server of this package, for as long as the block runs"
     s = {'host': '127.0.0.1', 'port': free_port(), 'drain_delay': 0, 'ui': True} | settings
-    url = f"http://{s['host']}:{s['port']}"
+    url = f"http://[{s['host']}]:{s['port']}" if ':' in s['host'] else f"http://{s['host']}:{s['port']}"
     with tempfile.TemporaryFile('w+') as events:
         process = start_process(path, events, **s)
         try:
@@ -91,7 +97,7 @@ def serve_local(
                 events.seek(0)
                 raise error_from(events.read(), process.returncode) from None
             yield url
-        finally: _stop(process, s.get('grace', 30) + 5)
+        finally: _stop(process, s.get('grace', Settings.grace) + 5)
 
 # %% ../../nbs/serving/06_server.ipynb #468022b5
 if __name__ == '__main__' and __spec__: main()

@@ -9,7 +9,7 @@ __all__ = ['batch_sizes', 'tile', 'WarmupReport', 'warm', 'prove']
 import statistics, time
 from dataclasses import dataclass, field
 import numpy as np
-from ..errors import CheckFailed
+from ..errors import CheckFailed, ModelFailed
 from ..package import golden
 from ..tensors import Comparison, compare
 
@@ -42,9 +42,10 @@ class WarmupReport:
 # %% ../../nbs/serving/03_warmup.ipynb #ff2beb78
 _slow = 0.005 # seconds
 def _timed(model, inputs):
-    "Seconds of one finished call"
+    "Seconds of one finished call, on a copy: the model may write to what it gets"
+    given = {k: v.copy() for k,v in inputs.items()}
     start = time.perf_counter()
-    model.forward(inputs)
+    model.forward(given)
     model.sync()
     return time.perf_counter() - start
 def _usual(model, inputs, budget):
@@ -64,11 +65,15 @@ def warm(
 )->WarmupReport: # the time of each size that is worth running, and of the first call
     "Run the model at every batch size it is likely to meet"
     inputs,_ = golden(package)
-    first,seconds,best,flat = _timed(model, tile(inputs, 1)),{},0,0
-    for n in batch_sizes(max_batch):
-        seconds[n] = took = _usual(model, tile(inputs, n), budget)
+    rows = 1 if package.batch else len(next(iter(inputs.values())))
+    first,seconds,best,flat = _timed(model, tile(inputs, rows)),{},0,0
+    for n in sorted({rows, *batch_sizes(max_batch)}):
+        try: seconds[n] = took = _usual(model, tile(inputs, n), budget)
+        except ModelFailed:
+            if package.batch or n == rows: raise
+            continue
         flat,best = flat + 1 if n / took < 1.05 * best else 0,max(best, n / took)
-        if flat == (1 if took > _slow else 2): break
+        if flat == (1 if took > _slow else 2) and rows in seconds: break
     return WarmupReport(first * 1000, seconds)
 
 # %% ../../nbs/serving/03_warmup.ipynb #d5cb2cc3
@@ -79,7 +84,7 @@ def prove(
     "The golden outputs, reproduced here, or a refusal to serve"
     inputs,expected = golden(package)
     rtol,atol = package.tolerance['rtol'], package.tolerance['atol']
-    found = compare(expected, model.predict(inputs), rtol, atol)
+    found = compare(expected, model.predict(inputs), rtol, atol, nan=bool(package.nonfinite))
     if not found.passed: raise CheckFailed(
         f'The golden output of {package.name} is not reproduced: {found.where} differs by {found.max_abs:.3g} '
         f'(relative {found.max_rel:.3g}); allowed are rtol {rtol:g} and atol {atol:g}.',

@@ -7,10 +7,10 @@ __all__ = ['step', 'load', 'compute_threads', 'start', 'publish', 'sign', 'pulse
            'serve', 'work']
 
 # %% ../../nbs/serving/05_worker.ipynb #788a7038
-import asyncio, contextlib, gc, importlib, logging, os, signal, sys, time
+import asyncio, contextlib, gc, importlib, logging, os, re, signal, sys, time
 from functools import partial
 import uvloop
-from ..errors import MlserveError, ModelFailed, UsageError
+from ..errors import LocalResource, MlserveError, ModelFailed, UsageError
 from ..package import golden
 from ..settings import Settings
 from ..tensors import compare, dtype_of
@@ -18,13 +18,15 @@ from .batcher import Batcher
 from .board import CUT, OPEN, Board, beat
 from .capacity import plan
 from .device import claim
-from .events import always, log, lost, trace
+from .events import always, keep_stderr, log, lost, trace
+from .fork import guard_forks
 from .head import Token, limits_of
 from .helper import Helper
 from .intake import decode
 from .lifecycle import PROBES, Lifecycle
 from .listener import Later, Listener
 from .metrics import PHASES, Numbers
+from .rehearsal import rehearse
 from .routes import ROUTES, Inference, own_route, paths
 from .source import open_package
 from .tracing import open_spans
@@ -56,6 +58,7 @@ def load(
     with step(life, 'load'): model = load_model(life.package, life.device, 1 if cpu else settings.threads)
     with step(life, 'warm'): life.batcher = _batcher(life, model, settings, cpu)
     with step(life, 'golden'): life.golden = prove(model, life.package)
+    life.rows = tuple(tile(a, 1) if life.package.batch else a for a in golden(life.package))
     life.model = model
 
 # %% ../../nbs/serving/05_worker.ipynb #6a874f27
@@ -75,32 +78,41 @@ def _batcher(life, model, settings, cpu):
     threads = max(1, settings.threads // settings.workers) if cpu else 1
     prepare = partial(compute_threads, 1 if cpu else settings.threads)
     report = warm(model, life.package, settings.max_batch)
-    found = plan(model.forward, golden(life.package)[0], report.rates, threads, prepare)
+    found = plan(model.forward, golden(life.package)[0], report.rates, threads, prepare, life.package.batch)
     log('capacity', max_batch=found.max_batch, inline=cpu and found.inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in life.package.outputs}
-    return Batcher(model.forward, found.max_batch, settings.max_delay_ms, settings.queue, threads, cpu and found.inline, expected, prepare, _free_memory)
+    return Batcher(model.forward, found.max_batch, settings.max_delay_ms, settings.queue, threads, cpu and found.inline,
+        expected, prepare, _free_memory, joined=life.package.batch)
 
 # %% ../../nbs/serving/05_worker.ipynb #ada70da0
+def _unforeseen(life, error):
+    "The failure that an error nobody foresaw becomes"
+    if isinstance(error, RuntimeError) and re.search("can't start new thread|temporarily unavailable", str(error)):
+        return LocalResource('The system refuses the threads that the model needs.', mend='Raise the limit of processes of the container (pids), or lower MLSERVE_THREADS.')
+    log('internal_error', step=life.phase, traceback=trace(error))
+    return MlserveError(f'The step {life.phase} failed: {type(error).__name__}: {error}')
 async def start(
     life:Lifecycle, # the state to bring to ready or failed
     settings:Settings, # what to serve
+    rest=None, # awaited when the model is loaded, before ready
 )->None: # the outcome is in `life`
     "Load beside the event loop, and say how it went"
     began = time.perf_counter()
-    try: await asyncio.get_running_loop().run_in_executor(life.thread, load, life, settings)
+    try:
+        await asyncio.get_running_loop().run_in_executor(life.thread, load, life, settings)
+        if rest: await rest()
     except MlserveError as e: life.state,life.error = 'failed',e
-    except Exception as e:
-        log('internal_error', step=life.phase, traceback=trace(e))
-        life.state,life.error = 'failed',MlserveError(f'The step {life.phase} failed: {type(e).__name__}: {e}')
+    except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as e: life.state,life.error = 'failed',_unforeseen(life, e)
     else:
         life.phases['total'] = time.perf_counter() - began
+        gc.collect()
         gc.freeze()
         gc.enable()
         life.state = 'ready'
         log('ready', model=life.package.name, package=life.package.digest, device=life.device.name, phases=life.phases)
 
 # %% ../../nbs/serving/05_worker.ipynb #69a59f1f
-_counted = ('shed', 'cancelled', 'dropped', 'expired', 'failed')
+_counted = ('shed', 'cancelled', 'dropped', 'expired', 'failed', 'out_of_memory')
 def publish(
     life:Lifecycle, # the state
     numbers:Numbers, # the metrics
@@ -109,13 +121,16 @@ def publish(
     "Copy what others count into the metrics"
     b = life.batcher
     for name in _counted if b else (): numbers.put(name, getattr(b.stats, name))
+    since = b.waiting_since if b else None
+    numbers.put('oldest_pending_seconds', 0 if since is None else time.monotonic() - since)
+    numbers.put('pending_limit', b.queue if b else 0)
     for name,value in (('in_flight', life.in_flight), ('pending', b.pending if b else 0), ('open_connections', len(listener.connections)),
                        ('ready', life.state == 'ready'), ('lost_lines', lost[0])): numbers.put(name, value)
     for p in PHASES: numbers.put('phase_' + p, life.phases.get(p, 0))
 def sign(life, row):
     "One sign of life"
     b = life.batcher
-    beat(row, life.state, b.busy_since if b else None, b.pending if b else 0)
+    beat(row, life.state, b.busy_since if b else None, b.pending if b else 0, life.full_since())
 async def pulse(life, numbers, listener, row):
     "Beat until the process ends"
     while True:
@@ -144,10 +159,9 @@ def _on_batch(numbers, batcher):
 async def prove_again(
     life:Lifecycle, # becomes `broken`, or `ready` again
 )->None: # the outcome is in `life.state`
-    "One golden row on the path that serves users"
-    inputs,expected = golden(life.package)
-    t = life.package.tolerance
-    try: found = compare(tile(expected, 1), await life.batcher.submit(tile(inputs, 1)), t['rtol'], t['atol'])
+    "One golden row, or all where they belong together, on the path that serves users"
+    (inputs,expected),t,nan = life.rows,life.package.tolerance,bool(life.package.nonfinite)
+    try: found = compare(expected, await life.batcher.submit(inputs), t['rtol'], t['atol'], nan)
     except ModelFailed as e: right,why = False,e.message
     except MlserveError: return # full or stopping: that says nothing about the model
     else: right,why = found.passed,f'{found.where} differs by {found.max_abs:.3g}'
@@ -191,19 +205,21 @@ async def _drain(life, listeners, settings, row):
 # %% ../../nbs/serving/05_worker.ipynb #603948a8
 class _Events(logging.Handler):
     "Warnings of the libraries as one JSON line each"
-    def emit(self, record): log('library', logger=record.name, message=record.getMessage()[:1000])
+    def emit(self, record): log('library', record.levelname.lower(), logger=record.name, message=record.getMessage()[:1000])
 def _listeners(settings, life, sockets, board, worker, helper):
     "The listeners of a worker, not open yet"
     numbers = Numbers(board, worker, [*(p.decode() for p in PROBES), *(r.pattern for r in ROUTES), '/handle'])
-    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve', 'service.version': settings.model_version}), helper)
+    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve'} | ({'service.version': settings.model_version} if settings.model_version else {})), helper)
     def later(name): return Later(lambda: getattr(importlib.import_module('mlserve.serving.app'), name)(life, settings, numbers))
     main = Listener(later('create_app'), life, numbers, limits_of(settings), Token(settings.token_file) if settings.token_file else None, life.inference.intake.budget)
     main.inference = life.inference
     return [main] + [Listener(later('create_metrics_app'), life, numbers, limits_of(settings)) for _ in sockets[1:]],numbers
 async def _open(listeners, sockets, row):
-    "Accept connections"
+    "Accept connections, and say where"
     for l,s in zip(listeners, sockets): await l.open(s)
     row[OPEN] = 1
+    host,*ports = [sockets[0].getsockname()[0], *(s.getsockname()[1] for s in sockets)]
+    log('listening', host=host, port=ports[0], **({'metrics_port': ports[1]} if ports[1:] else {}))
 
 # %% ../../nbs/serving/05_worker.ipynb #91abd7b8
 async def serve(
@@ -216,13 +232,15 @@ async def serve(
     "Load, serve until told to stop"
     life,stop,loop,row = Lifecycle(),asyncio.Event(),asyncio.get_running_loop(),board.row(worker)
     for s in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(s, on_signal, life, stop)
+    guard_forks([s.getsockname()[1] for s in sockets])
     listeners,numbers = _listeners(settings, life, sockets, board, worker, helper)
+    life.full_since = lambda: life.inference.handlers.full_since
     life.others = lambda: board.all_ready()
     late = board.any_ready() # another worker serves, so nobody need wait for this one
     if not late: await _open(listeners, sockets, row)
-    log('listening', host=settings.host, port=sockets[0].getsockname()[1])
     beating = asyncio.ensure_future(pulse(life, numbers, listeners[0], row))
-    await start(life, settings)
+    making = asyncio.gather(*[l.app.made() for l in listeners])
+    await start(life, settings, partial(_ready_for_all, life, settings, making))
     sign(life, row)
     if settings.device == 'cpu': compute_threads(1)
     if life.error: return finish(life.error, life.phase)
@@ -231,21 +249,20 @@ async def serve(
     own = own_route(life.model)
     listeners[0].routes = paths(life.package.name, settings.model_version) | ({b'/handle': own} if own else {})
     if late: await _open(listeners, sockets, row)
-    making = asyncio.ensure_future(_make(listeners))
     proving = asyncio.ensure_future(keep_proving(life, settings.prove_seconds))
     await stop.wait()
     proving.cancel()
-    making.cancel()
     return await _drain(life, listeners, settings, row)
 
 # %% ../../nbs/serving/05_worker.ipynb #9ddd3436
-async def _make(listeners):
-    "The routes that need FastAPI; its import takes short turns, as requests are being answered"
-    turn = sys.getswitchinterval()
-    sys.setswitchinterval(0.0002)
-    try:
-        for l in listeners: await l.app.made()
-    finally: sys.setswitchinterval(turn)
+async def _ready_for_all(life, settings, making):
+    "Everything that a request may need, before the first one: threads, routes, and what is imported late"
+    with step(life, 'rehearsal'):
+        await making
+        cores = 1 if settings.device == 'cpu' else settings.threads
+        life.inference.handlers.prepare = partial(compute_threads, cores)
+        for pool in (life.batcher, life.inference.bodies, *([life.inference.handlers] if own_route(life.model) else [])): pool.start()
+        log('rehearsed', answers=await rehearse(life, settings))
 def _fault(life, error):
     "The batcher found the model or the device broken"
     log('fault', error=error.message)
@@ -258,9 +275,12 @@ def work(
     worker:int, # this worker's number
 )->int: # the exit code
     "What a forked worker does"
+    keep_stderr()
     logging.getLogger().handlers = [_Events(logging.WARNING)]
-    always.update({'version': settings.model_version} | ({'image': settings.image} if settings.image else {}) | ({'worker': worker} if settings.workers > 1 else {}))
+    who = {'version': settings.model_version, 'image': settings.image, 'worker': str(worker) if settings.workers > 1 else ''}
+    always.update({k: v for k,v in who.items() if v})
+    async def to_the_end(): leave(await serve(settings, sockets, board, worker, helper)) # closing the loop would start a thread and wait for others
     try:
         helper = Helper(decode, settings.max_decoded + 8 * settings.max_json)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(serve(settings, sockets, board, worker, helper))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(to_the_end())
     except MlserveError as e: return finish(e, 'listen')

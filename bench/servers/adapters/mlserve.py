@@ -15,15 +15,15 @@ save_package(file, folder, name=name, inputs={"x": np.load(example)["x"]}, outpu
 
 
 def command(c):
-    package = c.root / "work" / f"mlserve-{c.model}-package"
+    package = c.root / "work" / f"{c.server}-{c.model}-package"
     if not (package / "package.lock").exists():
         example = c.model_path.with_suffix(".npz")
-        subprocess.run([c.bin("mlserve", "python"), "-c", SAVE, c.model_path, package, c.model, example], check=True, capture_output=True)
+        subprocess.run([c.bin(c.server, "python"), "-c", SAVE, c.model_path, package, c.model, example], check=True, capture_output=True)
     c.env.update(MLSERVE_PACKAGE=str(package), MLSERVE_HOST="127.0.0.1", MLSERVE_PORT=str(c.port), MLSERVE_MAX_BATCH=str(c.max_batch if c.batching else 1))
     c.env["MLSERVE_WORKERS" if c.model == "mlp128" else "MLSERVE_THREADS"] = str(c.workers)
     if c.model == "mlp128":
         c.env["MLSERVE_THREADS"] = "1"
-    return [c.bin("mlserve", "python"), "-m", "mlserve.serving.server"]
+    return [c.bin(c.server, "python"), "-m", "mlserve.serving.server"]
 
 
 def request(c, x):

@@ -1,0 +1,59 @@
+"A model's own steps that do what they are asked to, before the model or behind it: `FAKE_HANDLER` of the fake server"
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+
+RAISED = [SystemExit(0), KeyboardInterrupt(), GeneratorExit(), BaseException("any"), StopIteration(), asyncio.CancelledError(), MemoryError(), RecursionError()]
+UNTIL = threading.Event()
+
+
+def fork():
+    "A child that lives on, as a helper of a library would"
+    if not os.fork():
+        time.sleep(60)
+        os._exit(0)
+
+
+def stop_child():
+    "A child that is told to end, as `multiprocessing.Pool.terminate` does"
+    if not (pid := os.fork()):
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+
+
+def hide_stderr():
+    with contextlib.redirect_stderr(io.StringIO()):
+        time.sleep(1)
+
+
+DEEDS = {"exit 0": lambda: os._exit(0), "exit 5": lambda: os._exit(5), "abort": os.abort, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+         "terminate": lambda: signal.raise_signal(signal.SIGTERM), "hang": UNTIL.wait, "fork": fork, "fork and return": lambda: [os.fork() for _ in range(2)],
+         "stop child": stop_child, "directory": lambda: os.chdir("/proc/self"), "stderr": hide_stderr, "close stderr": lambda: os.close(2),
+         "signals": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals)), "long": lambda: (_ for _ in ()).throw(ValueError("\U0001f600" * 5000)),
+         "threads": lambda: threading.Thread(target=time.sleep, args=(60,)).start(), "umask": lambda: os.umask(0o777), "quit in a thread": lambda: threading.Thread(target=sys.exit).start()}
+
+
+def do(deed):
+    if deed.isdigit():
+        raise RAISED[int(deed)]
+    DEEDS.get(deed, lambda: None)()
+
+
+def preprocess(request: list[str]) -> dict:
+    do(request[0])
+    return {"x": np.array([[1, 0]], np.float32)}
+
+
+def postprocess(outputs: dict, request: list[str]) -> list[float]:
+    do(request[1] if len(request) > 1 else "")
+    return outputs["y"][0].tolist()

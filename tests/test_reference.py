@@ -1,0 +1,144 @@
+"""The live model is the reference: what depends on values is not frozen, and held-back rows are answered by the model in the notebook."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from mlserve.errors import CheckFailed, IntegrityError, Refused
+from mlserve.holdout import beside, read_holdout
+from mlserve.package import load_package, load_program, save_package
+
+
+class Branch(torch.nn.Module):
+    def forward(self, x):
+        if x.max() > 10:
+            x = x / 255
+        return x * 2
+
+
+class Loop(torch.nn.Module):
+    def forward(self, x):
+        for _ in range(int(x.max())):
+            x = x * 0.5
+        return x * 2
+
+
+class BranchInGraph(torch.nn.Module):
+    def forward(self, x):
+        return torch.cond(x.max() > 10, lambda x: x / 255, lambda x: x * 1, (x,)) * 2
+
+
+class LoopInGraph(torch.nn.Module):
+    def forward(self, x):
+        n = torch.zeros((), dtype=torch.int64)
+        step = torch._higher_order_ops.while_loop
+        return step(lambda n, x, top: n < top, lambda n, x, top: (n + 1, x * 0.5, top * 1), (n, x, x.max().to(torch.int64)))[1] * 2
+
+
+EXAMPLE = {"x": torch.linspace(0, 0.9, 12).reshape(4, 3)}
+UNLIKE = np.full((1, 3), 200, np.float32)  # the other side of the branch, and a loop of 200
+
+
+@pytest.mark.parametrize("format", ["torchscript", "export"])
+@pytest.mark.parametrize("model, line, graph", [(Branch, "if x.max() > 10:", BranchInGraph), (Loop, "for _ in range(int(x.max())):", LoopInGraph)],
+                         ids=["branch", "loop"])
+def test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole(tmp_path, model, line, graph, format):
+    with pytest.raises(Refused) as e:
+        save_package(model(), tmp_path / "p", "net", EXAMPLE, ["y"], format=format)
+    assert line in e.value.message and "test_reference.py:" in e.value.message
+    assert "torch.jit.script(model), which was tried" in e.value.mend and "torch.cond" in e.value.mend and "handler" in e.value.mend
+    assert not list(tmp_path.iterdir())
+    kept = torch.jit.script(model()) if format == "torchscript" else graph()
+    package = save_package(kept, tmp_path / "p", "net", EXAMPLE, ["y"], format=format)
+    wanted = model()(torch.from_numpy(UNLIKE)).numpy()
+    assert np.allclose(load_program(package).run({"x": UNLIKE}, ["y"])["y"], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("read", [
+    lambda x: x.clamp(max=x.max().item()), lambda x: x * len(torch.nonzero(x > 0.5)), lambda x: x * 2 if torch.equal(x, x.round()) else x,
+    lambda x: x * float(np.asarray(x).max()), lambda x: x.roll(x[0, 0].long() + 1, 1), lambda x: x * torch.tensor([x.max(), 1, 1]),
+    lambda x: x[:, x.sum(0).argsort().tolist()],
+], ids=["a number", "a length", "equality", "NumPy", "a shift", "a constant", "an order"])
+def test_A1_no_way_out_of_a_tensor_is_missed(tmp_path, read):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return read(x)
+    with pytest.raises(Refused, match="lambda x"):
+        save_package(Model(), tmp_path / "p", "net", EXAMPLE, ["y"])
+
+
+class Sized(torch.nn.Module):
+    "Everything that a contract fixes: sizes, types, a mask, a learnt limit, a pick by a mask that the graph makes itself"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("limit", torch.tensor(3.0))
+
+    def forward(self, x):
+        assert x.ndim == 2 and x.shape[1] == 3 and len(x) > 0 and x.is_floating_point()
+        if self.limit > 1:
+            x = x.clamp(max=self.limit.item())
+        x = torch.where(torch.ones(x.shape[1], x.shape[1]).tril()[-1] > 0, x, 0) / float(x.shape[1]) ** 0.5
+        return torch.stack([row * 2 for row in x.unbind(1)], 1) + torch.zeros_like(x).masked_fill(x > 9, 1)
+
+
+def bert(kind, **more):
+    import transformers
+    config = getattr(transformers, f"{kind}Config")(vocab_size=50, num_labels=3, **more)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 24}
+SIZED = {"hand-written": Sized, "BERT": lambda: bert("Bert", **SMALL), "RoBERTa": lambda: bert("Roberta", **SMALL),
+         "DistilBERT": lambda: bert("DistilBert", dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=24)}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_A1_what_depends_on_sizes_is_no_refusal(tmp_path, name):
+    torch.manual_seed(0)
+    ids, mask = torch.randint(5, 50, (3, 8)), torch.ones(3, 8, dtype=torch.int64)
+    mask[1, 5:] = 0
+    inputs = EXAMPLE if name == "hand-written" else {"input_ids": ids, "attention_mask": mask}
+    model = SIZED[name]().eval()
+    package = save_package(model, tmp_path / "p", "net", inputs, ["logits"])
+    other = {"x": np.full((2, 3), 7, np.float32)} if name == "hand-written" else \
+        {"input_ids": ids.flip(1).numpy(), "attention_mask": np.ones((3, 8), np.int64)}
+    with torch.inference_mode():
+        wanted = model(*map(torch.from_numpy, other.values()))
+    wanted = wanted if torch.is_tensor(wanted) else wanted["logits"]
+    assert np.allclose(load_program(package).run(other, ["logits"])["logits"], wanted.numpy(), rtol=1e-4, atol=1e-5)
+
+
+class Shortcut(torch.nn.Module):
+    "Right when traced for the example's numbers, and only for those"
+    def forward(self, x):
+        return x.clamp(max=1) if torch.jit.is_tracing() else x
+
+
+def test_A1_the_live_model_answers_held_back_rows_and_the_saved_one_must_agree(tmp_path):
+    rows = np.linspace(0, 3, 70 * 3, dtype=np.float32).reshape(70, 3)
+    save_package(Shortcut(), tmp_path / "p", "net", EXAMPLE, ["y"])
+    before = load_package(tmp_path / "p").digest
+    with pytest.raises(CheckFailed, match="the live one differ on 70 held-back rows"):
+        save_package(Shortcut(), tmp_path / "p", "net", EXAMPLE, ["y"], holdout=(rows, np.arange(70)))
+    assert load_package(tmp_path / "p").digest == before and [p.name for p in tmp_path.iterdir()] == ["p"]
+    package = save_package(torch.nn.Identity(), tmp_path / "p", "net", EXAMPLE, ["y"], holdout=(rows, np.arange(70)))
+    groups, reference = read_holdout(beside(package.path), package.digest)
+    assert reference == "live model" and (groups["outputs"]["y"] == rows).all() and (groups["inputs"]["x"] == rows).all()
+
+
+def test_A1_the_answers_of_another_model_are_never_taken(tmp_path, monkeypatch):
+    from mlserve.release.record import log_package
+    monkeypatch.setenv("MLSERVE_STATE", str(tmp_path / "state"))
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    rows = (np.ones((5, 3), np.float32), np.arange(5))
+    one = save_package(torch.nn.Linear(3, 2), tmp_path / "one", "net", EXAMPLE, ["y"], holdout=rows)
+    other = save_package(torch.nn.Linear(3, 2), tmp_path / "other", "net", EXAMPLE, ["y"])
+    assert log_package(one.path).reference == "live model"
+    shutil.copyfile(beside(one.path), beside(other.path))
+    with pytest.raises(IntegrityError, match=one.digest):
+        log_package(other.path)
+    beside(other.path).unlink()
+    assert log_package(other.path, holdout=rows).reference == "saved program"
+    assert log_package(other.path).reference == ""
