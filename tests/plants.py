@@ -790,7 +790,7 @@ def connections_are_late_after_a_pause(put):
 @plant
 def a_long_request_is_one_batch(put):
     def piece(batcher, runner, ticket):
-        return [ticket], *now("serving.batcher._execute")(batcher, runner, [ticket])
+        return [ticket], *now("serving.batcher.execute")(runner, [ticket])
     put("serving.batcher._piece", piece)
 
 
