@@ -20,7 +20,7 @@ from .freeze import check_order, example_arrays, first_answer, freeze, live_prog
 from .holdout import beside, check_beside, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
-from .mlmodel import example_files, is_name, mlmodel, parse_mlmodel
+from .mlmodel import check_ways, example_files, is_name, mlmodel, parse_mlmodel
 from .tensors import TensorSpec, check_tensors, spec_of
 
 # %% ../nbs/04_package.ipynb #087fb712
@@ -39,12 +39,6 @@ class Package:
     module: dict|None=None # `class` and `arguments`, where the file holds weights only
     batch: bool=True # rows stand for themselves, so requests may share a call; else a request is one call
     nonfinite: str|None=None # 'strings': NaN and infinities are answers, and words in JSON
-
-# %% ../nbs/04_package.ipynb #b6e0b24d
-def _check_ways(batch, nonfinite):
-    "Refuse what is not one of the ways to ask and to answer"
-    if type(batch) is not bool: raise UsageError(f'batch is {batch!r}; allowed are True and False.')
-    if nonfinite not in (None, 'strings'): raise UsageError(f"nonfinite is {nonfinite!r}; allowed is 'strings', or nothing for a model whose answers are numbers.")
 
 # %% ../nbs/04_package.ipynb #0ee95c26
 def _read_mlmodel(path:Path, digest:str)->Package:
@@ -76,14 +70,14 @@ def load_package(
 # %% ../nbs/04_package.ipynb #c317224f
 _golden_limit = 2**30
 def _as_described(file:Path, arrays:dict, specs:tuple)->dict:
-    "Arrays in the order of their specs, or a refusal of those that are not theirs"
-    if set(arrays) != {s.name for s in specs}:
+    "Arrays that are what their specs describe, in the order of the call"
+    if list(arrays) != [s.name for s in specs]:
         raise IntegrityError(f"{file} has {', '.join(arrays)[:200]}; the package describes {', '.join(s.name for s in specs)[:200]}.")
     for s in specs:
         found = spec_of(s.name, arrays[s.name])
         if (found.datatype, found.shape[1:]) != (s.datatype, s.shape[1:]):
             raise IntegrityError(f"{file} has '{s.name}' as {found.datatype} {list(found.shape)}; the package describes {s.datatype} {list(s.shape)}.")
-    return {s.name: arrays[s.name] for s in specs}
+    return arrays
 def golden(
     package:Package, # a verified package
 )->tuple: # (inputs, outputs), each {name: array}
@@ -236,7 +230,7 @@ def save_package(
     _check(name=name, inputs=inputs, outputs=outputs, tolerance=tolerance, files=files, path=path, arguments=arguments)
     _check_outputs(list(outputs))
     if tolerance: _check_tolerance(tolerance)
-    _check_ways(batch, nonfinite)
+    check_ways(batch, nonfinite)
     path = Path(path).absolute()
     if not is_name(name):
         raise Refused(f"The name '{name}' cannot be part of an image name; allowed are a-z, 0-9 and single . _ - inside, at most 63.")
