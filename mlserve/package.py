@@ -17,7 +17,7 @@ from .errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Re
 from .folder import check_replaceable, copy_files, install_folder
 from .formats import FORMATS, check_format, read_program
 from .freeze import check_order, example_arrays, first_answer, freeze, live_program
-from .holdout import beside, check_beside, live_answers, move_beside, reference_of, write_holdout
+from .holdout import beside, check_beside, discard, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
 from .mlmodel import check_ways, example_files, is_name, mlmodel, parse_mlmodel
@@ -155,8 +155,7 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
     program = live if isinstance(live, ConfinedProgram) else load_program(saved)
     prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite))
-    calls = 32 if batch else len(next(iter(arrays.values())))
-    held = live_answers(live, program, holdout, saved, calls, bool(nonfinite)) if holdout is not None else None
+    held = live_answers(live, program, holdout, saved, 32 if batch else len(next(iter(arrays.values()))), bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
     for name,text in texts.items(): (temp/name).write_text(text)
@@ -180,9 +179,7 @@ def _save(path:Path, ours:dict, model, arrays:dict, *rest)->Package:
         given = ', '.join(f'{n} {a.dtype} {list(a.shape)}' for n,a in arrays.items())
         why = next((l for l in reversed(str(e).strip().splitlines()) if l.strip()), type(e).__name__).strip()
         raise UsageError(f'The model cannot be saved with the example {given}, or with another batch size of it: {why}') from e
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-        beside(temp).unlink(missing_ok=True)
+    finally: discard(temp)
     return load_package(path)
 
 # %% ../nbs/04_package.ipynb #2b813b5b
