@@ -13,23 +13,40 @@ from .errors import InvalidInput, ModelFailed, TooLarge, UnsupportedMedia
 from .tensors import finite
 
 # %% ../nbs/02_body.ipynb #3d22499d
-_windows = {'gzip': 31, 'deflate': 15}
+_windows,_piece = {'gzip': 31, 'deflate': 15},2**18
+def _inflating(stream, body, limit):
+    "The pieces of an inflated body, at most one byte more than the limit"
+    left = limit + 1
+    for at in range(0, len(body), _piece):
+        data = body[at:at + _piece]
+        while left and not stream.eof:
+            part = stream.decompress(data, min(left, 4 * _piece))
+            data,left = stream.unconsumed_tail,left - len(part)
+            yield part
+            if not data and not part: break
+        if stream.eof and at + _piece < len(body): raise InvalidInput('The compressed body has bytes behind the end of its stream.')
+        if not left: return
 def inflate(
     body:bytes, # as it came
     coding:str|None, # the value of `Content-Encoding`; none means as it is
     limit:int, # largest result, in bytes
+    take=lambda size: None, # called with the size of each piece before it is kept; may refuse it
 )->bytes: # the body itself
     "A body without its compression"
     coding = (coding or 'identity').strip().lower()
     if coding == 'identity': return body
     if coding not in _windows: raise UnsupportedMedia(f'The content encoding {coding[:40]!r} is not served; allowed are gzip and deflate.')
-    stream = zlib.decompressobj(_windows[coding])
-    try: out = stream.decompress(body, limit + 1)
+    stream,pieces,size = zlib.decompressobj(_windows[coding]),[],0
+    try:
+        for part in _inflating(stream, memoryview(body), limit):
+            size += len(part)
+            if size > limit: raise TooLarge(f'The body inflates to more than the limit of {limit} bytes.')
+            take(len(part))
+            pieces.append(part)
     except zlib.error: raise InvalidInput(f'The body is not {coding}, as its content encoding says.') from None
-    if len(out) > limit: raise TooLarge(f'The body inflates to more than the limit of {limit} bytes.')
     if not stream.eof: raise InvalidInput(f'The {coding} body ends before its stream does.')
     if stream.unused_data: raise InvalidInput(f'The {coding} body has bytes behind the end of its stream.')
-    return out
+    return b''.join(pieces)
 
 # %% ../nbs/02_body.ipynb #766aa757
 def _keys(o):
@@ -55,17 +72,25 @@ def _unique(pairs):
     raise InvalidInput(f"The key {ascii(key[:80])} comes twice in one JSON object; each may come once.")
 
 # %% ../nbs/02_body.ipynb #f163ebe6
+def _loads(body):
+    "What JSON text says"
+    try: return orjson.loads(body)
+    except orjson.JSONDecodeError as e:
+        if bytes(body[:3]) == b'\xef\xbb\xbf': return _loads(body[3:])
+        raise InvalidInput(f'The body is not JSON: {e}.') from None
 def read_object(
     body:bytes, # what came
     allowed:dict, # keys an object of this format may have; only its keys matter
 )->dict: # the object, values not looked at
     "A strict JSON object"
-    try: o = orjson.loads(body)
-    except orjson.JSONDecodeError as e: raise InvalidInput(f'The body is not JSON: {e}.') from None
+    o = _loads(body)
     if type(o) is not dict: raise InvalidInput(f'The body is a JSON {type(o).__name__}; allowed is an object with {next(iter(allowed))!r}.')
     if type(body) is not bytes: body = bytes(body)
     try:
-        if not _as_many_colons(body, o): json.loads(body, object_pairs_hook=_unique)
+        if not _as_many_colons(body, o):
+            del o # one copy at a time: it may be fifty times the text
+            json.loads(body, object_pairs_hook=_unique)
+            o = _loads(body)
     except (RecursionError, ValueError): raise InvalidInput('The body is nested too deeply, or has a number too long to read.') from None
     check_keys(o, allowed, 'The body')
     return o
@@ -111,6 +136,10 @@ def _in_words(array):
     for i in np.flatnonzero(~np.isfinite(array)): flat[i] = word_of(array.flat[i])
     return _nested(flat, array.shape)
 
+class _Large:
+    "An array that is written in pieces"
+    def __init__(self, array): self.array = array
+    def tolist(self): return self.array.tolist()
 
 # %% ../nbs/02_body.ipynb #6433b01b
 def jsonable(
@@ -125,14 +154,25 @@ def jsonable(
     if kind == 'f' and not finite(array):
         if nonfinite: return _in_words(array)
         raise error(f"Tensor '{name}' holds NaN or infinity, which JSON cannot carry.")
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    if not array.flags.c_contiguous: array = np.ascontiguousarray(array)
+    return array if array.size <= _together else _Large(array)
 
 # %% ../nbs/02_body.ipynb #49aa3f27
+_together = 2**14 # numbers that are written in one go
+def _known(o): return orjson.dumps(o, option=orjson.OPT_SERIALIZE_NUMPY, default=lambda a: a.tolist())
+def _in_pieces(a):
+    "JSON of an array, written a few rows or numbers at a time"
+    if a.size <= _together: return _known(a)
+    rows = _together * len(a) // a.size
+    if rows: parts = [_known(a[i:i + rows])[1:-1] for i in range(0, len(a), rows)]
+    else: parts = map(_in_pieces, a)
+    return b'[' + b','.join(parts) + b']'
+def _unknown(o): return orjson.Fragment(_in_pieces(o.array)) if type(o) is _Large else o.tolist()
 def dump(
     o, # dicts and lists, arrays included
 )->bytes: # JSON
     "JSON bytes"
-    return orjson.dumps(o, option=orjson.OPT_SERIALIZE_NUMPY, default=lambda a: a.tolist())
+    return orjson.dumps(o, option=orjson.OPT_SERIALIZE_NUMPY, default=_unknown)
 
 # %% ../nbs/02_body.ipynb #b3379cf0
 def lift_words(

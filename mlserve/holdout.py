@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIVE', 'SAVED', 'held_rows', 'answers', 'live_answers', 'reference_of', 'beside', 'write_holdout', 'read_holdout',
-           'check_beside', 'move_beside']
+           'check_beside', 'move_beside', 'discard']
 
 # %% ../nbs/04_holdout.ipynb #9cd94dc4
-import os
+import os, shutil
 from pathlib import Path
 import numpy as np
 from .arrays import load_tensors, save_tensors
@@ -58,12 +58,13 @@ def answers(
 def live_answers(
     live, # what answers as the model does
     program, # the same, from its file
-    holdout, # inputs and labels
+    holdout, # inputs and labels, or None
     package, # with `inputs`, `outputs` and `tolerance`
     rows:int, # of one call
     nonfinite:bool, # NaN and infinities are answers
-)->dict: # groups `inputs`, `outputs` and `labels`
+)->dict|None: # groups `inputs`, `outputs` and `labels`
     "The live model's answers to held-back rows, if the saved one gives them too"
+    if holdout is None: return None
     inputs,labels = held_rows(holdout, package.inputs)
     names = [s.name for s in package.outputs]
     expected = answers(live, inputs, names, rows, nonfinite)
@@ -130,3 +131,9 @@ def move_beside(
     if not beside(temp).exists(): return beside(path).unlink(missing_ok=True)
     with open(beside(temp), 'rb') as f: os.fsync(f.fileno())
     beside(temp).replace(beside(path))
+def discard(
+    temp:Path, # the folder in which a package was made
+)->None:
+    "Take away what is left of it, and of its held-back answers"
+    shutil.rmtree(temp, ignore_errors=True)
+    beside(temp).unlink(missing_ok=True)

@@ -6,22 +6,21 @@
 __all__ = ['Package', 'load_package', 'golden', 'call_rows', 'load_environment', 'load_program', 'save_package']
 
 # %% ../nbs/04_package.ipynb #49239403
-import json, math, os, re, shutil, tempfile
+import json, math, os, shutil, tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np
 from .arrays import load_tensors, save_tensors
-from .audit import no_pickle
 from .confined import ConfinedProgram
 from .environment import environment
 from .errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Refused, UsageError
+from .folder import check_replaceable, copy_files, install_folder
 from .formats import FORMATS, check_format, read_program
 from .freeze import check_order, example_arrays, first_answer, freeze, live_program
-from .holdout import beside, check_beside, live_answers, move_beside, reference_of, write_holdout
+from .holdout import beside, check_beside, discard, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
-from .lock import SMALL, differ, digest_of, locked_files, read_small, verify_lock, write_lock
-from .mlmodel import example_files, is_name, mlmodel, parse_mlmodel
+from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
+from .mlmodel import check_ways, example_files, is_name, mlmodel, parse_mlmodel
 from .tensors import TensorSpec, check_tensors, spec_of
 
 # %% ../nbs/04_package.ipynb #087fb712
@@ -40,12 +39,6 @@ class Package:
     module: dict|None=None # `class` and `arguments`, where the file holds weights only
     batch: bool=True # rows stand for themselves, so requests may share a call; else a request is one call
     nonfinite: str|None=None # 'strings': NaN and infinities are answers, and words in JSON
-
-# %% ../nbs/04_package.ipynb #b6e0b24d
-def _check_ways(batch, nonfinite):
-    "Refuse what is not one of the ways to ask and to answer"
-    if type(batch) is not bool: raise UsageError(f'batch is {batch!r}; allowed are True and False.')
-    if nonfinite not in (None, 'strings'): raise UsageError(f"nonfinite is {nonfinite!r}; allowed is 'strings', or nothing for a model whose answers are numbers.")
 
 # %% ../nbs/04_package.ipynb #0ee95c26
 def _read_mlmodel(path:Path, digest:str)->Package:
@@ -77,14 +70,14 @@ def load_package(
 # %% ../nbs/04_package.ipynb #c317224f
 _golden_limit = 2**30
 def _as_described(file:Path, arrays:dict, specs:tuple)->dict:
-    "Arrays in the order of their specs, or a refusal of those that are not theirs"
-    if set(arrays) != {s.name for s in specs}:
+    "Arrays that are what their specs describe, in the order of the call"
+    if list(arrays) != [s.name for s in specs]:
         raise IntegrityError(f"{file} has {', '.join(arrays)[:200]}; the package describes {', '.join(s.name for s in specs)[:200]}.")
     for s in specs:
         found = spec_of(s.name, arrays[s.name])
         if (found.datatype, found.shape[1:]) != (s.datatype, s.shape[1:]):
             raise IntegrityError(f"{file} has '{s.name}' as {found.datatype} {list(found.shape)}; the package describes {s.datatype} {list(s.shape)}.")
-    return {s.name: arrays[s.name] for s in specs}
+    return arrays
 def golden(
     package:Package, # a verified package
 )->tuple: # (inputs, outputs), each {name: array}
@@ -144,44 +137,6 @@ def _specs(arrays:dict, rows:int|None=None)->tuple:
     check_tensors(arrays, specs)
     return specs
 
-# %% ../nbs/04_package.ipynb #8c6a1654
-def _flush(path:Path):
-    "Make a folder readable by the server's user, and durable"
-    for p in [*path.rglob('*'), path]:
-        p.chmod(0o755 if p.is_dir() else 0o644)
-        fd = os.open(p, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
-def _replaceable(path:Path):
-    "Refuse a place that holds something other than a package"
-    if path.is_symlink() or path.is_file(): raise Refused(f'{path} is a file or a link; a package is a folder of its own.')
-    if path.is_dir() and any(path.iterdir()) and not ((path/'package.lock').is_file() and (path/'MLmodel').is_file()):
-        raise Refused(f'{path} holds files that are not a package, and will not be replaced.', mend='Choose an empty or new folder.')
-def _install(temp:Path, path:Path):
-    "Put a finished folder in its place"
-    _flush(temp)
-    old = temp.with_name(temp.name + '-old')
-    if path.exists(): path.rename(old)
-    try: temp.rename(path)
-    except OSError:
-        if old.exists(): old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    move_beside(temp, path)
-
-# %% ../nbs/04_package.ipynb #5a8560bf
-def _copy_files(files, temp:Path):
-    "Put extra files and folders under `files/`"
-    for source in map(Path, files):
-        to = temp/'files'/source.name
-        if to.exists(): raise UsageError(f"Two of the files are named '{source.name}'.")
-        to.parent.mkdir(exist_ok=True)
-        if source.is_dir(): shutil.copytree(source, to, symlinks=True)
-        elif source.is_file(): shutil.copyfile(source, to)
-        else: raise LocalResource(f'There is no file or folder {source}.')
-    for file in (temp/'files').rglob('*'):
-        if file.is_file() and not file.is_symlink(): no_pickle(file)
-
 # %% ../nbs/04_package.ipynb #d9be40b2
 def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, holdout):
     "Write, run and prove everything of a package in a scratch folder"
@@ -189,7 +144,7 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     file,inputs = temp/ours['file'],_specs(arrays)
     live = live_program(model, file, ours['format'])
     check_order(live, list(arrays))
-    _copy_files(files, temp)
+    copy_files(files, temp)
     ours['handler'] = write_handler(handler, temp)
     batch,nonfinite = ours.get('batch', True),ours.get('nonfinite')
     expected = first_answer(live, arrays, names, nonfinite=nonfinite)
@@ -200,8 +155,7 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
     program = live if isinstance(live, ConfinedProgram) else load_program(saved)
     prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite))
-    calls = 32 if batch else len(next(iter(arrays.values())))
-    held = live_answers(live, program, holdout, saved, calls, bool(nonfinite)) if holdout is not None else None
+    held = live_answers(live, program, holdout, saved, 32 if batch else len(next(iter(arrays.values()))), bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
     for name,text in texts.items(): (temp/name).write_text(text)
@@ -217,16 +171,15 @@ def _save(path:Path, ours:dict, model, arrays:dict, *rest)->Package:
     except OSError as e: raise LocalResource(f'No folder can be made in {path.parent}: {e.strerror}.') from e
     try:
         _fill(temp, ours, model, arrays, *rest)
-        _install(temp, path)
+        install_folder(temp, path)
+        move_beside(temp, path)
     except OSError as e: raise LocalResource(f'The package could not be written to {path}: {e}.') from e
     except MlserveError: raise
     except Exception as e:
         given = ', '.join(f'{n} {a.dtype} {list(a.shape)}' for n,a in arrays.items())
         why = next((l for l in reversed(str(e).strip().splitlines()) if l.strip()), type(e).__name__).strip()
         raise UsageError(f'The model cannot be saved with the example {given}, or with another batch size of it: {why}') from e
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-        beside(temp).unlink(missing_ok=True)
+    finally: discard(temp)
     return load_package(path)
 
 # %% ../nbs/04_package.ipynb #2b813b5b
@@ -274,13 +227,13 @@ def save_package(
     _check(name=name, inputs=inputs, outputs=outputs, tolerance=tolerance, files=files, path=path, arguments=arguments)
     _check_outputs(list(outputs))
     if tolerance: _check_tolerance(tolerance)
-    _check_ways(batch, nonfinite)
+    check_ways(batch, nonfinite)
     path = Path(path).absolute()
     if not is_name(name):
         raise Refused(f"The name '{name}' cannot be part of an image name; allowed are a-z, 0-9 and single . _ - inside, at most 63.")
     check_format(format)
     if format == 'safetensors' and not handler: raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
-    _replaceable(path)
+    check_replaceable(path)
     check_beside(path)
     ours = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
     ours |= ({} if batch else {'batch': False}) | ({'nonfinite': nonfinite} if nonfinite else {})

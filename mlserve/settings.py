@@ -88,6 +88,8 @@ class Settings:
     drain_delay: float = number(5, 0, _day) # seconds of full service after SIGTERM, not ready
     grace: float = number(20, 0, _day) # seconds to finish what was accepted
     max_body: int = number(64 * 2**20, 1, 2**36) # bytes of a body, and of the tensors it becomes
+    max_json: int = number(8 * 2**20, 1, 2**30) # bytes of a body that is text: JSON or CSV
+    max_decoded: int = number(None, 1, 2**40) # bytes of all requests in memory; four times `max_body` by default
     ui: bool = False # the page at `/` and `/docs`
     max_delay_ms: float = number(0, 0, 60_000) # how long a request may wait for others to share a batch
     workers: int = number(1, 1, 64) # worker processes behind one port; one on `cuda`
@@ -102,6 +104,7 @@ class Settings:
     metrics_port: int = number(0, 0, 65535) # a port of their own for the metrics; 0 leaves them on the main one
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _typed(f, getattr(self, f.name)))
+        if self.max_decoded is None: object.__setattr__(self, 'max_decoded', 4 * self.max_body)
 
 # %% ../nbs/03_settings.ipynb #486bf57b
 _link = re.compile(r'MLSERVE_(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*|MLSERVE_(.+_)?PORT=(tcp|udp|sctp)://.*', re.S)

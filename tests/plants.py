@@ -119,14 +119,15 @@ def no_deadline_for_a_reader(put):
 
 @plant
 def a_body_is_measured_after_it_was_read(put):
-    put("serving.http.body_size", lambda h, limits: int(h.get(b"content-length", 0)))
+    put("serving.http.body_limit", lambda h, limits, text=False: (limits.max_body, int(h.get(b"content-length", 0))))
 
 
 @plant
 def only_announced_bodies_are_measured(put):
     def on_body(self, body):
         self.next.body += body
-        self.web.buffered += len(body)
+        self.next.held += len(body)
+        self.web.budget.receiving += len(body)
     put("serving.http.Connection.on_body", on_body)
 
 
@@ -199,7 +200,7 @@ def an_early_answer_keeps_its_connection(put):
     def before(self, *answer):
         if self.current is not None:
             self.current.keep = True
-    around(put, "serving.http.Connection._answer", before=before)
+    around(put, "serving.http.Connection.answer", before=before)
 
 
 @plant
@@ -251,6 +252,80 @@ def an_administration_route(put):
         app.post("/v2/repository/models/double/load")(load)
         return app
     put("serving.app.create_app", create_app)
+
+
+@plant
+def json_has_no_limit_of_its_own(put):
+    limits(put, max_text=2**30)
+    good = now("serving.intake.Intake.__init__")
+
+    def init(self, settings, helper=None):
+        good(self, settings, helper)
+        self.most_text = self.most
+    put("serving.intake.Intake.__init__", init)
+
+
+@plant
+def the_path_is_chosen_by_what_travels(put):
+    "A compressed body is as small as it looks: it is inflated and read on the event loop"
+    def at_once(self, route, headers, body, package):
+        coding = headers.get(b"content-encoding")
+        return body if len(body) > 2**16 or coding is None else now("body.inflate")(body, coding.decode(), self.limit(route, headers))
+    put("serving.intake.Intake.at_once", at_once)
+
+
+@plant
+def everything_is_read_in_this_process(put):
+    put("serving.worker.Helper", lambda *args: None)
+
+
+@plant
+def a_task_may_take_all_memory(put):
+    put("serving.helper._limit", never)
+
+
+@plant
+def what_is_decoded_is_not_counted(put):
+    put("serving.budget.Budget.take", never)
+    put("serving.budget.Budget.give", never)
+
+
+@plant
+def two_waiting_requests_stop_the_reading(put):
+    def advance(self):
+        if self.current is not None or self.transport.is_closing() or self.flow.write_paused:
+            return
+        if self.waiting:
+            self._begin(self.waiting.popleft())
+        if not self.waiting and self.current is None:
+            self.flow.resume_reading()
+    put("serving.http.Connection._advance", advance)
+
+
+@plant
+def nobody_is_told_to_go_on_later(put):
+    def after(self, *args):
+        self.owed = False
+    around(put, "serving.http.Connection._judge", after=after)
+
+
+@plant
+def an_upgrade_ends_the_request(put):
+    put("serving.http.Connection._offered", lambda self: False)
+
+    def feed(self, data):
+        import httptools
+        self.fed = len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self.leave_after()
+    put("serving.http.Connection._feed", feed)
+
+
+@plant
+def what_waits_outlives_its_client(put):
+    put("serving.http.Connection._drop_waiting", never)
 
 
 # ---- V: bodies
@@ -715,7 +790,7 @@ def connections_are_late_after_a_pause(put):
 @plant
 def a_long_request_is_one_batch(put):
     def piece(batcher, runner, ticket):
-        return [ticket], *now("serving.batcher._execute")(batcher, runner, [ticket])
+        return [ticket], *now("serving.batcher.execute")(runner, [ticket])
     put("serving.batcher._piece", piece)
 
 

@@ -340,3 +340,53 @@ def test_openapi_is_valid_and_complete(http):
     for path in ("/", "/docs"):
         page = http.get(path)
         assert page.status_code == 200 and "//cdn" not in page.text
+
+
+def test_every_path_that_is_asked_by_get_is_asked_by_head(http):
+    "The same status and headers, and no body"
+    for path, methods in http.get("/openapi.json").json()["paths"].items():
+        if "get" in methods:
+            path = path.replace("{name}", "double").replace("{version}", "1")
+            got, head = http.get(path), http.head(path)
+            assert head.status_code == got.status_code == 200 and not head.content, path
+            assert head.headers["content-type"] == got.headers["content-type"], path
+    assert http.head("/predict").status_code == 405 and http.head("/nowhere").status_code == 404
+
+
+@pytest.mark.parametrize("media", [None, "text/plain", "text/plain; charset=utf-8", "application/x-www-form-urlencoded"])
+def test_json_is_json_where_the_media_type_says_nothing(http, route, media):
+    "A client that names none, or what its tool puts there: `curl -d` calls every body a form"
+    body = json.dumps(ROUTES[route][0]([[1, 2]])).encode()
+    asked = http.build_request("POST", route, content=body, headers={"content-type": media} if media else {})
+    if not media:
+        asked.headers.pop("content-type", None)
+    r = http.send(asked)
+    assert r.status_code == 200 and r.content == http.post(route, content=body, headers={"content-type": "application/json"}).content
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(http, route):
+    body = json.dumps(ROUTES[route][0]([[1, 2]])).encode()
+    assert http.post(route, content=b"\xef\xbb\xbf" + body, headers={"content-type": "application/json"}).status_code == 200
+
+
+def test_an_answer_is_compressed_as_the_client_wants_it(http):
+    rows = [[i, i + 1] for i in range(8000)]
+    for accepted, packed in {"gzip;q=0": False, "identity, gzip;q=0.5": False, "*;q=0": False, "gzip;q=0.5": True, "*": True, "GZIP": True}.items():
+        r = http.post("/predict", json={"inputs": rows}, headers={"accept-encoding": accepted})
+        assert r.status_code == 200 and ("content-encoding" in r.headers) == packed, accepted
+
+
+def test_a_compressed_body_is_one_whole_stream_in_any_form(http):
+    "Deflate, and gzip in chunks; several members, or anything behind the end, is refused"
+    import gzip
+    import zlib
+    body = json.dumps({"inputs": [[1, 2]] * 100}).encode() + b" " * 30_000
+
+    def chunks(data):
+        yield from (data[i:i + 700] for i in range(0, len(data), 700))
+    whole = gzip.compress(body)
+    for coding, sent in {"deflate": zlib.compress(body), "gzip": whole}.items():
+        for content in (sent, chunks(sent)):
+            assert http.post("/predict", content=content, headers={"content-encoding": coding}).json()["outputs"][0] == [2, 4]
+    for wrong in (whole + gzip.compress(b" "), whole + b"x", whole[:-4]):
+        failed(http.post("/predict", content=wrong, headers={"content-encoding": "gzip"}), 400)

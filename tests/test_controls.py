@@ -18,11 +18,13 @@ import pytest
 import serving
 import test_batcher
 import test_conformance
+import test_decoding
 import test_endurance
 import test_evaluation
 import test_http_limits
 import test_invariance
 import test_isolation
+import test_pipelining
 import test_platforms
 import test_protocol
 import test_reference
@@ -32,6 +34,7 @@ import torch
 HERE = Path(__file__).parent
 H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
 T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
+Y, K = test_decoding, test_pipelining
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "DID NOT RAISE"),
@@ -67,6 +70,15 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N10", H.test_N10_a_path_has_one_spelling, {"path": "/v2/%2e%2e/metrics"}, "other_spellings_are_mended", "text/plain|200"),
     ("N10", C.test_nothing_is_at_other_paths, {}, "an_administration_route", "405 == 404"),
     ("N10", S.test_no_route_administers_takes_a_url_or_unpickles, {}, "an_administration_route", "load"),
+    ("N11", Y.test_N11_compressed_bodies_that_inflate_a_thousandfold_are_413_and_disturb_nobody, {}, "the_path_is_chosen_by_what_travels", "liveness took|None|" + HELD),
+    ("N11", Y.test_N11_one_body_of_json_over_its_limit_is_413_before_it_is_read, {}, "json_has_no_limit_of_its_own", HELD),
+    ("N11", Y.test_N11_what_is_long_to_read_disturbs_nobody, {}, "everything_is_read_in_this_process", "liveness took|gibibyte|None|" + HELD),
+    ("N11", Y.test_N11_all_requests_share_one_budget, {}, "what_is_decoded_is_not_counted", r"\{200\} == \{200, 503\}|\[200"),
+    ("N12", K.test_N12_whatever_comes_in_whatever_pieces_each_is_answered_in_order, {}, "two_waiting_requests_stop_the_reading", "never goes on|nothing is read"),
+    ("N12", K.test_N12_a_client_that_leaves_at_any_point_leaves_nothing, {}, "what_waits_outlives_its_client", "waiting|receiving|answer to nobody"),
+    ("N12", K.test_N12_two_requests_in_one_write_and_then_a_third, {}, "two_waiting_requests_stop_the_reading", HELD + "|NoneType"),
+    ("N12", K.test_N12_who_waits_to_go_on_is_told_so_when_it_is_its_turn, {}, "nobody_is_told_to_go_on_later", HELD + "|408 == 100"),
+    ("N12", K.test_N12_an_offered_upgrade_is_passed_over, {}, "an_upgrade_ends_the_request", "error|NoneType"),
     ("V1", P.test_malformed, {"name": "V1-nesting-250000"}, "json_as_the_standard_library_reads_it", "recursion"),
     ("V1", C.test_V1_a_broken_body_is_400, {"route": "/predict", "body": C.BROKEN["deep"]}, "json_as_the_standard_library_reads_it", "500 == 400"),
     ("V2", P.test_malformed, {"name": "V2-shape-wraps"}, "sizes_are_multiplied_in_64_bits", "reshape|Maximum allowed"),
@@ -117,7 +129,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("E12", X.test_E12_eight_handlers_that_hang_starve_nobody, {}, "handlers_take_the_threads_of_large_bodies", "timed out"),
     ("E12", X.test_E12_eight_handlers_that_hang_starve_nobody, {}, "a_stuck_handler_is_left_alone", HELD),
     ("E12", X.test_E12_one_that_hangs_is_told_504_at_its_own_deadline, {}, "a_handler_has_no_deadline", "timed out"),
-    ("E12", X.test_E12_a_child_of_a_handler_keeps_no_port_and_no_connection, {}, "a_child_keeps_what_its_parent_had", "holds no client|timed out"),
+    ("E12", X.test_E12_a_child_of_a_handler_keeps_no_port_and_no_connection, {}, "a_child_keeps_what_its_parent_had", "holds no client|timed out|already in use"),
     ("E13", X.test_E13_a_pause_of_the_whole_server_is_no_hang_and_costs_nobody_an_answer, {"seconds": 4}, "a_pause_is_taken_for_a_hang", "refused|200|408|NoneType|reset"),
     ("E13", X.test_E13_a_pause_of_the_whole_server_is_no_hang_and_costs_nobody_an_answer, {"seconds": 4}, "connections_are_late_after_a_pause", "408|NoneType|reset|Broken"),
     ("E13", X.test_E13_a_long_request_runs_in_turns_with_others_and_is_no_hang, {"rows": 100_000}, "a_long_request_is_one_batch", HELD + "|reset|Error"),

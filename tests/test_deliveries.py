@@ -582,14 +582,15 @@ def endless():
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_an_answer_without_end_stops_at_its_limit(store, uri, settings, endless, announced, monkeypatch):
+def test_an_answer_without_end_stops_at_its_limit(store, uri, settings, endless, announced, tmp_path, monkeypatch):
     "The lock of a store, and the registry's own answer: little is read, and memory is flat"
     import resource
     endless.announced = announced
+    open_package(settings(uri))  # whatever is imported late is so
     use(monkeypatch, store, port=endless.server_address[1])
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     with pytest.raises((Refused, IntegrityError, RemoteUnavailable)) as e:
-        open_package(settings(uri, MLSERVE_FETCH_SECONDS=20))
+        open_package(settings(uri, MLSERVE_FETCH_SECONDS=20, MLSERVE_CACHE=tmp_path / "other"))
     assert e.value.code in (5, 8), e.value
     assert time.monotonic() - start < 15
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 100e6

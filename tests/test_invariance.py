@@ -9,7 +9,7 @@ from torch import nn
 
 from mlserve.errors import CheckFailed
 from mlserve.formats import TorchProgram
-from mlserve.package import call_rows, golden, load_package, save_package
+from mlserve.package import call_rows, golden, load_package, load_program, save_package
 from mlserve.tensors import compare
 
 ENDLESS = {"NaN": np.nan, "Infinity": np.inf, "-Infinity": -np.inf}
@@ -79,8 +79,8 @@ def test_A2_requests_whose_rows_belong_together_are_never_joined_and_never_cut(t
 
 
 def test_A2_recorded_rows_are_asked_in_the_calls_of_the_reference(tmp_path):
+    from mlserve.holdout import answers
     from mlserve.release.check import ask
-    from mlserve.release.record import saved_answers
 
     class Direct:
         "A client that counts the rows of what it asks"
@@ -96,7 +96,7 @@ def test_A2_recorded_rows_are_asked_in_the_calls_of_the_reference(tmp_path):
             return self.life.model.predict(inputs)
     package = save_package(Of(lambda x: x / x.sum(0)), tmp_path / "share", "share", {"x": torch.rand(5, 1) + 1}, ["y"], batch=False)
     held = {"x": np.random.default_rng(0).random((12, 1), np.float32)}
-    outputs = saved_answers(package, held, call_rows(package))
+    outputs = answers(load_program(package), held, ["y"], call_rows(package))
     client = Direct(load_here(package)[0])
     found = ask(client, package, {"inputs": held, "outputs": outputs, "labels": {"labels": np.zeros(12)}}, "cpu")
     assert client.seen[:4] == [5, 5, 5, 2] and found["rows"] == 12

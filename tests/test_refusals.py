@@ -164,15 +164,24 @@ def test_a_regression_is_measured_by_its_errors(environment, tracking, tmp_path)
     result = json.loads(done.stdout)
     assert list(result["metrics"]) == ["rmse", "mae", "r2"] and result["check"]["rows"] == 64
     assert result["check"]["reading"] == "'price' as numbers"
+    assert result["reference"] == "saved program" and any("not the live model" in w for w in result["warnings"])
     rmse = result["metrics"]["rmse"]
     assert rmse["container"] == pytest.approx(rmse["notebook"], rel=1e-3) and rmse["production"] is None
     assert rmse["container"] > rmse["baseline"] and any("no better than" in w for w in result["warnings"])  # it was never trained
     assert "warning: The model is no better than" in done.stderr
     [version] = versions(tracking, "price")
-    assert version.tags["mlserve.contract"] == "x FP32[-1,4] → price FP32[-1,1]"
+    assert version.tags["mlserve.contract"] == "x FP32[-1,4] → price FP32[-1,1]" and version.tags["mlserve.reference"] == "saved program"
     gated = beside(tmp_path, "price", "[gates]\nmin = {accuracy = 0.9}\n")
     refused(mlserve("release", gated, env=environment), 2, "accuracy", "'price' as numbers", "allowed: rmse, mae, r2")
     assert versions(tracking, "price") == [version]
+
+
+def test_a_saved_model_that_differs_on_held_back_rows_ends_before_anything_is_built(environment, state, tracking):
+    done = mlserve("release", NOTEBOOKS / "shortcut.ipynb", "--promote", env=environment)
+    refused(done, 3, "The saved model and the live one differ on 64 held-back rows")
+    assert last_json(done.stderr)["step"] == "train" and versions(tracking, "shortcut") == []
+    [run] = {p.parent for p in (state / "runs").glob("*/shortcut.ipynb")}
+    assert not (run / "build.json").exists() and not (run / "package").exists()
 
 
 def test_a_golden_output_that_is_wrong_fails_the_check(environment, tracking):

@@ -71,6 +71,7 @@ def test_release_says_what_it_made(release):
     accuracy = release["metrics"]["accuracy"]
     assert accuracy["notebook"] >= 0.97 and accuracy["baseline"] < 0.2 and release["check"]["reading"] == "'logits' as scores in 10 columns"
     assert accuracy["container"] == pytest.approx(accuracy["notebook"], abs=0.003)
+    assert release["reference"] == "live model" and not any("live model" in w for w in release["warnings"])
     assert release["device"] == "cpu" and 0 < release["image_mb"] < 2000
     assert set(release["aliases"]) == {"candidate", "production"}
     assert all(s["seconds"] >= 0 for s in release["steps"]) and len(release["steps"]) >= 4
@@ -91,6 +92,7 @@ def test_the_record_holds_the_pair(release, tracking):
     version = client.get_model_version("digits", release["version"])
     assert version.tags["mlserve.image"] == release["image"]
     assert version.tags["mlserve.package"] == release["package"]
+    assert version.tags["mlserve.reference"] == json.loads(version.tags["mlserve.check.cpu"])["reference"] == "live model"
     assert version.tags["mlserve.status"] == "checked"
     assert json.loads(version.tags["mlserve.check.cpu"])["passed"] is True
     for alias in ("candidate", "production"):

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from .. import __version__
-from ..errors import InvalidInput, MlserveError, NotFound, Unavailable
+from ..errors import InvalidInput, MlserveError, NotFound, TooLarge, Unavailable
 from ..metadata import model_config, model_metadata, signature, version_status
 from .board import Board
 from .events import Sparingly, log_refused, request_id, trace
@@ -60,14 +60,16 @@ class Around:
                 extra = [(b'x-request-id', rid)]
                 if self.life.state == 'draining': extra.append((b'connection', b'close'))
                 message = message | {'headers': [*message['headers'], *extra]}
+            elif scope['method'] == 'HEAD': message = message | {'body': b''}
             await send(message)
         scope['mlserve.id'] = rid
-        try: await self.app(scope, receive, send_named)
+        inner = scope if scope['method'] != 'HEAD' else scope | {'method': 'GET'}
+        try: await self.app(inner, receive, send_named)
         except (Exception, asyncio.CancelledError) as e:
             response = _unforeseen(e, rid.decode('latin-1'), self.sparingly)
             if not status: await response(scope, receive, send_named)
         finally:
-            if not scope.get('mlserve.counted'): self.counted(scope, status or 500)
+            if not inner.get('mlserve.counted'): self.counted(inner, status or 500)
     def counted(self, scope, status):
         "One request more, under its route; a refusal leaves a line"
         route = getattr(scope.get('route'), 'path', 'none')
@@ -112,7 +114,9 @@ def _server_routes(app, life, settings, numbers):
     async def all_stats(): return reply(statistics(numbers, serving(life).package.name, settings.model_version))
     @app.post('/v2/repository/index', tags=['V2'])
     async def index(request:Request):
-        try: only = json.loads(await request.body() or b'{}').get('ready') is True
+        body = await request.body()
+        if len(body) > 2**16: raise TooLarge(f'The body has more than {2**16} bytes; allowed is an object such as {{"ready": true}}.')
+        try: only = json.loads(body or b'{}').get('ready') is True
         except (ValueError, AttributeError, RecursionError): raise InvalidInput("The body is not a JSON object such as {\"ready\": true}.") from None
         state = ('READY', '') if life.state == 'ready' else ('UNAVAILABLE', life.state)
         version = {'version': settings.model_version} if settings.model_version else {}

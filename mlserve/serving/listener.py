@@ -11,8 +11,9 @@ from email.utils import formatdate
 from uvicorn import Config
 from uvicorn.server import ServerState
 from ..errors import Unavailable
-from .events import log_refused
-from .head import Heads, Limits
+from .budget import Budget
+from .events import log, log_refused
+from .head import Heads, Limits, Token
 from .http import BODY, HEAD, SILENT, Connection
 from .lifecycle import PROBES
 from .pause import Pauses
@@ -37,11 +38,13 @@ class Listener:
         life, # the server's state
         numbers, # a row of metrics
         limits:Limits, # for each connection
-        token:bytes|None=None, # what a client must bring
+        token:Token|None=None, # what a client must bring
+        budget:Budget|None=None, # bytes that all requests may hold; four times the largest body by default
     ):
         self.app,self.config = app,Config(app, http='httptools', ws='none', lifespan='off', access_log=False, log_config=None, server_header=False, proxy_headers=False)
         self.life,self.numbers,self.limits,self.token,self.state = life,numbers,limits,token,ServerState()
-        self.routes,self.heads,self.inference,self.crowded,self.stopping,self.buffered,self.date = {},Heads(),None,False,False,0,b''
+        self.routes,self.heads,self.inference,self.crowded,self.stopping,self.date = {},Heads(),None,False,False,b''
+        self.budget = budget or Budget(4 * limits.max_body)
         self.loop = self.socket = self.server = self.sweeping = None
     @property
     def connections(self): return self.state.connections
@@ -84,10 +87,13 @@ def _grant(connection, lost):
     for work in (connection.next, connection.current and connection.current.call):
         if work is not None: work.arrived += lost
 async def _sweep(self):
-    "Four times a second: the date, and who is late; nobody is for a time in which nothing ran"
+    "Four times a second: who is late; nobody is for a time in which nothing ran. Once: the date, and the token"
     pauses = Pauses()
     while True:
         self.date = b'date: ' + formatdate(time.time(), usegmt=True).encode() + b'\r\n'
+        if self.token is not None and self.token.renewed():
+            self.heads.known.clear()
+            log('token_renewed')
         for _ in range(4):
             now,lost = self.loop.time(),pauses.lost()
             for c in list(self.connections):
@@ -118,6 +124,21 @@ async def _refuse_more(self):
     self.socket.close()
 Listener.refuse_more = _refuse_more
 
+# %% ../../nbs/serving/05_listener.ipynb #79de10f3
+def _wind_up(c, now):
+    "Leave, if there is nothing to answer; who is still sending has two seconds"
+    if c.phase in (HEAD, BODY): c.late = min(c.late, now + 2)
+    elif c.current is None and not c.waiting and c.phase == SILENT: c.transport.close()
+def _give_up(c):
+    "The grace is over: tell the client, and how many answers were lost"
+    e = c.current
+    if e is None: return 0
+    lost = 1 + len(c.waiting)
+    if e.call: e.call.cancel()
+    if e.task: e.task.cancel() # the application answers 503
+    elif e.cycle is None: c.answer(*refusal(Unavailable('The server stopped before the answer was ready.')))
+    return lost
+
 # %% ../../nbs/serving/05_listener.ipynb #bb3b69eb
 def _busy(self): return [c for c in self.connections if c.current is not None or c.waiting or c.phase in (HEAD, BODY)]
 def _receiving(self): return sum(c.phase in (HEAD, BODY) for c in self.connections)
@@ -130,10 +151,10 @@ async def _stop(self,
     if self.connections: await asyncio.sleep(min(0.25, grace))
     while True:
         end += pauses.lost()
-        for c in list(self.connections): c.shutdown()
+        for c in list(self.connections): _wind_up(c, self.loop.time())
         if not _busy(self) or self.loop.time() >= end: break
         await asyncio.sleep(0.01)
-    cut = sum(c.give_up() for c in list(self.connections))
+    cut = sum(map(_give_up, list(self.connections)))
     await asyncio.sleep(0.05) # what was cut is still told so
     end = self.loop.time() + 1
     while any(c.transport.get_write_buffer_size() for c in self.connections) and self.loop.time() < end: await asyncio.sleep(0.01)

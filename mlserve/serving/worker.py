@@ -20,7 +20,9 @@ from .capacity import plan
 from .device import claim
 from .events import always, keep_stderr, log, lost, trace
 from .fork import guard_forks
-from .head import limits_of, read_token
+from .head import Token, limits_of
+from .helper import Helper
+from .intake import decode
 from .lifecycle import PROBES, Lifecycle
 from .listener import Later, Listener
 from .metrics import PHASES, Numbers
@@ -204,12 +206,12 @@ async def _drain(life, listeners, settings, row):
 class _Events(logging.Handler):
     "Warnings of the libraries as one JSON line each"
     def emit(self, record): log('library', record.levelname.lower(), logger=record.name, message=record.getMessage()[:1000])
-def _listeners(settings, life, sockets, board, worker):
+def _listeners(settings, life, sockets, board, worker, helper):
     "The listeners of a worker, not open yet"
     numbers = Numbers(board, worker, [*(p.decode() for p in PROBES), *(r.pattern for r in ROUTES), '/handle'])
-    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve'} | ({'service.version': settings.model_version} if settings.model_version else {})))
+    life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve'} | ({'service.version': settings.model_version} if settings.model_version else {})), helper)
     def later(name): return Later(lambda: getattr(importlib.import_module('mlserve.serving.app'), name)(life, settings, numbers))
-    main = Listener(later('create_app'), life, numbers, limits_of(settings), read_token(settings.token_file))
+    main = Listener(later('create_app'), life, numbers, limits_of(settings), Token(settings.token_file) if settings.token_file else None, life.inference.intake.budget)
     main.inference = life.inference
     return [main] + [Listener(later('create_metrics_app'), life, numbers, limits_of(settings)) for _ in sockets[1:]],numbers
 async def _open(listeners, sockets, row):
@@ -225,12 +227,13 @@ async def serve(
     sockets:list, # the port, and that of the metrics if they have their own
     board:Board, # shared with the watchdog
     worker:int=0, # this worker's number
+    helper:Helper|None=None, # forked before there were threads
 )->int: # the exit code
     "Load, serve until told to stop"
     life,stop,loop,row = Lifecycle(),asyncio.Event(),asyncio.get_running_loop(),board.row(worker)
     for s in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(s, on_signal, life, stop)
     guard_forks([s.getsockname()[1] for s in sockets])
-    listeners,numbers = _listeners(settings, life, sockets, board, worker)
+    listeners,numbers = _listeners(settings, life, sockets, board, worker, helper)
     life.full_since = lambda: life.inference.handlers.full_since
     life.others = lambda: board.all_ready()
     late = board.any_ready() # another worker serves, so nobody need wait for this one
@@ -276,7 +279,8 @@ def work(
     logging.getLogger().handlers = [_Events(logging.WARNING)]
     who = {'version': settings.model_version, 'image': settings.image, 'worker': str(worker) if settings.workers > 1 else ''}
     always.update({k: v for k,v in who.items() if v})
-    async def to_the_end(): leave(await serve(settings, sockets, board, worker)) # closing the loop would start a thread and wait for others
+    async def to_the_end(): leave(await serve(settings, sockets, board, worker, helper)) # closing the loop would start a thread and wait for others
     try:
+        helper = Helper(decode, settings.max_decoded + 8 * settings.max_json)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(to_the_end())
     except MlserveError as e: return finish(e, 'listen')

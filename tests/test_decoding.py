@@ -1,0 +1,218 @@
+"""Bodies that are far more in memory, or far longer to read, than they look: row N11 of the table of faults."""
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from serving import Server, Wire, children, error_of, patience, request, until
+
+SETTINGS = dict(hang_seconds=20, FAKE_SECONDS=0)
+MOST = 8 * 2**20
+
+
+def filled(item, size=MOST, end=b""):
+    "JSON of about so many bytes: the same item again and again, and then one that is refused"
+    return b'{"inputs": [' + item * ((size - 100) // len(item)) + end + b"0]}"
+
+
+LONG = {  # just below the limit for text; each is read whole before it is refused
+    "rows of one": filled(b"[1],"), "empty lists": filled(b"[],"), "deep": filled(b"[" * 1000 + b"]" * 1000 + b","), "objects": filled(b'{"a":1},'),
+    "long numbers": filled(b"[1." + b"9" * 4000 + b"],"), "short strings": filled(b'"ab",'), "one long string": filled(b"[1,2],", 1000, b'"' + b"a" * (MOST - 2000) + b'",'),
+    "colons in texts": filled(b'"a:b",'), "many tensors": b'{"inputs": [' + b'{"name":"x","data":[1],"shape":[1],"datatype":"FP32"},' * (MOST // 55) + b"0]}"}
+PROBE = r"""
+import select, socket, sys, time
+port, took = int(sys.argv[1]), []
+print("probing", flush=True)
+while not select.select([sys.stdin], [], [], 0.01)[0]:
+    begin = time.perf_counter()
+    with socket.create_connection(("127.0.0.1", port), 30) as s:
+        s.sendall(b"GET /v2/health/live HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        assert s.recv(4096).startswith(b"HTTP/1.1 200")
+    took.append(time.perf_counter() - begin)
+print(sorted(took))
+"""
+
+
+@pytest.fixture
+def server(double, tmp_path):
+    with Server(double, tmp_path, **SETTINGS) as s:
+        yield s
+
+
+def family(pid):
+    "A process and all that come from it"
+    found = [pid]
+    for p in found:
+        try:
+            found += children(p)
+        except OSError:
+            pass
+    return found
+
+
+def memory(pid):
+    "Bytes that a process and its children use together, shared pages counted once"
+    total = 0
+    for p in family(pid):
+        try:
+            text = Path(f"/proc/{p}/smaps_rollup").read_text()
+            total += int(text.split("\nPss:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            pass
+    return total
+
+
+class Probed:
+    "Liveness, asked by another process every ten milliseconds, and the memory of the server meanwhile"
+
+    def __init__(self, server):
+        self.server = server
+
+    def __enter__(self):
+        self.process = subprocess.Popen([sys.executable, "-c", PROBE, str(self.server.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "probing\n"
+        self.ends, self.most = threading.Event(), 0
+        self.watch = threading.Thread(target=self.look)
+        self.watch.start()
+        return self
+
+    def look(self):
+        while not self.ends.wait(0.1):
+            self.most = max(self.most, memory(self.server.pid()))
+
+    def __exit__(self, *error):
+        self.ends.set()
+        self.watch.join()
+        out = self.process.communicate("\n", timeout=60)[0]
+        if error == (None, None, None):
+            took = json.loads(out)
+            self.p99, self.worst, self.asked = took[int(0.99 * (len(took) - 1))], took[-1], len(took)
+
+
+def ask(server, body, **headers):
+    "One request: its status, with a connection that is not reused; an answer may come before all is sent"
+    with Wire(server.port, timeout=120) as w:
+        try:
+            w.send(request(body=body, **headers))
+        except OSError:
+            pass
+        return error_of(w.answer())
+
+
+def attack(server, bodies, **headers):
+    "All at once; the statuses"
+    found, lock = [], threading.Lock()
+
+    def one(body):
+        try:
+            status = ask(server, body, **headers)
+        except (OSError, TypeError):
+            status = None
+        with lock:
+            found.append(status)
+    threads = [threading.Thread(target=one, args=(b,), daemon=True) for b in bodies]
+    for t in threads:
+        t.start()
+    served = 0
+    while any(t.is_alive() for t in threads):  # another client, meanwhile
+        assert server.predict([1, 2]).json() == {"outputs": [[2, 4]]}
+        served += 1
+        time.sleep(0.02)
+    return found, served
+
+
+def survives(server, bodies, allowed, **headers):
+    worker = server.worker()
+    with Probed(server) as probed:
+        found, served = attack(server, bodies, **headers)
+    print(f"statuses {sorted(set(found))}, served {served}, liveness asked {probed.asked}, p99 {probed.p99 * 1e3:.1f} ms, worst {probed.worst * 1e3:.1f} ms, {probed.most / 2**20:.0f} MiB")
+    assert len(found) == len(bodies) and set(found) <= allowed, found
+    assert probed.p99 < 0.05 and probed.worst <= 0.25, f"liveness took {probed.p99:.3f} s at p99 and {probed.worst:.3f} s at most"
+    assert probed.most < 2**30, "the server does not stay within a gibibyte"
+    assert server.worker() == worker and server.predict([1, 2]).status_code == 200, "the worker was replaced"
+
+
+def test_N11_compressed_bodies_that_inflate_a_thousandfold_are_413_and_disturb_nobody(server):
+    bomb = gzip.compress(filled(b"[1],", 45 * 2**20), 9)
+    assert len(bomb) < 200_000
+    survives(server, [bomb] * 24, {413}, content_encoding="gzip")
+
+
+def test_N11_one_body_of_json_over_its_limit_is_413_before_it_is_read(server):
+    with Wire(server.port) as w:
+        w.send(request(body=b"")[:-2].replace(b"content-length: 0", b"content-length: 15000000") + b"\r\n")
+        assert error_of(w.answer()) == 413
+
+
+def test_N11_what_is_long_to_read_disturbs_nobody(server):
+    "Some of every kind at once, and then every kind compressed"
+    plain, packed = list(LONG.values())[::2], [gzip.compress(b, 1) for b in LONG.values()]
+    worker = server.worker()
+    with Probed(server) as probed:
+        found, _ = attack(server, plain)
+        more, _ = attack(server, packed, content_encoding="gzip")
+    print(f"statuses {sorted(found + more)}, liveness p99 {probed.p99 * 1e3:.1f} ms, worst {probed.worst * 1e3:.1f} ms, {probed.most / 2**20:.0f} MiB")
+    assert set(found + more) <= {400, 413, 503}, found + more
+    assert probed.p99 < 0.05 and probed.worst <= 0.25, f"liveness took {probed.p99:.3f} s at p99 and {probed.worst:.3f} s at most"
+    assert probed.most < 2**30, "the server does not stay within a gibibyte"
+    assert server.worker() == worker
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", LONG)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_N11_24_at_once_of_each_kind_disturb_nobody(server, kind, packed):
+    body = gzip.compress(LONG[kind], 9) if packed else LONG[kind]
+    survives(server, [body] * 24, {400, 413, 503}, **(dict(content_encoding="gzip") if packed else {}))
+
+
+def test_N11_all_requests_share_one_budget(double, tmp_path):
+    "What waits for the model holds its tensors; what would go beyond the budget is told 503, and there is room again afterwards"
+    with Server(double, tmp_path, max_decoded=60_000, FAKE_SECONDS=0) as s:
+        body = gzip.compress(json.dumps({"inputs": [[1, 1000.5]] + [[1, 0]] * 3000}).encode())  # half a second of the model
+        found, threads = [], []
+        for _ in range(6):
+            threads.append(threading.Thread(target=lambda: found.append(s.http.post("/predict", content=body, headers={"content-encoding": "gzip"}))))
+            threads[-1].start()
+        for t in threads:
+            t.join()
+        statuses = [r.status_code for r in found]
+        assert set(statuses) == {200, 503}
+        assert all(int(r.headers["retry-after"]) >= 1 and "60000 bytes" in r.json()["error"] for r in found if r.status_code == 503)
+        assert s.http.post("/predict", content=body, headers={"content-encoding": "gzip"}).status_code == 200
+
+
+def test_N11_a_large_request_is_read_elsewhere_and_means_the_same(server):
+    rows = [[i, i % 7] for i in range(1000)]
+    body = json.dumps({"inputs": rows}).encode() + b" " * 2**19
+    for sent, headers in ((body, {}), (gzip.compress(body), {"content-encoding": "gzip"})):
+        assert server.http.post("/predict", content=sent, headers=headers).json()["outputs"] == [[2 * a, 2 * b] for a, b in rows]
+    assert server.http.post("/predict", content=b"\xef\xbb\xbf" + json.dumps({"inputs": rows[:3]}).encode()).status_code == 200
+
+
+def test_N11_a_helper_that_is_killed_costs_its_worker(server):
+    worker = server.worker()
+    helper, = children(worker)
+    os.kill(helper, signal.SIGKILL)
+    body = json.dumps({"inputs": [[1, 2]]}).encode() + b" " * 2**19
+    with Wire(server.port) as w:
+        assert w.send(request(body=body)).answer() is None
+    until(lambda: server.worker() not in (0, worker))
+    server.wait_ready()
+    assert server.http.post("/predict", content=body).status_code == 200
+    assert "helper_died" in server.events()
+
+
+def test_N11_nothing_of_the_helper_outlives_the_server(double, tmp_path):
+    with Server(double, tmp_path) as s:
+        everyone = family(s.process.pid)
+        assert len(everyone) == 3
+        os.kill(s.process.pid, signal.SIGKILL)
+        s.process.wait(patience(10))
+    until(lambda: not any(Path(f"/proc/{p}").exists() for p in everyone))
