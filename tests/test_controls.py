@@ -154,8 +154,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A3", I.test_A3_a_model_that_writes_to_what_it_keeps_is_refused, {}, "writes_of_the_model_are_not_counted", "DID NOT RAISE"),
     ("A3", I.test_A3_an_answer_that_json_cannot_carry_is_refused_at_save, {"word": "-Infinity"}, "what_is_no_number_is_saved", "DID NOT RAISE"),
     ("A3", I.test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route, {}, "what_is_no_number_is_null", "null"),
-    ("A3", V.test_A3_the_order_of_the_model_is_kept_by_every_file_and_program, {"format": "torchscript", "model": V.Columns()}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
-    ("A3", V.test_A3_golden_inputs_keep_the_order_of_the_call, {"format": "torchscript"}, "arrays_come_back_in_the_order_of_the_alphabet", "part"),
+    ("A3", V.test_A3_a_file_keeps_the_order_of_its_arrays, {}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
     ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
     ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
 ]
