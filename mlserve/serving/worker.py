@@ -212,8 +212,7 @@ async def serve(
     for s in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(s, on_signal, life, stop)
     guard_forks([s.getsockname()[1] for s in sockets])
     listeners,numbers = _listeners(settings, life, sockets, board, worker, helper)
-    life.full_since = lambda: life.inference.handlers.full_since
-    life.others = lambda: board.all_ready()
+    life.others,life.full_since = board.all_ready,lambda: life.inference.handlers.full_since
     late = board.any_ready() # another worker serves, so nobody need wait for this one
     if not late: await _open(listeners, sockets, row)
     beating = asyncio.ensure_future(pulse(life, numbers, listeners[0], row))
@@ -224,8 +223,7 @@ async def serve(
     if life.error: return finish(life.error, life.phase)
     life.batcher.on_batch = _on_batch(numbers, life.batcher)
     life.batcher.on_fault = lambda error: _fault(life, error)
-    own = own_route(life.model)
-    listeners[0].routes = paths(life.package.name, settings.model_version) | ({b'/handle': own} if own else {})
+    listeners[0].routes = paths(life.package.name, settings.model_version) | ({b'/handle': own} if (own := own_route(life.model)) else {})
     if late: await _open(listeners, sockets, row)
     proving = asyncio.ensure_future(keep_proving(life, settings.prove_seconds))
     await stop.wait()
@@ -237,8 +235,7 @@ async def _ready_for_all(life, settings, making):
     "Everything that a request may need, before the first one: threads, routes, and what is imported late"
     with step(life, 'rehearsal'):
         await making
-        cores = 1 if settings.device == 'cpu' else settings.threads
-        life.inference.handlers.prepare = partial(compute_threads, cores)
+        life.inference.handlers.prepare = partial(compute_threads, 1 if settings.device == 'cpu' else settings.threads)
         for pool in (life.batcher, life.inference.bodies, *([life.inference.handlers] if own_route(life.model) else [])): pool.start()
         log('rehearsed', answers=await rehearse(life, settings))
 def _fault(life, error):
