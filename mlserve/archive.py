@@ -6,7 +6,7 @@
 __all__ = ['entries', 'open_archive', 'fits', 'find_class', 'check_tensors', 'storages']
 
 # %% ../nbs/04_archive.ipynb #f3dad358
-import io, math, pickle, pickletools, re, zipfile
+import io, pickle, pickletools, re, zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path

@@ -8,7 +8,7 @@ __all__ = ['decode_instances', 'answer_instances', 'decode_invocations', 'encode
 # %% ../nbs/02_scoring.ipynb #a984b786
 from .body import check_keys, dump, jsonable, may_hold_booleans, read_object
 from .errors import InvalidInput, ModelFailed, UnsupportedMedia
-from .plain import InferRequest, encode_predict, named_arrays
+from .plain import InferRequest, named_arrays
 from .rows import columns_of, from_csv, from_lines, from_rows, from_table, to_base64, to_csv, to_lines, with_bytes
 
 # %% ../nbs/02_scoring.ipynb #fe727e20

@@ -10,7 +10,7 @@ __all__ = ['tools', 'scripts', 'add_missing', 'stage_tools', 'debug_base', 'same
 import inspect, os, shlex, shutil, subprocess, sys, tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from ..errors import LocalResource, NotFound, Refused, UsageError
+from ..errors import NotFound, Refused, UsageError
 from . import dependencies
 from .image import base_target, engine, find_builder, remote, run_build
 

@@ -8,13 +8,13 @@ __all__ = ['kinds', 'Side', 'read_side', 'changes', 'layers_of', 'compare', 'dif
 # %% ../../nbs/release/10_diff.ipynb #675db73a
 import json, re
 from dataclasses import dataclass
-from ..errors import IntegrityError, MlserveError, NotFound, UsageError
+from ..errors import MlserveError, NotFound, UsageError
 from . import attest, record, tracking
 from .parts import variables
 from .distribution import Remote, read_reference
 from .dockerfile import ImageSpec, parse, render
 from .layers import Image, read_image
-from .sbom import Bill, read_sbom
+from .sbom import read_sbom
 
 # %% ../../nbs/release/10_diff.ipynb #96d7a517
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['JSON', 'BINARY', 'CSV', 'NEAR', 'PLAIN', 'FAR', 'media_of', 'is_text', 'takes_gzip', 'Intake', 'decode']
 
 # %% ../../nbs/serving/04_intake.ipynb #2c405863
-import asyncio, time
+import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 import numpy as np

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Callable
 import orjson
 from ..body import inflate
-from ..errors import InvalidInput, MlserveError, ModelFailed, TooLarge, Unavailable, UnsupportedMedia, error_body
+from ..errors import MlserveError, ModelFailed, Unavailable, UnsupportedMedia, error_body
 from ..plain import InferRequest, decode_predict, encode_predict
 from ..protocol import answer_infer, decode_infer
 from ..scoring import answer_instances, answer_invocations, decode_instances, decode_invocations

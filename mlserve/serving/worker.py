@@ -12,7 +12,7 @@ import uvloop
 from ..errors import LocalResource, MlserveError, ModelFailed, UsageError
 from ..package import golden
 from ..settings import Settings
-from ..tensors import compare, dtype_of
+from ..tensors import dtype_of
 from .batcher import Batcher
 from .board import CUT, OPEN, Board, beat
 from .capacity import plan
