@@ -16,8 +16,9 @@ from ..errors import InvalidInput, MlserveError, Unavailable
 from .events import request_id
 from .exchange import Exchange, to_application, without_offer
 from .head import Head, HeadRefused, body_limit, fields, path_of, too_many
+from .intake import is_text
 from .lifecycle import PROBES
-from .routes import is_text, refusal
+from .routes import refusal
 
 # %% ../../nbs/serving/05_http.ipynb #cb21a18b
 SILENT,HEAD,BODY,LEAVING = range(4)

@@ -18,7 +18,7 @@ from ..protocol import answer_infer, decode_infer
 from ..scoring import answer_instances, answer_invocations, decode_instances, decode_invocations
 from .batch import shape_key
 from .events import Sparingly, log, log_refused, trace
-from .headers import check_media, deadline
+from .request_headers import check_media, deadline
 from .intake import BINARY, CSV, JSON, Intake, media_of, takes_gzip
 from .lifecycle import Lifecycle, serving, the_package
 from .pool import Pool
