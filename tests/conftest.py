@@ -13,7 +13,8 @@ EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
 
 
 ENGINE = {"attest", "debug", "hardened", "image", "matrix", "memory", "refusals", "release", "cuda_image"}  # build images and run containers
-SERVING = {"batcher", "clients", "conformance", "controls", "endurance", "handler", "http_limits", "proxies", "server", "tracing"}  # ask servers, with a clock
+SERVING = {"batcher", "clients", "conformance", "controls", "decoding", "endurance", "handler", "http_limits", "isolation", "pipelining",
+           "platforms", "proxies", "server", "tracing"}  # ask servers, with a clock
 
 
 def pytest_addoption(parser):

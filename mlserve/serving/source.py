@@ -70,7 +70,7 @@ async def _download(settings, cache:Path, progress):
                 check_room(cache, sum(end - start for _,start,end in partial.missing()))
                 meter = await fetch(store, partial, budget, progress)
                 (partial.path/'package.lock').write_bytes(data)
-            except (OSError, LocalResource): # a full disk is not left full
+            except (OSError, LocalResource, IntegrityError): # a full disk is not left full, nor wrong bytes for the next start
                 with contextlib.suppress(OSError): partial.drop()
                 raise
     progress('package_fetched', bytes=meter.new, total=need, mb_s=meter.speed())
