@@ -87,7 +87,7 @@ def _batcher(life, model, settings, cpu):
 # %% ../../nbs/serving/05_worker.ipynb #ada70da0
 def _unforeseen(life, error):
     "The failure that an error nobody foresaw becomes"
-    if isinstance(error, RuntimeError) and re.search("can't start new thread|temporarily unavailable", str(error)):
+    if isinstance(error, (RuntimeError, BlockingIOError)) and re.search("can't start new thread|temporarily unavailable", str(error)):
         return LocalResource('The system refuses the threads that the model needs.', mend='Raise the limit of processes of the container (pids), or lower MLSERVE_THREADS.')
     log('internal_error', step=life.phase, traceback=trace(error))
     return MlserveError(f'The step {life.phase} failed: {type(error).__name__}: {error}')
@@ -255,8 +255,12 @@ def work(
     logging.getLogger().handlers = [_Events(logging.WARNING)]
     who = {'version': settings.model_version, 'image': settings.image, 'worker': str(worker) if settings.workers > 1 else ''}
     always.update({k: v for k,v in who.items() if v})
-    async def to_the_end(): leave(await serve(settings, sockets, board, worker, helper)) # closing the loop would start a thread and wait for others
+    async def to_the_end():
+        try: code = await serve(settings, sockets, board, worker, helper)
+        except RuntimeError as e: code = finish(_unforeseen(Lifecycle(), e), 'start') # its first thread was refused
+        leave(code) # closing the loop would start a thread and wait for others
     try:
         helper = Helper(decode, settings.max_decoded + 8 * settings.max_json)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(to_the_end())
     except MlserveError as e: return finish(e, 'listen')
+    except BlockingIOError as e: return finish(_unforeseen(Lifecycle(), e), 'start') # the helper was refused
