@@ -105,4 +105,5 @@ async def rehearse(
             status = await _ask(stage.listener, question)
             given[status] = given.get(status, 0) + 1
     await stage.life.batcher.close(1)
+    for pool in (stage.life.inference.intake.here, stage.life.inference.intake.there): pool.shutdown(wait=False)
     return given
