@@ -237,6 +237,7 @@ async def _ready_for_all(life, settings, making):
         await making
         life.inference.handlers.prepare = partial(compute_threads, 1 if settings.device == 'cpu' else settings.threads)
         for pool in (life.batcher, life.inference.bodies, *([life.inference.handlers] if own_route(life.model) else [])): pool.start()
+        await life.batcher.submit(life.rows[0])
         log('rehearsed', answers=await rehearse(life, settings))
 def _fault(life, error):
     "The batcher found the model or the device broken"
