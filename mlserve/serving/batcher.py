@@ -23,16 +23,21 @@ def _tell(batcher, function, *args):
     except RuntimeError: pass
 
 # %% ../../nbs/serving/04_batcher.ipynb #068f321f
+_quantum = 0.002 # seconds that the pieces of one request may take before others have a turn
 def _piece(batcher, runner, ticket):
-    "Run the next piece of a long request; who is to be answered, the report, and a fault"
-    start,job = monotonic(),ticket.piece(batcher.limit)
-    fault = run(runner, [job])
-    last,waited = ticket.join(job) or fault is not None,start - ticket.since
-    ticket.since = monotonic()
+    "Run the next pieces of a long request; who is to be answered, the report, and a fault"
+    start,rows,calls,short,last = monotonic(),0,0,0,False
+    while not last:
+        job = ticket.piece(batcher.limit)
+        fault = run(runner, [job])
+        last = ticket.join(job) or fault is not None
+        rows,calls,short = rows + job.rows,calls + runner.calls,short + runner.out_of_memory
+        if monotonic() - start > _quantum or not ticket.wanted: break
+    waited,ticket.since = start - ticket.since,monotonic()
     if not last:
         with batcher.lock:
             if ticket.wanted: batcher.far.add(ticket)
-    return [ticket] if last else [], Report(int(last), job.rows, runner.calls, waited, waited, monotonic() - start, runner.out_of_memory), fault
+    return [ticket] if last else [], Report(int(last), rows, calls, waited, waited, monotonic() - start, short), fault
 
 # %% ../../nbs/serving/04_batcher.ipynb #a1f45622
 def _sleep(batcher, wait):
