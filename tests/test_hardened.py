@@ -154,11 +154,13 @@ def test_the_server_is_process_one_and_buries_orphans(release, start):
 
 
 def test_no_page_for_people_is_served(release, start):
-    "The interface at `/` and `/docs` is off in images"
+    "The interface at `/docs` is off in images; `/` says who answers, as JSON, also to a browser"
     container = start(release["image"])
     wait_healthy(container)
-    got = {p: httpx.get(address(container) + p, trust_env=False).status_code for p in ("/", "/docs", "/redoc", "/openapi.json", "//v2/docs", "/v2/../docs")}
+    got = {p: httpx.get(address(container) + p, trust_env=False).status_code for p in ("/docs", "/redoc", "/openapi.json", "//v2/docs", "/v2/../docs")}
     assert set(got.values()) == {404}, got
+    card = httpx.get(address(container) + "/", headers={"accept": "text/html"}, trust_env=False)
+    assert card.headers["content-type"] == "application/json" and card.json()["package"] == release["package"]
 
 
 def test_no_file_of_the_image_is_more_than_it_should_be(saved):

@@ -68,10 +68,11 @@ exec setpriv --reuid="${DEBUG_USER%%:*}" --regid="${DEBUG_USER##*:}" --clear-gro
 exec /opt/venv/bin/python -c 'import sys; sys.path.append("/opt/debug"); from ipykernel.kernelapp import launch_new_instance; launch_new_instance()' "$@"
 """, 'workers': """#!/bin/sh
 # the process ids of the server's workers
-server() { tr '\\0' ' ' < "/proc/$1/cmdline" 2>/dev/null | grep -q 'mlserve.serving.server'; }
-for status in /proc/[0-9]*/status; do
-    pid=${status#/proc/}; pid=${pid%/status}
-    server "$pid" && server "$(sed -n 's/^PPid:[[:space:]]*//p' "$status" 2>/dev/null)" && echo "$pid"
+server() { tr '\\0' ' ' < "/proc/$1/cmdline" 2>/dev/null | grep -q '^[^ ]*python.*mlserve.serving.server'; }
+parent() { sed -n 's/^PPid:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null; }
+for folder in /proc/[0-9]*; do
+    pid=${folder#/proc/}; watch=$(parent "$pid")
+    server "$pid" && server "$watch" && ! server "$(parent "$watch")" && echo "$pid"
 done
 true
 """}

@@ -109,6 +109,7 @@ class Helper:
                 _wait(theirs, function, memory, seconds)
             finally: os._exit(0)
         theirs.close()
+        os.register_at_fork(after_in_child=self.control.close) # what else is forked here may live longer
     def __call__(self, *args):
         "What the function returns or raises"
         ours,theirs = socket.socketpair()
