@@ -85,6 +85,7 @@ class ConfinedProgram:
         self.facts = self._ask('loading it', maker=maker, arguments=arguments)
     def run(self, arrays:dict, names:list)->dict:
         "One answer"
+        self._check_alive()
         folder = Path(self.folder.name)
         save_tensors(folder/'in.safetensors', inputs=arrays)
         shapes = self._ask('one answer', inputs=list(arrays), names=list(names))
@@ -94,7 +95,6 @@ class ConfinedProgram:
 # %% ../nbs/04_confined.ipynb #d0494681
 def _ask(self:ConfinedProgram, step:str, **request):
     "Send a request, and wait for the reply within the limits"
-    if not self._finalizer.alive: self._refuse('was ended before', '')
     try:
         self.process.stdin.write(json.dumps(request).encode() + b'\n')
         self.process.stdin.flush()
@@ -108,6 +108,9 @@ def _ask(self:ConfinedProgram, step:str, **request):
         elif time.monotonic() > end: self._refuse('took too long', f'for {step}; allowed are {self.limits.seconds:g} s')
         if _taken(self.process.pid) > self.memory: self._refuse('took too much memory', f'for {step}; allowed are {self.memory / 2**30:.1f} GiB')
     return self._reply(json.loads(line))
+def _check_alive(self:ConfinedProgram):
+    "Refuse to ask a process that was ended"
+    if not self._finalizer.alive: self._refuse('was ended', 'at an earlier step')
 def _refuse(self:ConfinedProgram, what:str, how:str):
     "End the process, and say why"
     self._finalizer()
@@ -119,4 +122,4 @@ def _reply(self:ConfinedProgram, reply:dict):
     if isinstance(family, type) and issubclass(family, MlserveError): raise family(reply['message'], reply['mend'])
     if reply['error'] == 'MemoryError': self._refuse('took too much memory', '')
     raise RuntimeError(reply['message'])
-ConfinedProgram._ask,ConfinedProgram._refuse,ConfinedProgram._reply = _ask,_refuse,_reply
+ConfinedProgram._ask,ConfinedProgram._check_alive,ConfinedProgram._refuse,ConfinedProgram._reply = _ask,_check_alive,_refuse,_reply

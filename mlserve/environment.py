@@ -15,8 +15,8 @@ def _packages()->dict:
     "Installed distributions and their versions, names normalised; the first on the path wins, as in an import"
     found = {}
     for d in importlib.metadata.distributions():
-        name = d.metadata['Name']
-        if name: found.setdefault(re.sub(r'[-_.]+', '-', name).lower(), d.version)
+        about = d.metadata # read from its file each time
+        if name := about['Name']: found.setdefault(re.sub(r'[-_.]+', '-', name).lower(), about['Version'])
     return dict(sorted(found.items()))
 
 # %% ../nbs/04_environment.ipynb #3c9993d1

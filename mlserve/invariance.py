@@ -89,6 +89,7 @@ def _prove_rows(saved, arrays:dict, names:list, expected:dict, near, mates:list)
     for what,places in _trials(golden, mates):
         ours = [i for i,p in enumerate(places) if p < golden]
         try: got = saved.run({n: a[places] for n,a in pool.items()}, names)
+        except Refused: raise
         except Exception as e: raise CheckFailed(f'The model answers each of {len(places)} rows alone, and raises {type(e).__name__} on them together. Nothing was saved.', mend=_ways) from e
         c = near({n: a[[places[i] for i in ours]] for n,a in expected.items()}, {n: a[ours] for n,a in got.items()})
         if not c.passed: raise CheckFailed(f"A row's answer depends on the rows beside it: {what}, a row of the example differs by {c.max_abs:.3g} in "
