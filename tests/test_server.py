@@ -115,7 +115,7 @@ def test_no_route_administers_takes_a_url_or_unpickles(server):
     from mlserve.serving.metrics import Numbers
     settings, numbers = SimpleNamespace(ui=True, metrics_port=0, model_version="1", image="", max_body=2**20, max_json=2**20, max_decoded=2**22, queue=8), Numbers(Board())
     apps = [create_app(Lifecycle(), settings, numbers), create_metrics_app(Lifecycle(), settings, numbers)]
-    writing = {"/predict", "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer", "/v1/models/{name}:predict", "/invocations", "/predictions/{name}",
+    writing = {"/predict", "/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer", "/v1/models/{name}:predict", "/v1/models/{name}/versions/{version}:predict", "/invocations", "/predictions/{name}",
                "/predictions/{name}/{version}", "/handle", "/v2/repository/index"}
     for app in apps:
         for route in app.routes:
