@@ -126,6 +126,7 @@ def a_body_is_measured_after_it_was_read(put):
 def only_announced_bodies_are_measured(put):
     def on_body(self, body):
         self.next.body += body
+        self.next.length += len(body)
         self.next.held += len(body)
         self.web.budget.receiving += len(body)
     put("serving.http.Connection.on_body", on_body)

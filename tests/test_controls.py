@@ -52,7 +52,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N3", H.test_N3_a_slow_body_is_told_408_and_holds_no_place_in_the_queue, {}, "no_deadline_for_a_body", HELD),
     ("N3", H.test_N3_a_reader_that_never_reads_is_ended, {}, "no_deadline_for_a_reader", HELD),
     ("N3", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N3 a body that drips", "room": True, "clients": 25, "duration": 3}, "no_deadline_for_a_body", "ended by the server"),
-    ("N4", H.test_N4_a_body_over_the_limit_is_told_413_before_it_is_read, {}, "a_body_is_measured_after_it_was_read", "408 == 413"),
+    ("N4", H.test_N4_a_body_over_the_limit_is_told_413_before_it_is_read, {}, "a_body_is_measured_after_it_was_read", "(408|503) == 413"),
     ("N4", H.test_N4_a_chunked_body_over_the_limit_is_told_413_and_memory_stays, {}, "only_announced_bodies_are_measured", "408 == 413"),
     ("N4", H.test_N4_a_gzip_bomb_is_told_413, {}, "all_is_inflated_before_it_is_measured", "no more is inflated"),
     ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_is_kept", "'kept'"),
