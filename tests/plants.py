@@ -312,8 +312,6 @@ def nobody_is_told_to_go_on_later(put):
 
 @plant
 def an_upgrade_ends_the_request(put):
-    put("serving.http.Connection._offered", lambda self: False)
-
     def feed(self, data):
         import httptools
         self.fed = len(data)
@@ -755,7 +753,12 @@ def every_end_with_a_code_is_meant(put):
 
 @plant
 def handlers_take_the_threads_of_large_bodies(put):
-    put("serving.routes._pool", lambda way, call: way.bodies)
+    good = now("serving.routes._admit")
+
+    def admit(way, call, body):
+        way.intake.aside = lambda call, work, pool, then: way.handlers.submit(then, work)
+        return good(way, call, body)
+    put("serving.routes._admit", admit)
 
 
 @plant

@@ -94,7 +94,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("V6", P.test_v6_a_bomb_is_not_inflated_beyond_the_limit, {}, "all_is_inflated_before_it_is_measured", "peak"),
     ("V7", P.test_v7_fuzzed_binary_bodies_are_refused_or_meet_the_contract, {}, "the_length_of_a_header_is_believed", "crash"),
     ("V7", C.test_V7_a_header_length_that_lies_is_400_and_the_next_request_is_right, {"header": "abc"}, "the_length_of_a_header_is_believed", "500 == 400"),
-    ("V7", C.test_V7_a_tensor_size_that_lies_is_400, {"size": 12}, "the_size_of_a_tensor_is_believed", "200 == 400"),
+    ("V7", C.test_V7_a_tensor_size_that_lies_is_400, {"size": 12}, "the_size_of_a_tensor_is_believed", "(200|500) == 400"),
     ("V4", C.test_V4_a_codec_is_followed_or_refused, {"change": {"parameters": {"content_type": "datetime"}}, "status": 400}, "a_codec_is_passed_over", "200 == 400"),
     ("V8", C.test_V8_a_name_in_the_body_is_the_served_one, {}, "a_name_in_the_body_is_not_read", "200 == 404"),
     ("V8", C.test_V8_another_name_is_404, {"name": "nope"}, "a_name_is_a_path", "200 == 404"),
