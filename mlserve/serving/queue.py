@@ -111,11 +111,11 @@ def take(
         gone = []
         for t in queue.waiting[key]:
             if t.deadline <= now: gone.append(t)
-            elif batch and rows + t.rows > most: break
+            elif batch and (type(t) is LongTicket or rows + t.rows > most): break
             else:
                 batch.append(t)
                 rows += t.rows
-            if rows >= most: break
+            if rows >= most or type(t) is LongTicket: break
         for t in gone: t.wanted = False
         queue.remove_first(key, gone + batch)
     return batch, None
