@@ -527,11 +527,11 @@ def test_E6_control_a_batcher_that_runs_late_work_is_seen(mutant, monkeypatch):
         return
     good = queue_module.take
 
-    def careless(queue, free=1):
+    def careless(queue, free=1, now=None):
         for tickets in queue.waiting.values():
             for t in tickets:
                 t.deadline = math.inf
-        return good(queue, free)
+        return good(queue, free, now)
     monkeypatch.setattr(batcher_module, "take", careless)
     assert asyncio.run(expired_when_taken()) == {0, 1, 2}
 

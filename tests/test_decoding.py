@@ -138,6 +138,7 @@ def survives(server, bodies, allowed, **headers):
     assert server.worker() == worker and server.predict([1, 2]).status_code == 200, "the worker was replaced"
 
 
+@pytest.mark.soak
 def test_N11_compressed_bodies_that_inflate_a_thousandfold_are_413_and_disturb_nobody(server):
     bomb = gzip.compress(filled(b"[1],", 45 * 2**20), 9)
     assert len(bomb) < 200_000
@@ -150,6 +151,7 @@ def test_N11_one_body_of_json_over_its_limit_is_413_before_it_is_read(server):
         assert error_of(w.answer()) == 413
 
 
+@pytest.mark.soak
 def test_N11_what_is_long_to_read_disturbs_nobody(server):
     "Some of every kind at once, and then every kind compressed"
     plain, packed = list(LONG.values())[::2], [gzip.compress(b, 1) for b in LONG.values()]

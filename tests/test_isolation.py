@@ -309,9 +309,3 @@ def test_E12_numbers_of_a_handler_are_computed_on_the_cores_that_the_model_may_u
     "NumPy's library would start a thread for each core of the machine but one"
     with Server(double, tmp_path, real=True, threads=1) as s:
         assert threads(s) == 0
-
-
-def test_E12_control_a_library_that_starts_threads_of_its_own_is_seen(double, tmp_path):
-    "Whoever sets its variable for the container is obeyed"
-    with Server(double, tmp_path, real=True, threads=1, OPENBLAS_NUM_THREADS="2") as s:
-        assert threads(s) == 1
