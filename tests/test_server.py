@@ -165,9 +165,9 @@ def test_E3_a_broken_contract_makes_the_server_not_ready_until_it_is_proved_agai
 
 @pytest.mark.parametrize("count", [pytest.param(50_000, id="1in20"), pytest.param(1_000_000, id="full", marks=pytest.mark.soak)])
 def test_E4_no_answer_goes_to_another_request(server, count):
-    "64 clients, each answer a function of its own question"
+    "60 clients, each answer a function of its own question; the queue has room for them and for the proof"
     batches = server.metric("batch_rows_count")
-    with Load(server.port, connections=64) as load:
+    with Load(server.port, connections=60) as load:
         until(lambda: len(load.answers) + len(load.failures) * count >= count, count / 50)
     assert not load.failures, f"{len(load.failures)} wrong, such as {load.failures[:3]}"
     assert server.metric("batch_rows_count") - batches < count / 3, "batches were formed"
@@ -323,7 +323,8 @@ def stopped_under_load(double, folder, kind, clients=8):
         go.set()
         for t in threads:
             t.join()
-        return code, took, lost, sorted(accepted.read_text().split()), sorted(answered)
+        asked = [i for i in accepted.read_text().split() if "-" in i]  # by clients, not by the server before it was ready
+        return code, took, lost, sorted(asked), sorted(answered)
 
 
 @pytest.mark.parametrize("kind, share", [("one worker", 0.4), ("two workers", 0.3), ("process 1", 0.3)], ids=KINDS)
