@@ -51,7 +51,7 @@ def _timed(model, inputs):
 def _usual(model, inputs, budget):
     "Seconds of one call, after those in which a compiler works"
     before,took = _timed(model, inputs),_timed(model, inputs)
-    if _slow < took < 1.1 * before: return took
+    if _slow < took < 1.1 * before: return min(before, took)
     taken = [took, _timed(model, inputs)]
     while sum(taken) < budget: taken.append(_timed(model, inputs))
     return min(taken) # what another process takes of the machine only adds
@@ -73,7 +73,7 @@ def warm(
             if package.batch or n == rows: raise
             continue
         flat,best = flat + 1 if n / took < 1.05 * best else 0,max(best, n / took)
-        if flat == (1 if took > _slow else 2) and rows in seconds: break
+        if flat == (1 if took > 10 * _slow else 2) and rows in seconds: break
     return WarmupReport(first * 1000, seconds)
 
 # %% ../../nbs/serving/03_warmup.ipynb #d5cb2cc3
