@@ -370,7 +370,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(http, route):
 
 
 def test_an_answer_is_compressed_as_the_client_wants_it(http):
-    rows = [[i, i + 1] for i in range(8000)]
+    rows = [[i, 0] for i in range(8000)]
     for accepted, packed in {"gzip;q=0": False, "identity, gzip;q=0.5": False, "*;q=0": False, "gzip;q=0.5": True, "*": True, "GZIP": True}.items():
         r = http.post("/predict", json={"inputs": rows}, headers={"accept-encoding": accepted})
         assert r.status_code == 200 and ("content-encoding" in r.headers) == packed, accepted
