@@ -252,7 +252,8 @@ def an_administration_route(put):
             return {"loaded": url}
         app.post("/v2/repository/models/double/load")(load)
         return app
-    put("serving.app.create_app", create_app)
+    for room in ("app", "worker"):
+        put(f"serving.{room}.create_app", create_app)
 
 
 @plant

@@ -6,13 +6,14 @@
 __all__ = ['step', 'load', 'compute_threads', 'start', 'publish', 'sign', 'pulse', 'on_signal', 'serve', 'work']
 
 # %% ../../nbs/serving/05_worker.ipynb #788a7038
-import asyncio, contextlib, gc, importlib, logging, os, re, signal, sys, time
+import asyncio, contextlib, gc, logging, os, re, signal, sys, time
 from functools import partial
 import uvloop
 from ..errors import LocalResource, MlserveError, ModelFailed, UsageError
 from ..package import golden
 from ..settings import Settings
 from ..tensors import dtype_of
+from .app import create_app, create_metrics_app
 from .batcher import Batcher
 from .board import CUT, OPEN, Board, beat
 from .capacity import plan
@@ -188,10 +189,10 @@ def _listeners(settings, life, sockets, board, worker, helper):
     "The listeners of a worker, not open yet"
     numbers = Numbers(board, worker, [*(p.decode() for p in PROBES), *(r.pattern for r in ROUTES), '/handle'])
     life.inference = Inference(life, settings, numbers, open_spans(os.environ, {'service.name': 'mlserve'} | ({'service.version': settings.model_version} if settings.model_version else {})), helper)
-    def later(name): return Later(lambda: getattr(importlib.import_module('mlserve.serving.app'), name)(life, settings, numbers))
-    main = Listener(later('create_app'), life, numbers, limits_of(settings), Token(settings.token_file) if settings.token_file else None, life.inference.intake.budget)
+    def later(create): return Later(partial(create, life, settings, numbers))
+    main = Listener(later(create_app), life, numbers, limits_of(settings), Token(settings.token_file) if settings.token_file else None, life.inference.intake.budget)
     main.inference = life.inference
-    return [main] + [Listener(later('create_metrics_app'), life, numbers, limits_of(settings)) for _ in sockets[1:]],numbers
+    return [main] + [Listener(later(create_metrics_app), life, numbers, limits_of(settings)) for _ in sockets[1:]],numbers
 async def _open(listeners, sockets, row):
     "Accept connections, and say where"
     for l,s in zip(listeners, sockets): await l.open(s)
