@@ -40,6 +40,7 @@ DEEDS = {"exit 0": lambda: os._exit(0), "exit 5": lambda: os._exit(5), "abort": 
          "terminate": lambda: signal.raise_signal(signal.SIGTERM), "hang": UNTIL.wait, "fork": fork, "fork and return": lambda: [os.fork() for _ in range(2)],
          "stop child": stop_child, "directory": lambda: os.chdir("/proc/self"), "stderr": hide_stderr, "close stderr": lambda: os.close(2),
          "signals": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals)), "long": lambda: (_ for _ in ()).throw(ValueError("\U0001f600" * 5000)),
+         "numbers": lambda: np.ones((500, 500)) @ np.ones((500, 500)),
          "threads": lambda: threading.Thread(target=time.sleep, args=(60,)).start(), "umask": lambda: os.umask(0o777), "quit in a thread": lambda: threading.Thread(target=sys.exit).start()}
 
 
