@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,60 @@ def test_a_name_that_is_no_plain_text_is_refused_at_save_and_in_a_lock(name, tmp
     assert e.value.code == 8 and not (tmp_path / "p").exists()
     with pytest.raises((Refused, IntegrityError)):
         parse_lock(name + b" 0 " + b"0" * 64 + b"\n")
+
+
+def test_folders_in_folders_have_an_end_though_no_lock_names_them(package, tmp_path):
+    "An empty folder is in no lock, and a walk that recurses ends the server with RecursionError"
+    folder = rewritten(package, tmp_path)
+    nested = [folder]
+    for _ in range(1200):
+        nested.append(nested[-1] / "a")
+        nested[-1].mkdir()
+    try:
+        with pytest.raises(Refused, match="32 parts") as e:
+            load_package(folder)
+        assert e.value.code == 8
+    finally:
+        for inner in reversed(nested[1:]):
+            inner.rmdir()
+    load_package(folder)
+
+
+def test_a_folder_that_may_not_be_read_is_no_file(package, tmp_path, monkeypatch):
+    "Kubernetes mounts volumes that have lost+found, of root alone"
+    folder = rewritten(package, tmp_path)
+    (folder / "lost+found").mkdir()
+    good = os.listdir
+    def listdir(path):
+        if os.fspath(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return good(path)
+    monkeypatch.setattr(os, "listdir", listdir)
+    load_package(folder)
+
+
+def test_a_lock_of_long_names_costs_what_it_holds():
+    "Each prefix of each name was made: 1.4 GB for 4 MiB"
+    line = b"/a" * 31 + b" 1 " + b"0" * 64 + b"\n"
+    lock = b"".join(b"%05d" % i + line for i in range(4 * 2**20 // (len(line) + 5)))
+    tracemalloc.start()
+    try:
+        assert len(parse_lock(lock)) == lock.count(b"\n")
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(lock)
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(Refused, match="32 parts"):
+        parse_lock(b"a/" + lock)
+
+
+def test_what_a_lock_names_has_a_limit_before_it_is_hashed(package, tmp_path):
+    "A sparse file of 16 TB takes no disk, and a day to hash"
+    folder = rewritten(package, tmp_path)
+    with open(folder / "package.lock", "a") as f:
+        f.write(f"large {2**38} {'0' * 64}\n")
+    with pytest.raises(Refused, match=f"allowed are {2**38}") as e:
+        load_package(folder)
+    assert e.value.code == 8
 
 
 @pytest.mark.parametrize("name", ["MLmodel", "package.lock", "golden.safetensors", "environment.json", "handler.py", "registered_model_meta", "mlmodel", "files/words", "model.onnx"])
