@@ -184,6 +184,34 @@ def test_a_golden_file_that_lies_is_refused(header, package, tmp_path):
         golden(load_package(folder))
 
 
+def test_a_tolerance_within_which_any_answer_lies_is_refused(package, tmp_path):
+    "Zeros are within it, and a server that gives them would be ready"
+    largest = float(np.abs(golden(package)[1]["y"]).max())
+    for atol in (largest, 1e30):
+        text = json.dumps({"flavors": {"mlserve": ours(package) | {"tolerance": {"rtol": 0, "atol": atol}}}}).encode()
+        with pytest.raises(Refused, match="a tenth of the largest 'y'") as e:
+            golden(load_package(rewritten(package, tmp_path, MLmodel=text)))
+        assert e.value.code == 8
+    for rtol, code in ((1, 5), (0.05, 0)):
+        text = json.dumps({"flavors": {"mlserve": ours(package) | {"tolerance": {"rtol": rtol, "atol": largest / 20}}}}).encode()
+        folder = rewritten(package, tmp_path, MLmodel=text)
+        if not code:
+            golden(load_package(folder))
+            continue
+        with pytest.raises(IntegrityError, match="tolerance"):
+            load_package(folder)
+
+
+def test_the_default_tolerance_fits_answers_of_any_size(tmp_path):
+    "Zeros and what is no number included"
+    for size in (0, 1e-6, 1e6, math.nan):
+        class Scaled(torch.nn.Module):
+            def forward(self, x):
+                return x.half() * size
+        package = save_package(Scaled(), tmp_path / "p", "net", {"x": X}, ["y"], nonfinite="strings")
+        assert golden(package)[1]["y"].dtype == np.float16
+
+
 def test_files_that_are_read_whole_have_a_limit(package, tmp_path):
     for name in ("MLmodel", "environment.json"):
         folder = rewritten(package, tmp_path, **{name: b" " * (5 * 2**20)})
