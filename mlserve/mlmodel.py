@@ -101,7 +101,7 @@ def check_width(
     "Refuse a tolerance within which any answer would lie"
     for name,array in outputs.items():
         if array.dtype.kind != 'f': continue
-        largest = float(np.abs(array[np.isfinite(array)]).max(initial=0))
-        if tolerance['atol'] > max(1e-3, largest / 10):
-            raise Refused(f"atol is {tolerance['atol']:g}; a tenth of the largest '{name}', {largest:g}, is allowed.",
+        most = max(1e-3, float(np.abs(array[np.isfinite(array)]).max(initial=0)) / 10)
+        if tolerance['atol'] > most:
+            raise Refused(f"atol is {tolerance['atol']:g}; a tenth of the largest '{name}' is allowed, here {most:g}.",
                 mend='Save the package with a smaller tolerance.')
