@@ -149,11 +149,11 @@ def read_target(
         raise UsageError(f"No output takes {_told('the labels', labels)}: {given}.",
             mend='Classes are whole numbers that count the columns of an output, or what an output of labels gives; '
                 'numbers have the shape of their output.')
-    first,*others = [r.decide(outputs[r.output]) for r in readings]
-    told = next((r for form in _words for r in readings if named_form(r.output) == form), readings[0])
-    if all(_alike(first, d) for d in others): return told
-    raise UsageError(f"The labels fit several outputs, which decide differently: {', '.join(r.output for r in readings)}.",
-        mend=f'Say in [gates] of mlserve.toml which one they belong to: target = "{told.output}".')
+    named = [r for form in _words for r in readings if named_form(r.output) == form and (form == 'labels') == (r.form == 'labels')] or readings
+    first,*others = [r.decide(outputs[r.output]) for r in named]
+    if all(_alike(first, d) for d in others): return named[0]
+    raise UsageError(f"The labels fit several outputs, which decide differently: {', '.join(r.output for r in named)}.",
+        mend=f'Say in [gates] of mlserve.toml which one they belong to: target = "{named[0].output}".')
 
 # %% ../nbs/04_evaluation.ipynb #e2a354a3
 def _classes(y, p):

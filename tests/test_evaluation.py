@@ -115,10 +115,9 @@ Y = np.array([2, 0, 1, 2, 0, 1, 0, 0])
 RIGHT, OTHER = np.eye(3, dtype=np.float32)[Y], np.eye(3, dtype=np.float32)[(Y + 1) % 3]
 TEXT = as_labels(["cat", "dog", "cow"])[Y]
 TWO_HEADS = {"shape_logits": RIGHT, "colour_logits": OTHER}
-NAMED = {"prob": OTHER, "value": RIGHT}  # the known name is the wrong one
 CASES = {  # outputs in the model's order, labels, the output that is meant, the metric and its value
-    "scores before aux": ({"aux": RIGHT / 2, "scores": RIGHT}, Y, "scores", "accuracy", 1),
-    "aux that does not fit": ({"scores": RIGHT, "aux": OTHER[:, :2]}, Y, "scores", "accuracy", 1),
+    "scores before aux": ({"scores": RIGHT, "aux": OTHER}, Y, "scores", "accuracy", 1),
+    "a label and how sure it is": ({"confidence": RIGHT.max(1), "label": Y}, Y, "label", "accuracy", 1),
     "probabilities before label": ({"probabilities": RIGHT, "label": Y}, Y, "label", "accuracy", 1),
     "text beside probabilities": ({"probabilities": OTHER, "label": TEXT}, ["cat", "dog", "cow", "cat", "dog", "cow", "dog", "dog"], "label", "accuracy", 0),
     "text that is right": ({"probabilities": OTHER, "output_label": TEXT}, [t.decode() for t in TEXT], "output_label", "accuracy", 1),
@@ -156,12 +155,10 @@ def test_an_answer_that_is_no_number_is_wrong(form):
     (TWO_HEADS, Y, ["shape_logits, colour_logits", 'target = "shape_logits"']),
     ({"a": RIGHT, "b": OTHER}, Y, ["a, b"]),
     ({"class_weights": OTHER, "out": RIGHT}, Y, ["class_weights, out"]),
-    (NAMED, Y, ["prob, value", 'target = "prob"']),
-    ({"label": Y, "confidence": RIGHT.max(1)}, Y, ["label, confidence"]),
     ({"mean": Y * 1., "std": Y * 2.}, Y / 2, ["mean, std"]),
     ({"logits": RIGHT}, TEXT, ["the labels (text [8])", "logits (float32 [8, 3])"]),
     ({"logits": RIGHT}, Y + 1, ["1 to 3", "logits (float32 [8, 3])"]),
-], ids=["two heads", "two that fit", "a name of labels", "a name of scores", "a number beside", "two numbers", "text for scores", "classes from one"])
+], ids=["two heads", "two that fit", "a name of labels", "two numbers", "text for scores", "classes from one"])
 def test_A3_what_cannot_be_known_is_asked_for(outputs, labels, words):
     with pytest.raises(UsageError) as e:
         read_target(outputs, as_labels(labels))
