@@ -16,7 +16,7 @@ from .environment import environment
 from .errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Refused, UsageError
 from .folder import check_replaceable, copy_files, install_folder
 from .formats import FORMATS, check_format, read_program
-from .freeze import check_order, example_arrays, first_answer, freeze, live_program
+from .freeze import check_order, example_arrays, first_answer, freeze, live_program, unused
 from .holdout import beside, check_beside, discard, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
@@ -144,20 +144,23 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     "Write, run and prove everything of a package in a scratch folder"
     from mlserve.handler import write_handler
     file,inputs = temp/ours['file'],_specs(arrays)
-    live = live_program(model, file, ours['format'])
+    origin = live_program(model, file, ours['format'])
+    foreign = isinstance(origin, ConfinedProgram)
+    live = origin if foreign else unused(origin)
     check_order(live, list(arrays))
     copy_files(files, temp)
     ours['handler'] = write_handler(handler, temp)
     batch,nonfinite = ours.get('batch', True),ours.get('nonfinite')
     expected = first_answer(live, arrays, names, nonfinite=nonfinite)
-    freeze(live, file, ours['format'], arrays, names)
+    freeze(origin, file, ours['format'], arrays, names)
     outputs = _specs(expected, len(next(iter(arrays.values()))))
     ours['tolerance'] = ours['tolerance'] or _tolerance(outputs)
     check_width(ours['tolerance'], expected)
     digest = write_lock(temp)
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
-    program = live if isinstance(live, ConfinedProgram) else load_program(saved)
-    prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite))
+    program = live if foreign else load_program(saved)
+    fresh = lambda: [unused(origin)] if foreign else [unused(origin), load_program(saved)]
+    prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite), fresh)
     held = live_answers(live, program, holdout, saved, 32 if batch else len(next(iter(arrays.values()))), bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
