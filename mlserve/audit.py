@@ -10,7 +10,7 @@ import ast, json, math, os, re, stat, zipfile
 from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from .allowlist import allowed, check_class, check_code
+from .allowlist import allowed, check_class, check_code, replaced
 from .archive import check_tensors, entries, fits, open_archive, storages
 from .errors import LocalResource, Refused
 
@@ -63,6 +63,7 @@ def _fields(data):
 _messages = {'model': {7: 'graph', 20: 'training', 25: 'function'}, 'training': {1: 'graph', 2: 'graph'}, 'function': {7: 'node', 11: 'attribute'},
     'graph': {1: 'node', 5: 'tensor', 15: 'sparse'}, 'node': {5: 'attribute'}, 'sparse': {1: 'tensor', 2: 'tensor'},
     'attribute': {5: 'tensor', 6: 'graph', 10: 'tensor', 11: 'graph', 22: 'sparse', 23: 'sparse'}}
+_single = {'model': {7}, 'training': {1, 2}, 'attribute': {5, 6, 22}, 'sparse': {1, 2}} # of these a message has one
 def _tensors(data, message:str='model', depth:int=0):
     "The fields of every tensor of a model: {number: values}"
     if depth > 200: raise ValueError('graphs nested too deeply')
@@ -71,7 +72,10 @@ def _tensors(data, message:str='model', depth:int=0):
         for number,value in _fields(data): fields.setdefault(number, []).append(value)
         yield fields
         return
+    seen = set()
     for number,value in _fields(data):
+        if number in seen & _single.get(message, set()): raise ValueError(f'a {message} in pieces, which a reader would join')
+        seen.add(number)
         inner = _messages[message].get(number)
         if inner and isinstance(value, memoryview): yield from _tensors(value, inner, depth + 1)
 def _place(fields:dict)->dict:
@@ -119,6 +123,7 @@ def _check_place(file:Path, name:str):
     "Refuse external data that is not a plain file of the package"
     why = f"It keeps weights in '{name[:120]}', and "
     parts = name.split('/')
+    if '_mem_addr_' in name.lower(): raise Refused(f"'{file.name}' is refused. {why}that is an address in memory.")
     if not name.isprintable() or '\\' in name or {'', '.', '..'} & set(parts):
         raise Refused(f"'{file.name}' is refused. {why}that is not a plain name inside the package.")
     if parts[0].lower() in _own: raise Refused(f"'{file.name}' is refused. {why}that is a name of the package's own.")
@@ -173,7 +178,8 @@ def _is_arithmetic(text:str)->bool:
 def _is_operator(text:str)->bool:
     "Whether a name in the graph is an operator that a served program may have"
     m = re.fullmatch(r'torch\.ops\.(\w+)\.(\w+)(\.\w+)?', text)
-    return allowed(f'{m[1]}::{m[2]}') if m else bool(_symbolic.fullmatch(text))
+    if not m: return bool(_symbolic.fullmatch(text))
+    return allowed(f'{m[1]}::{m[2]}') or m[1] == 'aten' and m[2] in replaced
 
 # %% ../nbs/04_audit.ipynb #aa1796dc
 def _is_tree(text:str)->bool:
@@ -238,6 +244,8 @@ def _check_script(file:Path):
     for kind in ('data', 'constants'): # no loader of ours reads the inputs that a trace was made with
         if f'{kind}.pkl' not in sizes: raise Refused(f"'{file.name}' is refused. It has no entry '{kind}.pkl'.")
         check_tensors(file.name, archive.get_record(f'{kind}.pkl'), storages(sizes, f'{kind}/'), check_class)
+    for name in sizes: # places in the source, which torch reads only when it writes an error
+        if name.endswith('.debug_pkl'): check_tensors(file.name, archive.get_record(name), {}, check_class)
     check_code(file.name, {n: archive.get_record(n) for n in sizes if n.startswith('code/') and n.endswith('.py')})
 
 # %% ../nbs/04_audit.ipynb #a90c1ce1

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .allowlist import check_graphs
+from .allowlist import check_graphs, replace_exported
 from .audit import audit
 from .errors import GpuRefused, InvalidInput, LocalResource, ModelFailed, MlserveError, Refused, UsageError
 
@@ -93,7 +93,9 @@ def _read_export(file:Path, device:str):
         warnings.simplefilter('ignore')
         program = load_pt2(str(file)).exported_programs['model']
         if device != 'cpu': program = move_to_device_pass(program, device)
-        return program.module(check_guards=False)
+        module = program.module(check_guards=False)
+    replace_exported(module)
+    return module
 
 # %% ../nbs/04_formats.ipynb #2a0f3901
 def _read_weights(file:Path, device:str, build):

@@ -313,6 +313,47 @@ def test_weights_of_an_onnx_file_cannot_take_the_packages_own_names(name, tmp_pa
     assert e.value.code == 8
 
 
+@pytest.mark.parametrize("name", ["*/_ORT_MEM_ADDR_/*", "*/_ORT_NATIVE_ENDIAN_MEM_ADDR_/*"])
+def test_weights_at_an_address_in_memory_are_refused(name, tmp_path):
+    "The runtime's own mark for data that is in its process already, at the offset; here a file has that name"
+    from onnx import TensorProto, helper
+    weights = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    weights.external_data.add(key="location", value=name)
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_bytes(bytes(16))
+    file = onnx_file(tmp_path / "net.onnx", [helper.make_node("Add", ["x", "w"], ["y"])], initializers=[weights])
+    with pytest.raises(Refused, match="address in memory"):
+        save_package(file, tmp_path / "p", "net", {"x": X}, ["y"], format="onnx")
+
+
+def test_a_tensor_in_two_pieces_is_refused(tmp_path):
+    "A protocol buffer joins what comes twice: the one piece has the shape, the other the data"
+    from onnx import TensorProto, helper
+
+    from mlserve.audit import external_files
+    file = onnx_file(tmp_path / "net.onnx", [helper.make_node("Constant", [], ["y"], value=helper.make_tensor("v", TensorProto.FLOAT, [1], [0.0]))])
+    assert external_files(file) == []
+    import onnx
+    model = onnx.load(file)
+    value = model.graph.node[0].attribute[0].t
+    whole, shape, data = value.SerializeToString(), TensorProto(dims=[1 << 20]).SerializeToString(), TensorProto(name="v", data_type=TensorProto.FLOAT, raw_data=bytes(4)).SerializeToString()
+
+    def field(number, data):
+        size = len(data)
+        return bytes([number << 3 | 2]) + (bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])) + data
+    attribute = model.graph.node[0].attribute[0].SerializeToString().replace(field(5, whole), field(5, shape) + field(5, data))
+    node = model.graph.node[0]
+    node.ClearField("attribute")
+    node = node.SerializeToString() + field(5, attribute)
+    model.graph.ClearField("node")
+    graph = field(1, node) + model.graph.SerializeToString()
+    model.ClearField("graph")
+    file.write_bytes(model.SerializeToString() + field(7, graph))
+    assert list(onnx.load(file).graph.node[0].attribute[0].t.dims) == [1 << 20]
+    with pytest.raises(Refused, match="in pieces"):
+        external_files(file)
+
+
 @pytest.mark.parametrize("what, fields", {"beyond the end": {"offset": "1000000", "length": "16"}, "shorter than the shape": {"length": "4"}, "negative": {"offset": "-16", "length": "16"}, "no number": {"offset": "x"}}.items())
 def test_weights_outside_their_file_are_refused(what, fields, tmp_path):
     from onnx import TensorProto, helper

@@ -419,6 +419,156 @@ def scripted(tmp_path_factory):
     return file
 
 
+def unchecked():
+    "Programs of operators that trust sizes, strides or indices with memory: {name: what one does with x}"
+    ops = torch.ops.aten
+
+    class Aliases(nn.Module):
+        def forward(self, x):
+            return ops._reshape_alias(x, [1024], [1])
+
+    class Writes(nn.Module):
+        def forward(self, x):
+            at = torch.full([1, 1, 1, 1], 1000000000, dtype=torch.int64)
+            return ops.max_pool2d_with_indices_backward(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 2, 2), [2, 2], [2, 2], [0, 0], [1, 1], False, at)
+
+    class Segments(nn.Module):
+        def forward(self, x):
+            return torch.segment_reduce(x.ravel(), "sum", lengths=torch.tensor([1000000000]), unsafe=True)
+
+    class Loss(nn.Module):
+        def forward(self, x):
+            return ops.ctc_loss(torch.zeros(5, 1, 3), torch.full([1, 2], 1000000000, dtype=torch.int64), torch.tensor([5]), torch.tensor([2]), 0, 0, False)
+
+    class Normalises(nn.Module):
+        def forward(self, x):
+            one = torch.ones(1)
+            return ops.native_batch_norm(torch.ones(2, 5000000, 1), one, one, one, one, False, 0.1, 1e-5)[0]
+
+    class Sparse(nn.Module):
+        def forward(self, x):
+            sparse = x.to_sparse().coalesce()
+            sparse.indices().fill_(1000000000)
+            return sparse.to_dense()
+
+    class Attends(nn.Module):
+        def forward(self, x):
+            return ops._scaled_dot_product_flash_attention_for_cpu(torch.ones(4, 8, 300, 8), torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8))[0]
+
+    class Resizes(nn.Module):
+        def forward(self, x):
+            return x.clone().resize_([1024])
+    return {m.__name__: m for m in (Aliases, Writes, Segments, Loss, Normalises, Sparse, Attends, Resizes)}
+
+
+@pytest.mark.parametrize("kind", unchecked())
+def test_an_operator_that_trusts_its_arguments_with_memory_is_refused(kind, tmp_path):
+    "Before it runs: run, each reads or writes memory of the process, or ends it"
+    torch.jit.script(unchecked()[kind]()).save(str(tmp_path / "model.pt"))
+    with pytest.raises(Refused, match="which is not on the list"):
+        read_program(tmp_path / "model.pt", "torchscript")
+
+
+def test_an_exported_graph_that_reads_behind_its_weight_is_refused(tmp_path):
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return self.w.view(1, 4) + x
+    torch.export.save(torch.export.export(Views(), (torch.ones(1, 4),)), str(tmp_path / "good.pt2"))
+    read_program(tmp_path / "good.pt2", "export")
+
+    def alias(entries):
+        graph = json.loads(entries["models/model.json"])
+        node = next(n for n in graph["graph_module"]["graph"]["nodes"] if "view" in n["target"])
+        node["target"] = "torch.ops.aten._reshape_alias.default"
+        node["inputs"].append({"name": "stride", "arg": {"as_ints": [4, 1]}, "kind": 1})
+        node["inputs"][1]["arg"] = {"as_ints": [1024, 4]}
+        entries["models/model.json"] = json.dumps(graph).encode()
+    rewrite(tmp_path / "good.pt2", tmp_path / "model.pt2", alias)
+    with pytest.raises(Refused, match="beyond those of torch"):
+        read_program(tmp_path / "model.pt2", "export")
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag = nn.EmbeddingBag(9, 4, mode="sum")
+
+    def forward(self, x):
+        words = torch.zeros_like(x, dtype=torch.int64).ravel()
+        return self.bag(words[:3], torch.stack([words[0], (x.ravel()[0] * 0).long() + words[1] + x.ravel()[1].long()]))
+
+
+class Packs(nn.Module):
+    def forward(self, x):
+        sizes = torch.stack([torch.full_like(x.ravel()[0], 2), x.ravel()[0] * 0 + x.ravel()[1]]).long()
+        return torch.ops.aten._pad_packed_sequence(torch.ones(4, 3), sizes, True, 0.0, 0)[0]
+
+
+class Weighs(nn.Module):
+    def forward(self, x):
+        return torch._weight_norm(torch.ones(100000, 300), x.ravel()[:1].reshape(1, 1), 0)
+
+
+class Empty(nn.Module):
+    def forward(self, x):
+        return torch.empty([64, 64]) + torch.empty_like(x).sum() + x.new_empty([64]).sum()
+
+
+@pytest.mark.parametrize("kind", [Bag, Packs, Weighs, Empty])
+@pytest.mark.parametrize("format", ["torchscript", "export"])
+def test_operators_that_honest_models_need_cannot_reach_beyond_their_tensors(kind, format, tmp_path):
+    "A negative offset, batch sizes that fall below zero, a norm of one number for many rows, and memory that nobody wrote"
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    file = tmp_path / FORMATS[format]
+    if format == "torchscript":
+        torch.jit.script(kind().eval()).save(str(file))
+    elif kind is Packs:
+        pytest.skip("packed sequences have no form in torch.export")
+    else:
+        torch.export.save(torch.export.export(kind().eval(), (x,)), str(file))
+    program = read_program(file, format)
+    for value in (2.0, -(10.0**8)):
+        try:
+            answer = program.run({"x": np.array([[1, value, 3]], np.float32)}, ["y"])["y"]
+        except MlserveError:
+            continue
+        assert np.isfinite(answer).all() and (kind is not Empty or not answer.any())
+
+
+def test_weight_norm_bags_and_packed_sequences_answer_as_before(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.bag = nn.LSTM(4, 3, batch_first=True), nn.EmbeddingBag(9, 3)
+            self.line = torch.nn.utils.weight_norm(nn.Linear(4, 3))
+
+        def forward(self, x):
+            packed = nn.utils.rnn.pack_padded_sequence(x, (x[:, :, 0] > 0).sum(1).cpu(), batch_first=True, enforce_sorted=False)
+            padded = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=5)[0]
+            return padded + self.line(x) + self.bag((x[:, :, 1] * 9).long()).unsqueeze(1)
+    x = torch.rand(4, 5, 4)
+    for row, length in enumerate((5, 2, 4, 1)):
+        x[row, length:, 0] = 0
+    net = Net().eval()
+    torch.jit.trace(net, x).save(str(tmp_path / "model.pt"))
+    answer = read_program(tmp_path / "model.pt", "torchscript").run({"x": x.numpy()}, ["y"])["y"]
+    assert np.allclose(answer, net(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_record_of_places_in_the_source_is_held_against_its_bytes(scripted, tmp_path):
+    "Torch reads it only when it writes an error: a text of 2 GB that is not there took seconds and the memory"
+    def change(entries):
+        for name in [n for n in entries if n.endswith(".debug_pkl")]:
+            entries[name] = b"\x80\x02(X\xff\xff\xff\x7fab."
+    rewrite(scripted, tmp_path / "adds.pt", change)
+    with pytest.raises(Refused, match="adds.pt"):
+        read_program(tmp_path / "adds.pt", "torchscript")
+
+
 def early(mark):
     "Changes of a program's text after which it would do something while it is loaded"
     made = f'torch.from_file("{mark}", True, 4, dtype=0)'
