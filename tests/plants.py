@@ -815,6 +815,11 @@ def a_long_request_is_one_batch(put):
 
 
 @plant
+def open_files_are_not_counted(put):
+    put("serving.server.raise_open_files", never)
+
+
+@plant
 def nothing_is_asked_before_ready(put):
     async def rehearse(life, settings):
         return {}

@@ -147,11 +147,12 @@ def test_N5_many_tiny_chunks_cost_little(server, rounds):
     assert not any(seen.values()), [name for name, found in seen.items() if found]
 
 
-def test_N5_chunks_of_one_byte_are_refused_whoever_asks(server):
+@pytest.mark.parametrize("size", [1, 8])
+def test_N5_tiny_chunks_without_number_are_refused_whoever_asks(server, size):
     with wire(server, b"POST /v2/health/live HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n") as w:
         try:
             for _ in range(100):
-                w.send(b"1\r\nx\r\n" * 2000)
+                w.send(b"%d\r\n%b\r\n" % (size, b"x" * size) * 2000)
         except OSError:
             pass
         assert error_of(w.answer()) == 400
@@ -297,6 +298,22 @@ def test_a_head_request_has_no_body(server):
         assert w.buffer.startswith(b"HTTP/1.1 404") and w.buffer.endswith(b"\r\n\r\n")
 
 
+def test_L8_under_a_limit_of_open_files_it_is_able_or_never_ready(double, tmp_path):
+    "A low limit is raised to the hard one; where that has no room for the connections, the server says so"
+    for limit in ("16", "64", "1100"):
+        with Server(double, tmp_path, wait=False, under=["prlimit", f"--nofile={limit}"]) as s:
+            assert s.ended() == 7 and "MLSERVE_CONNECTIONS" in s.last()["error"], s.events()
+    for limit in ("168", "32:1000"):
+        with Server(double, tmp_path, under=["prlimit", f"--nofile={limit}"], **SETTINGS) as s:
+            held = [wire(s, b"POST /predict HTTP/1.1\r\n") for _ in range(104)]
+            for _ in range(20):
+                with wire(s, HEALTH) as w:
+                    assert w.answer()[0] == 200
+            for w in held:
+                w.close()
+            assert s.predict([1, 0]).status_code == 200
+
+
 def test_a_token_is_asked_for_before_routing_and_health_is_exempt(double, tmp_path):
     (tmp_path / "token").write_text("s3cret\n")
     with Server(double, tmp_path, token_file=tmp_path / "token") as s:
@@ -324,6 +341,30 @@ def test_a_rotated_token_is_the_one_that_holds(double, tmp_path):
         (tmp_path / "token").write_text("")
         time.sleep(1.5)
         assert s.predict([1, 0], headers={"authorization": "Bearer n3w"}).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["pipe", "large"])
+def test_a_token_file_that_is_no_file_changes_nothing(double, tmp_path, kind):
+    "A pipe that nobody writes would be read for ever, and two gibibytes are no token"
+    file = tmp_path / "token"
+    file.write_text("0ld")
+    with Server(double, tmp_path, token_file=file) as s:
+        before = s.worker()
+        if kind == "pipe":
+            os.mkfifo(tmp_path / "next")
+        else:
+            with open(tmp_path / "next", "wb") as f:
+                f.truncate(2 * 2**30)
+        (tmp_path / "next").replace(file)
+        began = cpu(s)
+        for _ in range(20):
+            assert s.http.get("/v2/health/live", timeout=1).status_code == 200
+            time.sleep(0.1)
+        assert s.predict([1, 0], headers={"authorization": "Bearer 0ld"}, timeout=1).status_code == 200
+        assert s.worker() == before and cpu(s) - began < 1
+        (tmp_path / "next").write_text("n3w")
+        (tmp_path / "next").replace(file)
+        until(lambda: s.predict([1, 0], headers={"authorization": "Bearer n3w"}).status_code == 200)
 
 
 def test_a_body_that_nobody_reads_is_let_go(server):

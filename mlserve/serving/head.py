@@ -7,10 +7,9 @@ __all__ = ['Limits', 'limits_of', 'HeadRefused', 'fields', 'path_of', 'body_limi
            'Head', 'Heads']
 
 # %% ../../nbs/serving/05_head.ipynb #ea8b0cb3
-import hmac, re
+import hmac, os, re, stat
 from hashlib import sha256
 from dataclasses import dataclass
-from pathlib import Path
 from ..errors import InvalidInput, LocalResource, MlserveError, NotFound, TooLarge, Unavailable
 from .events import request_id
 from .exchange import Exchange
@@ -108,10 +107,18 @@ def too_many(
     if len(pairs) > limits.headers: raise HeadRefused(431, f'The head has more than {limits.headers} lines.')
 
 # %% ../../nbs/serving/05_head.ipynb #68e03e09
+_longest = 2**16 # bytes of a token
+def _content(path):
+    "The beginning of a file; nothing else is opened, or waited for"
+    with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode): raise LocalResource(f'The token file {path} is not a regular file.')
+        return f.read(_longest + 1)
 def _digest(path):
     "What the token in a file is known by"
-    try: token = Path(path).read_bytes().strip()
+    try: content = _content(path)
     except OSError as e: raise LocalResource(f'The token file {path} cannot be read: {e.strerror}.', mend='Mount it, readable by the server.') from None
+    if len(content) > _longest: raise LocalResource(f'The token file {path} has more than {_longest} bytes.')
+    token = content.strip()
     if not token: raise LocalResource(f'The token file {path} is empty.')
     return sha256(token).digest()
 class Token:
