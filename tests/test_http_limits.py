@@ -143,7 +143,7 @@ def test_N5_many_tiny_chunks_cost_little(server, rounds):
         with wire(server, b"POST /predict HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n", chunks) as w:
             assert w.answer()[0] == 200
     spent, kept = cpu(server) - began, memory(server) - before
-    seen = {"copied": spent >= rounds * len(body) / 16 * 6e-6, "kept": kept >= 2**20}  # a chunk takes a microsecond; copying the body takes ten times as long
+    seen = {"copied": spent >= rounds * len(body) / 16 * 3e-6, "kept": kept >= 2**20}  # a chunk takes a microsecond; copying the body takes ten times as long
     assert not any(seen.values()), [name for name, found in seen.items() if found]
 
 
@@ -300,18 +300,17 @@ def test_a_head_request_has_no_body(server):
 
 def test_L8_under_a_limit_of_open_files_it_is_able_or_never_ready(double, tmp_path):
     "A low limit is raised to the hard one; where that has no room for the connections, the server says so"
-    for limit in ("16", "64", "1100"):
+    for limit in ("16", "1100"):
         with Server(double, tmp_path, wait=False, under=["prlimit", f"--nofile={limit}"]) as s:
             assert s.ended() == 7 and "MLSERVE_CONNECTIONS" in s.last()["error"], s.events()
-    for limit in ("168", "32:1000"):
-        with Server(double, tmp_path, under=["prlimit", f"--nofile={limit}"], **SETTINGS) as s:
-            held = [wire(s, b"POST /predict HTTP/1.1\r\n") for _ in range(104)]
-            for _ in range(20):
-                with wire(s, HEALTH) as w:
-                    assert w.answer()[0] == 200
-            for w in held:
-                w.close()
-            assert s.predict([1, 0]).status_code == 200
+    with Server(double, tmp_path, under=["prlimit", "--nofile=32:168"], **SETTINGS) as s:
+        held = [wire(s, b"POST /predict HTTP/1.1\r\n") for _ in range(104)]
+        for _ in range(20):
+            with wire(s, HEALTH) as w:
+                assert w.answer()[0] == 200
+        for w in held:
+            w.close()
+        assert s.predict([1, 0]).status_code == 200
 
 
 def test_a_token_is_asked_for_before_routing_and_health_is_exempt(double, tmp_path):
