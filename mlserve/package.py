@@ -6,7 +6,7 @@
 __all__ = ['Package', 'load_package', 'golden', 'call_rows', 'load_environment', 'load_program', 'save_package']
 
 # %% ../nbs/04_package.ipynb #49239403
-import json, math, os, shutil, tempfile
+import json, os, shutil, tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from .freeze import check_order, example_arrays, first_answer, freeze, live_prog
 from .holdout import beside, check_beside, discard, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
-from .mlmodel import check_ways, example_files, is_name, mlmodel, parse_mlmodel
+from .mlmodel import WIDEST, check_ways, check_width, example_files, is_name, mlmodel, parse_mlmodel
 from .tensors import TensorSpec, check_tensors, spec_of
 
 # %% ../nbs/04_package.ipynb #087fb712
@@ -88,7 +88,9 @@ def golden(
     if set(groups) != {'inputs', 'outputs'}: raise IntegrityError(f"{file} has {', '.join(groups)[:100] or 'nothing'}; inputs and outputs are needed.")
     rows = {len(a) if a.ndim else 0 for arrays in groups.values() for a in arrays.values()}
     if len(rows) != 1 or not min(rows): raise IntegrityError(f'{file} has arrays of {sorted(rows)} rows; one number from 1 is needed.')
-    return tuple(_as_described(file, groups[k], getattr(package, k)) for k in ('inputs', 'outputs'))
+    inputs,outputs = (_as_described(file, groups[k], getattr(package, k)) for k in ('inputs', 'outputs'))
+    check_width(package.tolerance, outputs)
+    return inputs,outputs
 def call_rows(
     package:Package, # a verified package
 )->int: # as many as the recorded example where rows belong together
@@ -151,6 +153,7 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     freeze(live, file, ours['format'], arrays, names)
     outputs = _specs(expected, len(next(iter(arrays.values()))))
     ours['tolerance'] = ours['tolerance'] or _tolerance(outputs)
+    check_width(ours['tolerance'], expected)
     digest = write_lock(temp)
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
     program = live if isinstance(live, ConfinedProgram) else load_program(saved)
@@ -203,9 +206,10 @@ def _check_outputs(outputs:list):
         if outputs.count(n) > 1: raise UsageError(f"Two of the outputs are named '{n}'.")
 def _check_tolerance(tolerance:dict):
     "Refuse a tolerance that is not two numbers from 0"
-    if set(tolerance) != {'rtol', 'atol'}: raise UsageError(f'The tolerance has {", ".join(map(str, tolerance))}; it needs rtol and atol.')
+    if set(tolerance) != set(WIDEST): raise UsageError(f'The tolerance has {", ".join(map(str, tolerance))}; it needs rtol and atol.')
     for n,v in tolerance.items():
-        if type(v) not in (int, float) or not 0 <= v < math.inf: raise UsageError(f'{n} is {v!r}; a number from 0 is allowed.')
+        if type(v) not in (int, float) or not 0 <= v <= WIDEST[n]:
+            raise UsageError(f'{n} is {v!r}; a number from 0 to {WIDEST[n]:g} is allowed.')
 
 # %% ../nbs/04_package.ipynb #cc3d4194
 def save_package(

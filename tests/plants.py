@@ -738,6 +738,20 @@ def the_first_output_of_the_alphabet_is_measured(put):
     put("evaluation._fitting", lambda outputs, labels: list(good(dict(sorted(outputs.items())), labels))[:1])
 
 
+@plant
+def an_output_of_a_known_name_is_taken(put):
+    good = now("evaluation._fitting")
+    def named(outputs, labels):
+        readings = list(good(outputs, labels))
+        return [r for r in readings if now("evaluation.named_form")(r.output)] or readings
+    put("evaluation._fitting", named)
+
+
+@plant
+def whole_numbers_are_compared_as_floats(put):
+    put("evaluation._exact", lambda a, b: (a, b))
+
+
 # ---- what one part does to the others
 
 

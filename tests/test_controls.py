@@ -161,6 +161,8 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A3", V.test_A3_a_file_keeps_the_order_of_its_arrays, {}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
     ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
     ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
+    ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.NAMED, "labels": V.Y, "words": ["target"]}, "an_output_of_a_known_name_is_taken", "DID NOT RAISE"),
+    ("A3", V.test_A3_whole_numbers_are_compared_without_rounding, {"answers": V.WIDE.astype("uint64") + 1}, "whole_numbers_are_compared_as_floats", "1.0 == "),
 ]
 
 
