@@ -119,7 +119,7 @@ def no_deadline_for_a_reader(put):
 
 @plant
 def a_body_is_measured_after_it_was_read(put):
-    put("serving.http.body_limit", lambda h, limits, text=False: (limits.max_body, int(h.get(b"content-length", 0))))
+    put("serving.head.body_limit", lambda h, limits, text=False: (limits.max_body, int(h.get(b"content-length", 0))))
 
 
 @plant
@@ -167,7 +167,12 @@ def every_chunk_copies_the_body(put):
 
 @plant
 def the_wrapping_of_chunks_is_not_counted(put):
-    put("serving.http.Connection._check_frames", never)
+    put("serving.exchange.Exchange.framed", never)
+
+
+@plant
+def chunks_of_any_size(put):
+    put("serving.exchange._small", 10**9)
 
 
 @plant
@@ -177,7 +182,7 @@ def a_head_without_limit(put):
 
 @plant
 def heads_are_taken_as_they_come(put):
-    put("serving.http.fields", lambda pairs, version: dict(pairs))
+    put("serving.head.fields", lambda pairs, version: dict(pairs))
 
 
 @plant
@@ -237,7 +242,7 @@ def nobody_hears_a_client_leave(put):
 def other_spellings_are_mended(put):
     import posixpath
     from urllib.parse import unquote
-    put("serving.http.path_of", lambda url, limit=0: posixpath.normpath(unquote(url.partition(b"?")[0].decode("latin-1")).lower().replace("\\", "/").replace("//", "/")
+    put("serving.head.path_of", lambda url, limit=0: posixpath.normpath(unquote(url.partition(b"?")[0].decode("latin-1")).lower().replace("\\", "/").replace("//", "/")
                                                                       .partition(";")[0]).encode())
 
 
@@ -321,6 +326,16 @@ def an_upgrade_ends_the_request(put):
         except httptools.HttpParserUpgrade:
             self.leave_after()
     put("serving.http.Connection._feed", feed)
+
+
+@plant
+def a_read_is_parsed_to_its_end(put):
+    put("serving.http._turn", 10**9)
+
+
+@plant
+def an_application_has_a_say_in_what_is_read(put):
+    put("serving.exchange._Writing", lambda flow: flow)
 
 
 @plant
@@ -816,6 +831,11 @@ def a_long_request_is_one_batch(put):
     def piece(batcher, runner, ticket):
         return [ticket], *now("serving.batcher.execute")(runner, [ticket])
     put("serving.batcher._piece", piece)
+
+
+@plant
+def open_files_are_not_counted(put):
+    put("serving.server.raise_open_files", never)
 
 
 @plant

@@ -251,6 +251,44 @@ def test_N12_a_client_that_leaves_at_any_point_leaves_nothing(asked, data):
     talk.close()
 
 
+def test_N12_thousands_behind_a_slow_one_wait_as_they_came():
+    "What is parsed becomes ten times as much: few are, all are counted, and each has its answer"
+    talk, count = Talk(), 4000
+    head, body = predict(0, b"slow", False)
+    talk.connection.data_received(head + body + b"".join(plain(i, "GET", "/v2/health/live")[0] for i in range(1, count)))
+    talk.turn()
+    assert len(talk.connection.waiting) < 200, "all wait parsed"
+    assert talk.wire.paused and talk.web.budget.receiving > count * 40
+    while talk.connection.current or talk.connection.waiting or talk.connection.rest:
+        talk.settle()
+    found, _ = answers(talk.wire.out, [])
+    assert [i for _, i, _, _ in found] == [f"r{i}" for i in range(count)]
+    assert talk.web.budget.receiving == 0 and not talk.wire.paused
+    talk.close()
+
+
+def test_N12_what_waits_unparsed_is_refused_when_memory_is_full():
+    talk = Talk()
+    talk.web.budget.most = 100_000
+    head, body = predict(0, b"slow", False)
+    talk.connection.data_received(head + body + plain(1, "GET", "/v2/health/live")[0] * 3000)
+    assert not talk.connection.rest
+    talk.settle()
+    assert answers(talk.wire.out, [])[0][-1][0] == 503 and talk.wire.ended and talk.web.budget.receiving == 0
+    talk.close()
+
+
+def test_N12_an_application_that_asks_for_its_body_reads_no_request():
+    talk, begun = Talk(), []
+    c = talk.connection
+    talk.wire.resume_reading = lambda: begun.append(len(c.waiting) + len(c.rest))
+    c.data_received(b"".join(plain(i, "GET", "/v2")[0] for i in range(5)))
+    talk.settle()
+    assert len(answers(talk.wire.out, [])[0]) == 5
+    assert not any(begun), "it is read on while some wait"
+    talk.close()
+
+
 @pytest.fixture(scope="module")
 def server(double, tmp_path_factory):
     with Server(double, tmp_path_factory.mktemp("pipelining"), keep_alive_seconds=5) as s:

@@ -9,20 +9,26 @@ __all__ = ['Exchange', 'without_offer', 'to_application']
 import asyncio
 from functools import partial
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
-from ..errors import TooLarge, Unavailable
+from ..errors import InvalidInput, TooLarge, Unavailable
 from .budget import Budget
 
 # %% ../../nbs/serving/05_exchange.ipynb #e53fd06d
 class Exchange:
     "One request and the work on it"
-    __slots__ = ('method', 'path', 'url', 'pairs', 'h', 'body', 'length', 'held', 'limit', 'keep', 'route', 'refused', 'arrived', 'id', 'call', 'cycle', 'task', 'version')
+    __slots__ = ('method', 'path', 'url', 'pairs', 'h', 'body', 'size', 'length', 'parts', 'wire', 'held', 'limit', 'keep', 'route', 'refused',
+        'arrived', 'id', 'call', 'cycle', 'task', 'version')
     def __init__(self):
-        self.body,self.keep,self.id,self.method,self.path = b'',False,b'',b'GET',b''
+        self.body,self.keep,self.id,self.method,self.path,self.url,self.pairs = b'',False,b'',b'GET',b'',b'',()
         self.route = self.refused = self.call = self.cycle = self.task = None
-        self.length = self.held = 0
+        self.size = self.length = self.parts = self.held = 0
+    def weight(self)->int: # bytes, about
+        "What it holds while it waits"
+        return 1024 + len(self.url) + len(self.body) + sum(len(k) + len(v) + 128 for k,v in self.pairs)
 
 # %% ../../nbs/serving/05_exchange.ipynb #6be37237
 _unread = 2**16 # bytes of a body that is not for the model; one more is kept, so that it is seen to be more
+_small = 1024 # chunks of any size
+_wrapping = 'The chunks of the body are too small: they need 16 bytes in the mean.'
 def _add(self,
     part:bytes, # of the body
     budget:Budget, # of all requests
@@ -30,6 +36,8 @@ def _add(self,
 )->None: # or a refusal
     "Keep a part of the body"
     self.length += len(part)
+    self.parts += 1
+    if self.parts > _small + self.length // 16: raise InvalidInput(_wrapping)
     if self.length > self.limit: raise TooLarge(f'The body is over {self.limit} bytes.')
     if self.route is None and self.length > _unread:
         if loading: raise Unavailable('The model is loading.')
@@ -46,6 +54,25 @@ def _whole(self):
     if type(self.body) is bytearray and len(self.body) <= _unread: self.body = bytes(self.body)
 Exchange.add,Exchange.whole = _add,_whole
 
+# %% ../../nbs/serving/05_exchange.ipynb #c1d2e3f5
+def _room(self)->int: # bytes
+    "How much of it the parser may get at once: what was announced, or a part of the chunks"
+    return self.size - self.length if self.size else 2**14
+def _framed(self,
+    size:int, # bytes more that came for the body
+)->None: # or a refusal
+    "Refuse a body that is mostly wrapping"
+    self.wire += size
+    if not self.size and self.wire > 2**16 + 2 * self.length: raise InvalidInput(_wrapping)
+def _stop(self):
+    "Nobody waits for the answer"
+    if self.call: self.call.cancel()
+    if self.cycle:
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        self.task.cancel()
+Exchange.room,Exchange.framed,Exchange.stop = _room,_framed,_stop
+
 # %% ../../nbs/serving/05_exchange.ipynb #9db3e4d0
 def without_offer(
     e:Exchange, # its head has come
@@ -57,6 +84,12 @@ def without_offer(
     return b'\r\n'.join([*lines, b'', b''])
 
 # %% ../../nbs/serving/05_exchange.ipynb #d7ab3322
+class _Writing:
+    "Uvicorn's flow control, without a say in what is read"
+    def __init__(self, flow): self.flow,self.drain = flow,flow.drain
+    @property
+    def write_paused(self): return self.flow.write_paused
+    def resume_reading(self): pass
 def to_application(
     connection, # uvicorn's protocol with our limits
     e:Exchange, # complete
@@ -67,7 +100,7 @@ def to_application(
     scope = {'type': 'http', 'asgi': {'version': '3.0', 'spec_version': '2.3'}, 'http_version': e.version, 'server': c.server,
         'client': c.client, 'scheme': c.scheme, 'root_path': '', 'headers': e.pairs, 'state': {}, 'method': e.method.decode('ascii'),
         'path': e.path.decode('latin-1'), 'raw_path': e.path, 'query_string': e.url.partition(b'?')[2], 'mlserve.id': e.id}
-    e.cycle = RequestResponseCycle(scope=scope, transport=c.transport, flow=c.flow, logger=c.logger,
+    e.cycle = RequestResponseCycle(scope=scope, transport=c.transport, flow=_Writing(c.flow), logger=c.logger,
         access_logger=c.access_logger, access_log=False, default_headers=[(b'date', c.web.date[6:-2])], message_event=asyncio.Event(),
         expect_100_continue=False, keep_alive=e.keep, on_response=partial(answered, e))
     e.cycle.body,e.cycle.more_body = bytearray(e.body),False

@@ -15,14 +15,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ..errors import InvalidInput, MlserveError, Unavailable
 from .events import request_id
 from .exchange import Exchange, to_application, without_offer
-from .head import Head, HeadRefused, body_limit, fields, path_of, too_many
-from .intake import is_text
+from .head import Head, HeadRefused, judge, too_long
 from .lifecycle import PROBES
 from .routes import refusal
 
 # %% ../../nbs/serving/05_http.ipynb #cb21a18b
 SILENT,HEAD,BODY,LEAVING = range(4)
-_slice = 16384 # bytes of a head that the parser gets at once
 class Connection(HttpToolsProtocol):
     "Uvicorn's protocol, with limits and a short way to the model"
     def __init__(self, web):
@@ -30,8 +28,8 @@ class Connection(HttpToolsProtocol):
         self.web,self.limits,self.parser = web,web.limits,httptools.HttpRequestParser(self)
         self.waiting,self.current,self.next,self.phase = deque(),None,None,SILENT
         self.late = self.write_late = math.inf
-        self.head_size = self.wire = self.fed = 0
-        self.whole = self.replay = None
+        self.head_size = self.fed = self.turn = 0
+        self.rest,self.whole,self.replay = b'',None,None
         self.owed = False # a client waits for `100 Continue` until it is its turn
     def connection_made(self, transport):
         super().connection_made(transport)
@@ -52,15 +50,12 @@ def _forget(self):
     if self.next is not None: self._unbuffer(self.next)
     if exchange is None: return
     self.web.life.in_flight -= 1
-    if exchange.call: exchange.call.cancel()
-    if exchange.cycle:
-        exchange.cycle.disconnected = True
-        exchange.cycle.message_event.set()
-        exchange.task.cancel()
+    exchange.stop()
 def _drop_waiting(self):
     "Nobody will answer what waits"
     for e in self.waiting: self._unbuffer(e)
     self.waiting.clear()
+    self._keep(b'')
 def _unbuffer(self, exchange):
     "The body is no longer held here"
     self.web.budget.receiving -= exchange.held
@@ -69,35 +64,52 @@ def _unbuffer(self, exchange):
 Connection._forget,Connection._drop_waiting,Connection._unbuffer = _forget,_drop_waiting,_unbuffer
 
 # %% ../../nbs/serving/05_http.ipynb #f30ccb09
+_turn,_request = 1024,32 # a turn: that many chunks, or requests of which one is as much as so many chunks
 def data_received(self, data):
     "Bytes from the client"
     if self.phase == LEAVING: return
+    if self.rest: return self._keep(bytes(self.rest) + data)
     self.arrived = self.loop.time()
     if self.phase == SILENT:
-        if self._again(data): return
+        if self._again(data) or not data.strip(b'\r\n'): return
         self.phase,self.late,self.head_size,self.whole = HEAD,self.arrived + self.limits.head,0,data
+    self._read(data)
+def _read(self, data):
+    "Parse what has come, until the turn is over"
+    self.turn = 0
     try:
-        while self.phase == HEAD and len(data) > _slice:
-            part,data = data[:_slice],data[_slice:]
+        while data and self.turn < _turn and self.phase != LEAVING:
+            size = min(len(data), self.next.room() if self.phase == BODY else 4096)
+            part,data = (data, b'') if size == len(data) else (memoryview(data)[:size], memoryview(data)[size:])
             self._feed(part)
-            self._check_head(len(part))
-        self._feed(data)
-        self._check_head(len(data))
-        if self.phase == BODY: self._check_frames(len(data))
+            if self.phase == BODY: self.next.framed(size)
+            elif self.phase == HEAD:
+                self.head_size += size
+                too_long(self.head_size, self.next.url if self.next else b'', self.limits)
     except httptools.HttpParserError as e:
         if self.phase != LEAVING: self.refuse(InvalidInput(f'The request is not HTTP: {str(e)[:100]}.'))
+    except MlserveError as error: self.refuse(error)
     self.whole = None
-def _check_head(self, size):
-    "Refuse a head that grows without end"
-    if self.phase != HEAD: return
-    self.head_size += size
-    if self.next is not None and len(self.next.url) > self.limits.url: self.refuse(HeadRefused(414, f'The URL has more than {self.limits.url} bytes.'))
-    elif self.head_size > self.limits.head_bytes: self.refuse(HeadRefused(431, f'The head has more than {self.limits.head_bytes} bytes.'))
-def _check_frames(self, size):
-    "Refuse chunks that are mostly wrapping"
-    self.wire += size
-    if self.wire > 2**16 + 16 * self.next.length and b'content-length' not in self.next.h: self.refuse(InvalidInput('The chunks of the body are too small.'))
-Connection.data_received,Connection._check_head,Connection._check_frames = data_received,_check_head,_check_frames
+    if data and self.phase != LEAVING: self._keep(bytes(data))
+Connection.data_received,Connection._read = data_received,_read
+
+# %% ../../nbs/serving/05_http.ipynb #d4e5f602
+def _keep(self, rest):
+    "What is not parsed yet waits, and nothing more is read"
+    self.web.budget.receiving += len(rest) - len(self.rest)
+    self.rest = rest
+    if not rest: return
+    self.flow.pause_reading()
+    if self.web.budget.full(0): self.refuse(self.web.budget.refusal())
+    elif not self.waiting: self.loop.call_soon(self._read_on)
+def _read_on(self):
+    "When nothing waits: parse what was kept, and read on"
+    if (rest := self.rest) and not self.waiting:
+        self.arrived = self.loop.time()
+        self._keep(b'')
+        self._read(rest)
+    if not self.rest and not self.waiting: self.flow.resume_reading()
+Connection._keep,Connection._read_on = _keep,_read_on
 
 # %% ../../nbs/serving/05_http.ipynb #8a05fd08
 def _feed(self, data):
@@ -115,12 +127,11 @@ Connection._feed = _feed
 # %% ../../nbs/serving/05_http.ipynb #44ecefa3
 def on_message_begin(self):
     if self.phase == LEAVING: return
-    self.wire = 0
+    self.next = e = Exchange()
+    e.pairs,e.arrived,e.wire = [],self.arrived,0
     if self.phase == SILENT: # behind another in the same piece, whose bytes are not this one's
         self.phase,self.late = HEAD,self.arrived + self.limits.head
-        self.head_size = self.wire = -self.fed
-    self.next = e = Exchange()
-    e.url,e.pairs,e.arrived = b'',[],self.arrived
+        self.head_size = e.wire = -self.fed
 def on_url(self, url):
     if self.phase != LEAVING: self.next.url = self.next.url + url if self.next.url else url
 def on_header(self, name, value):
@@ -139,18 +150,10 @@ Connection.on_message_begin,Connection.on_url,Connection.on_header,Connection.on
 # %% ../../nbs/serving/05_http.ipynb #8c13efca
 def _judge(self, e):
     "Refuse by the head, or find the way"
-    e.method,e.version,limits = self.parser.get_method(),self.parser.get_http_version(),self.limits
-    too_many(e.pairs, limits)
-    e.h = h = fields(e.pairs, e.version)
-    e.id = request_id(h.get(b'x-request-id'))
-    e.path = path = path_of(e.url, limits.url)
-    if self.web.token is not None: self.web.token.check(h, path)
-    if self.web.crowded and path not in PROBES: raise Unavailable(f'The server has {limits.connections} open connections, which is its limit.')
-    if e.method == b'POST': e.route = self.web.routes.get(path)
-    e.limit,size = body_limit(h, limits, e.route is not None and is_text(e.route, h))
-    if self.web.budget.full(size): raise self.web.budget.refusal()
+    e.method,e.version = self.parser.get_method(),self.parser.get_http_version()
+    judge(e, self.web)
     e.keep = self.parser.should_keep_alive() and e.version == '1.1'
-    if b'expect' in h and h[b'expect'].lower() == b'100-continue':
+    if b'expect' in e.h and e.h[b'expect'].lower() == b'100-continue':
         self.owed = True
         if self.current is None and not self.waiting: self._go_on()
 def _go_on(self):
@@ -162,11 +165,12 @@ Connection._judge,Connection._go_on = _judge,_go_on
 # %% ../../nbs/serving/05_http.ipynb #ea6d6153
 def on_body(self, body):
     if self.phase == LEAVING: return
+    self.turn += 1
     try: self.next.add(body, self.web.budget, self.web.life.state == 'loading')
     except MlserveError as error: self.refuse(error)
 def on_message_complete(self):
     if self.phase == LEAVING or self.replay is not None: return
-    e,self.next = self.next,None
+    e,self.next,self.turn = self.next,None,self.turn + _request
     e.whole()
     self.phase,self.head_size,self.late,self.owed = SILENT,0,math.inf,False
     if not e.keep: self.leave_after()
@@ -191,8 +195,9 @@ def _enqueue(self, e):
     "Take a complete request, or the refusal of one"
     if self.current is None and not self.waiting and not self.flow.write_paused: return self._begin(e)
     self.waiting.append(e)
-    self.web.budget.receiving += len(e.body) - e.held
-    e.held = len(e.body)
+    self.web.budget.receiving -= e.held
+    e.held = e.weight()
+    self.web.budget.receiving += e.held
     self.flow.pause_reading()
 def _begin(self, e):
     "Start the work on a request"
@@ -209,7 +214,7 @@ def _advance(self):
     "Go on with the next request of this connection, and read on when none waits"
     if self.transport.is_closing() or self.flow.write_paused: return
     if self.waiting and self.current is None: self._begin(self.waiting.popleft())
-    if not self.waiting: self.flow.resume_reading()
+    self._read_on()
 def _application_answered(self, e):
     if self.current is e: self._answered(e.cycle.keep_alive and not self.web.stopping)
 Connection._enqueue,Connection._begin,Connection._advance,Connection._application_answered = _enqueue,_begin,_advance,_application_answered
@@ -242,13 +247,13 @@ def refuse(self, error):
     "Answer with an error, and hear no more"
     e = self.next or Exchange()
     if self.next is not None: self._unbuffer(self.next)
-    e.refused,e.keep,e.body = error,False,b''
-    e.id = e.id or request_id()
-    self.phase,self.late,self.owed = LEAVING,math.inf,False
+    self.leave_after()
+    e.refused,e.keep,e.body,e.id = error,False,b'',e.id or request_id()
     self._enqueue(e)
 def leave_after(self):
     "This request is the last: whatever follows is not read"
-    self.phase,self.late = LEAVING,math.inf
+    self.phase,self.late,self.owed = LEAVING,math.inf,False
+    self._keep(b'')
 def leave(self):
     "Close, and let the client read what was written"
     self.phase,self.late,self.owed = LEAVING,self.loop.time() + 1,False

@@ -6,7 +6,7 @@
 __all__ = ['Later', 'Listener']
 
 # %% ../../nbs/serving/05_listener.ipynb #df155933
-import asyncio, contextlib, socket, time
+import asyncio, contextlib, socket, threading, time
 from email.utils import formatdate
 from uvicorn import Config
 from uvicorn.server import ServerState
@@ -46,6 +46,7 @@ class Listener:
         self.routes,self.heads,self.inference,self.crowded,self.stopping,self.date = {},Heads(),None,False,False,b''
         self.budget = budget or Budget(4 * limits.max_body)
         self.loop = self.socket = self.server = self.sweeping = None
+        self.ended = threading.Event()
     @property
     def connections(self): return self.state.connections
     def probed(self, path):
@@ -87,24 +88,31 @@ def _grant(connection, lost):
     for work in (connection.next, connection.current and connection.current.call):
         if work is not None: work.arrived += lost
 async def _sweep(self):
-    "Four times a second: who is late; nobody is for a time in which nothing ran. Once: the date, and the token"
+    "Four times a second: who is late; nobody is for a time in which nothing ran. Once: the date"
     pauses = Pauses()
     while True:
         self.date = b'date: ' + formatdate(time.time(), usegmt=True).encode() + b'\r\n'
-        if self.token is not None and self.token.renewed():
-            self.heads.known.clear()
-            log('token_renewed')
         for _ in range(4):
             now,lost = self.loop.time(),pauses.lost()
             for c in list(self.connections):
                 if lost: _grant(c, lost)
                 else: c.overdue(now)
             await asyncio.sleep(0.25)
+def _renewed(self):
+    "Another token holds: who was known by a head must show it again"
+    self.heads.known.clear()
+    log('token_renewed')
+def _rotate(self):
+    "Every second, beside the event loop: read the token again"
+    while not self.ended.wait(1):
+        with contextlib.suppress(RuntimeError): # the loop is closed
+            if self.token.renewed(): self.loop.call_soon_threadsafe(_renewed, self)
 async def _open(self, sock):
     "Accept connections"
     self.loop,self.socket = asyncio.get_running_loop(),sock.dup()
     self.config.load()
     self.sweeping = asyncio.ensure_future(_sweep(self))
+    if self.token is not None: threading.Thread(target=_rotate, args=(self,), daemon=True).start()
     await asyncio.sleep(0)
     self.server = await self.loop.create_server(lambda: Connection(self), sock=sock)
 Listener.open = _open
@@ -158,6 +166,7 @@ async def _stop(self,
     await asyncio.sleep(0.05) # what was cut is still told so
     end = self.loop.time() + 1
     while any(c.transport.get_write_buffer_size() for c in self.connections) and self.loop.time() < end: await asyncio.sleep(0.01)
+    self.ended.set()
     self.sweeping.cancel()
     return cut
 Listener.busy,Listener.receiving,Listener.stop = property(_busy),property(_receiving),_stop

@@ -6,16 +6,17 @@
 __all__ = ['Pauses']
 
 # %% ../../nbs/serving/03_pause.ipynb #2dfcbe04
-from time import monotonic
+from time import monotonic, process_time
 
 # %% ../../nbs/serving/03_pause.ipynb #a29d88fa
 class Pauses:
     "Notice that this process did not run"
     def __init__(self,
         usual:float=1, # seconds between two looks that a busy machine explains
-    ): self.usual,self.looked = usual,monotonic()
-    def lost(self)->float: # seconds since the last look when they are too many, else 0
+    ): self.usual,self.looked,self.computed = usual,monotonic(),process_time()
+    def lost(self)->float: # seconds since the last look in which nothing was computed, when they are too many, else 0
         "How long this process stood still"
         last,self.looked = self.looked,monotonic()
-        away = self.looked - last
+        before,self.computed = self.computed,process_time()
+        away = self.looked - last - (self.computed - before)
         return away if away > self.usual else 0.
