@@ -54,7 +54,14 @@ def _usual(model, inputs, budget):
     if _slow < took < 1.1 * before: return min(before, took)
     taken = [took, _timed(model, inputs)]
     while sum(taken) < budget: taken.append(_timed(model, inputs))
-    return min(taken) # what another process takes of the machine only adds
+    return min(taken)
+def _undisturbed(model, inputs, budget, wanted):
+    "The same, tried up to three times while it is not below what is wanted; another process only adds"
+    found = _usual(model, inputs, budget)
+    for _ in range(2):
+        if found < wanted or found > 2 * _slow: break
+        found = min(found, _usual(model, inputs, budget))
+    return found
 
 # %% ../../nbs/serving/03_warmup.ipynb #5cce62d1
 def warm(
@@ -68,11 +75,12 @@ def warm(
     rows = 1 if package.batch else len(next(iter(inputs.values())))
     first,seconds,best,flat = _timed(model, tile(inputs, rows)),{},0,0
     for n in sorted({rows, *batch_sizes(max_batch)}):
-        try: seconds[n] = took = _usual(model, tile(inputs, n), budget)
+        wanted = n / (1.05 * best) if best else float('inf') # seconds
+        try: seconds[n] = took = _undisturbed(model, tile(inputs, n), budget, wanted)
         except ModelFailed:
             if package.batch or n == rows: raise
             continue
-        flat,best = flat + 1 if n / took < 1.05 * best else 0,max(best, n / took)
+        flat,best = flat + 1 if took > wanted else 0,max(best, n / took)
         if flat == (1 if took > 10 * _slow else 2) and rows in seconds: break
     return WarmupReport(first * 1000, seconds)
 
