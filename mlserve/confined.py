@@ -40,7 +40,8 @@ def serve_confined(
     for line in sys.stdin:
         asked = json.loads(line)
         try:
-            if program is None:
+            if 'maker' in asked:
+                program = None
                 module,_,maker = asked['maker'].partition(':')
                 program,reply = getattr(importlib.import_module(module), maker)(*asked['arguments'])
             else:
@@ -82,7 +83,12 @@ class ConfinedProgram:
         self.folder = tempfile.TemporaryDirectory(prefix='mlserve-confined-')
         self.process,self.replies = _start(self.folder.name)
         self._finalizer = weakref.finalize(self, _end, self.process, self.replies, self.folder)
-        self.facts = self._ask('loading it', maker=maker, arguments=arguments)
+        self.made = {'maker': maker, 'arguments': arguments}
+        self.again()
+    def again(self):
+        "The program loaded once more, as one that was asked nothing"
+        self.facts = self._ask('loading it', **self.made)
+        return self
     def run(self, arrays:dict, names:list)->dict:
         "One answer"
         self._check_alive()

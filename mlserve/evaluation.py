@@ -111,6 +111,12 @@ class Reading:
         if self.form in ('labels', 'numbers'): return a
         return np.where(np.isnan(a), -1, a > (0.5 if self.form == 'probabilities' else 0))
 
+# %% ../nbs/04_evaluation.ipynb #c3d8217e
+def _exact(a:np.ndarray, b:np.ndarray)->tuple:
+    "Two arrays whose values are compared without rounding"
+    if a.dtype.kind == b.dtype.kind: return a,b
+    return tuple((np.where(np.isnan(x), -np.inf, x) if x.dtype.kind == 'f' else x).astype(object) for x in (a, b))
+
 # %% ../nbs/04_evaluation.ipynb #05cc04b4
 def _told(name, array):
     "Name, type, shape and bounds of an array, for a sentence"
@@ -124,7 +130,7 @@ def _fitting(outputs, labels):
         if form := form_of(name, array, labels): yield Reading(name, form, columns)
 def _alike(a, b):
     "Whether two outputs decide alike, but for ties"
-    return a.shape == b.shape and np.mean(a == b) >= 0.99
+    return a.shape == b.shape and np.mean(np.equal(*_exact(a, b))) >= 0.99
 
 # %% ../nbs/04_evaluation.ipynb #566ca1ed
 def read_target(
@@ -143,7 +149,7 @@ def read_target(
         raise UsageError(f"No output takes {_told('the labels', labels)}: {given}.",
             mend='Classes are whole numbers that count the columns of an output, or what an output of labels gives; '
                 'numbers have the shape of their output.')
-    named = [r for form in _words for r in readings if named_form(r.output) == form] or readings
+    named = [r for form in _words for r in readings if named_form(r.output) == form and (form == 'labels') == (r.form == 'labels')] or readings
     first,*others = [r.decide(outputs[r.output]) for r in named]
     if all(_alike(first, d) for d in others): return named[0]
     raise UsageError(f"The labels fit several outputs, which decide differently: {', '.join(r.output for r in named)}.",
@@ -152,7 +158,7 @@ def read_target(
 # %% ../nbs/04_evaluation.ipynb #e2a354a3
 def _classes(y, p):
     "Metrics of one class for each row"
-    values,codes = np.unique(np.concatenate([y, p]), return_inverse=True)
+    values,codes = np.unique(np.concatenate(_exact(y, p)), return_inverse=True)
     right,said = np.split(codes.reshape(-1), 2)
     hits,real,all_said = (np.bincount(c, minlength=len(values)) for c in (right[right == said], right, said))
     recalls = hits[real > 0] / real[real > 0]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['example_arrays', 'check_order', 'check_finite', 'first_answer', 'table_sizes', 'file_program', 'live_program',
-           'freeze']
+           'unused', 'freeze']
 
 # %% ../nbs/04_freeze.ipynb #a49e43bb
 import copy, inspect, io, logging, shutil, tempfile, traceback, warnings
@@ -127,7 +127,7 @@ def _trace(module, file:Path, arrays:dict, names:list):
     "Write a module as TorchScript, unless its trace depends on values"
     import torch
     try:
-        if places := readings(module, _example(arrays)): raise _by_values(places, module, arrays, names)
+        if places := readings(unused(TorchProgram(module)).module, _example(arrays)): raise _by_values(places, module, arrays, names)
         with torch.no_grad(): traced = torch.jit.trace(module, _example(arrays), check_trace=False, strict=False)
     except RuntimeError as e:
         if 'dynamo' not in str(e): raise
@@ -243,6 +243,13 @@ def live_program(
     tool = ' (skl2onnx)' if type(model).__module__.startswith('sklearn') else ''
     raise UsageError(f"A model of type {type(model).__name__} was given; a torch module or the path of a model file is allowed.",
         mend=f"Convert it{tool} and give the path of the .onnx file, format='onnx'.")
+def unused(
+    live, # what `live_program` gave
+): # a program that was asked nothing yet
+    "A copy of a live program that shares its weights; a foreign one is loaded again"
+    if isinstance(live, ConfinedProgram): return live.again()
+    shared = {id(p): p for p in live.module.parameters()}
+    return TorchProgram(copy.deepcopy(live.module, shared))
 def freeze(
     live, # what `live_program` gave
     file:str|Path, # where the model's file goes
@@ -252,4 +259,4 @@ def freeze(
 )->None: # the file exists afterwards
     "Write a live program in a format, unless its file is there already"
     if not Path(file).exists():
-        with _quiet(): _writers[format](live.module, Path(file), arrays, names)
+        with _quiet(): _writers[format](unused(live).module, Path(file), arrays, names)

@@ -16,7 +16,7 @@ from .tensors import compare
 def _wide(row:np.ndarray)->dict:
     "Rows of fractions that are unlike one row"
     ends,size = np.finfo(row.dtype),np.abs(row[np.isfinite(row)]).max(initial=0) or 1
-    with np.errstate(all='ignore'): scaled = {f'a row times {by:g}': row * row.dtype.type(by) for by in (1e3, 1e-3)}
+    with np.errstate(all='ignore'): scaled = {f'a row times {by:g}': row * row.dtype.type(by) for by in (1e3, 10, -1, 1e-3)}
     ramp = np.linspace(-size, size, row.size).reshape(row.shape) if row.size > 1 else np.full(row.shape, -size)
     return scaled | {'a ramp': ramp, 'the largest numbers': np.full(row.shape, ends.max), 'the smallest numbers': np.full(row.shape, ends.min)}
 
@@ -57,12 +57,15 @@ def companions(
 def _numbers(outputs:dict)->bool:
     "Whether all fractions are numbers"
     return all(a.dtype.kind != 'f' or np.isfinite(a).all() for a in outputs.values())
+def _answer(program, rows:dict, names:list, nonfinite:bool)->dict|None:
+    "What a program answers, if it does, and in numbers"
+    try: outputs = program.run(rows, names)
+    except Refused: raise
+    except Exception: return None
+    return outputs if nonfinite or _numbers(outputs) else None
 def _taken(program, row:dict, names:list, nonfinite:bool)->bool:
     "Whether a program answers a row that is asked alone"
-    try: outputs = program.run(row, names)
-    except Refused: raise
-    except Exception: return False
-    return nonfinite or _numbers(outputs)
+    return _answer(program, row, names, nonfinite) is not None
 def _vocabularies(live)->tuple:
     "How many rows the embeddings of a program have"
     return tuple(live.facts['tables'] if isinstance(live, ConfinedProgram) else table_sizes(getattr(live, 'module', None)))
@@ -99,14 +102,63 @@ def _prove_rows(saved, arrays:dict, names:list, expected:dict, near, mates:list)
 def _state(program)->dict:
     "The tensors that a module keeps, and how often each was written"
     module = getattr(program, 'module', None)
-    kept = [*module.named_parameters(), *module.named_buffers()] if hasattr(module, 'named_buffers') else []
+    if not hasattr(module, 'named_buffers'): return {}
+    plain = [(f'{n}.{k}'.strip('.'), t) for n,part in module.named_modules() for k,t in vars(part).items() if type(t).__name__ == 'Tensor']
+    kept = [*module.named_parameters(), *module.named_buffers(), *((f'{n} ({id(t)})', t) for n,t in plain)]
     return {n: (t, t.data_ptr(), None if t.is_inference() else t._version) for n,t in kept}
 def _prove_still(before:dict, after:dict):
     "Refuse a model that wrote to what it keeps"
     for n,(_, *was) in before.items():
         if n in after and list(after[n][1:]) != was: raise CheckFailed(
-            f"The model writes to its own '{n}' when it answers; a call would see what another is writing. Nothing was saved.",
+            f"The model writes to its own '{n.partition(' ')[0]}' when it answers; a call would see what another is writing. Nothing was saved.",
             mend='Make a new tensor in forward instead.')
+
+# %% ../nbs/04_invariance.ipynb #7c1e02a6
+def _inside(row:dict)->bool:
+    "Whether no fraction of a row is an end of its type"
+    return all(a.dtype.kind != 'f' or (np.abs(a) < np.finfo(a.dtype).max).all() for a in row.values())
+def _asked(live, pairs:list, rows:int, names:list, nonfinite:bool)->list:
+    "What companions are, the batches of them that a live program answers, and its answers"
+    batches = [(what, {n: np.repeat(a, rows, 0) for n,a in row.items()}) for what,row in pairs if _inside(row)]
+    answers = [(what, given, _answer(live, given, names, nonfinite)) for what,given in batches]
+    return [a for a in answers if a[2] is not None]
+def _rounding(live, given:dict, names:list, wanted:dict, near)->float:
+    "How much an answer may change with the last digits of what was given"
+    moved = {n: a + 8 * np.spacing(a) if a.dtype.kind == 'f' else a for n,a in given.items()}
+    return 10 * near(wanted, live.run(moved, names)).max_abs
+
+# %% ../nbs/04_invariance.ipynb #7c1e02a7
+def _prove_unlike(live, saved, asked:list, names:list, near)->list:
+    "What the saved program answers to what is unlike the example, if it is what the live one does"
+    said = 'The saved program answers otherwise than the live model for'
+    mend = 'What Python took from the example stays in the file: write it as operations on tensors, save torch.jit.script(model), or move it into the handler.'
+    own = []
+    for what,given,wanted in asked:
+        try: own.append((what, given, saved.run(given, names)))
+        except Refused: raise
+        except Exception as e: raise CheckFailed(f'{said} {what}: it raises {type(e).__name__}. Nothing was saved.', mend=mend) from e
+        c = near(wanted, own[-1][2])
+        if not c.passed and c.max_abs > _rounding(live, given, names, wanted, near):
+            raise CheckFailed(f'{said} {what}: by {c.max_abs:.3g} at {c.where}. Nothing was saved.', mend=mend)
+    return own
+
+# %% ../nbs/04_invariance.ipynb #7c1e02a9
+def _attributes(program)->dict:
+    "What the parts of a module hold beside weights, as text"
+    module = getattr(program, 'module', None)
+    parts = module.named_modules() if hasattr(module, 'named_modules') else []
+    return {f'{n}.{k}'.strip('.'): str(v) for n,part in parts for k,v in vars(part).items() if not k.startswith('_') and not callable(v)}
+def _prove_forgetful(program, asked:list, arrays:dict, names:list, expected:dict, near):
+    "A program answers the same whatever it was asked before"
+    before,differ = _attributes(program),None
+    for what,given,wanted in [*asked, ('the example', arrays, expected)]:
+        c = near(wanted, program.run(given, names))
+        if not c.passed and not differ: differ = f'{what} is answered otherwise after other rows, by {c.max_abs:.3g} at {c.where}'
+    if not differ: return
+    changed = [n for n,v in _attributes(program).items() if before.get(n) != v]
+    where = f" in '{', '.join(changed)}'" if changed else ''
+    raise CheckFailed(f"The model keeps what it was asked{where}: {differ}. One client's request would change another's answer. Nothing was saved.",
+        mend='Compute it anew in every call; or in training, and keep it as a buffer that forward only reads.')
 
 # %% ../nbs/04_invariance.ipynb #952065cd
 def _prove_sizes(live, saved, arrays:dict, names:list, near, batch:bool, nonfinite:bool):
@@ -126,6 +178,7 @@ def prove_program(
     tolerance:dict, # `rtol` and `atol`
     batch:bool=True, # rows stand for themselves, and requests may be joined
     nonfinite:bool=False, # an answer may hold what is no number
+    fresh=lambda: (), # makes programs, live and saved, that were asked nothing yet
 )->None: # or CheckFailed
     "Hold a saved program against the live one, and its rows against each other"
     def near(want, got): return compare(want, got, **tolerance, nan=nonfinite)
@@ -136,7 +189,10 @@ def prove_program(
     c = near(expected, saved.run(arrays, names))
     _prove_still(before, _state(saved))
     if not c.passed: raise CheckFailed(f'Asked again, the model answers otherwise: by {c.max_abs:.3g} at {c.where}. Nothing was saved.', mend='Take what is random, or remembered, out of the model.')
-    if batch:
-        mates = [m for m in companions(arrays, _vocabularies(live)) if _taken(saved, m[1], names, nonfinite)]
-        _prove_rows(saved, arrays, names, expected, near, mates)
+    pairs = companions(arrays, _vocabularies(live))
+    asked = _asked(live, pairs, 1 if batch else len(next(iter(arrays.values()))), names, nonfinite)
+    own = _prove_unlike(live, saved, asked, names, near)
+    for program,known in zip(fresh(), (asked, own)): _prove_forgetful(program, known[1:] + known[:1], arrays, names, expected, near)
+    for program in (live, saved): _prove_forgetful(program, [], arrays, names, expected, near)
+    if batch: _prove_rows(saved, arrays, names, expected, near, [m for m in pairs if _taken(saved, m[1], names, nonfinite)])
     _prove_still(before, _state(saved))

@@ -19,21 +19,30 @@ def check_name(
 )->None: # or Refused
     "Refuse a name that is not a plain relative path"
     raw,parts = name.encode(errors='replace'),name.split('/')
-    plain = all(p not in ('', '.', '..') and len(p.encode(errors='replace')) <= 255 and not _device.fullmatch(p) for p in parts)
+    plain = len(parts) <= 32 and all(p not in ('', '.', '..') and len(p.encode(errors='replace')) <= 255
+        and not _device.fullmatch(p) for p in parts)
     if not plain or len(raw) > 1024 or name in _unlocked or re.search(r'[\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]', name):
-        raise Refused(f'The package has a file {name[:80]!r}; only plain paths in UTF-8 are allowed.', mend='Rename it.')
+        raise Refused(f'The package has a file {name[:80]!r}; only plain paths in UTF-8, of at most 32 parts, are allowed.',
+            mend='Rename it.')
 
 # %% ../nbs/04_lock.ipynb #112fae8b
+def _listed(folder:Path)->list:
+    "What a folder holds, sorted; nothing where it may not be read"
+    try: return sorted(folder.iterdir())
+    except PermissionError: return []
 def locked_files(
     path:Path, # a folder
 )->dict: # {relative path: file}, sorted
     "Every file of a folder by its relative path; links and special files are refused"
-    found = {}
-    for p in sorted(path.rglob('*')):
+    found,folders = {},[path]
+    for p in (p for folder in folders for p in _listed(folder)):
         name = p.relative_to(path).as_posix()
         if p.is_symlink() or not (p.is_file() or p.is_dir()):
             raise Refused(f"'{name}' in package {path} is a link or a special file; only plain files are allowed.")
-        if p.is_file() and name not in _unlocked: check_name(name); found[name] = p
+        if p.is_file() and name in _unlocked: continue
+        check_name(name)
+        if p.is_dir(): folders.append(p)
+        else: found[name] = p
     return dict(sorted(found.items()))
 
 # %% ../nbs/04_lock.ipynb #09f3a60f
@@ -76,6 +85,7 @@ def write_lock(
     return digest_of(text.encode())
 
 # %% ../nbs/04_lock.ipynb #8e252ac4
+_largest = 2**38
 def parse_lock(
     data:bytes, # what `package.lock` holds
 )->dict: # {file: (size, SHA-256)}
@@ -87,8 +97,10 @@ def parse_lock(
         check_name(m[1])
         if m[1] in entries: raise Refused(f'package.lock names the file {m[1][:80]!r} twice.')
         entries[m[1]] = (int(m[2]), m[3])
-    folders = {n[:i] for n in entries for i,c in enumerate(n) if c == '/'}
-    for n in folders & entries.keys(): raise Refused(f'package.lock names {n[:80]!r} as a file and as a folder.')
+    for folder in (n[:i] for n in entries for i,c in enumerate(n) if c == '/'):
+        if folder in entries: raise Refused(f'package.lock names {folder[:80]!r} as a file and as a folder.')
+    total = sum(size for size,_ in entries.values())
+    if total > _largest: raise Refused(f'package.lock names files of {total} bytes; allowed are {_largest}.')
     return entries
 
 # %% ../nbs/04_lock.ipynb #0dc3848d

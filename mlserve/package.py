@@ -6,7 +6,7 @@
 __all__ = ['Package', 'load_package', 'golden', 'call_rows', 'load_environment', 'load_program', 'save_package']
 
 # %% ../nbs/04_package.ipynb #49239403
-import json, math, os, shutil, tempfile
+import json, os, shutil, tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,11 @@ from .environment import environment
 from .errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Refused, UsageError
 from .folder import check_replaceable, copy_files, install_folder
 from .formats import FORMATS, check_format, read_program
-from .freeze import check_order, example_arrays, first_answer, freeze, live_program
+from .freeze import check_order, example_arrays, first_answer, freeze, live_program, unused
 from .holdout import beside, check_beside, discard, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
-from .mlmodel import check_ways, example_files, is_name, mlmodel, parse_mlmodel
+from .mlmodel import WIDEST, check_ways, check_width, example_files, is_name, mlmodel, parse_mlmodel
 from .tensors import TensorSpec, check_tensors, spec_of
 
 # %% ../nbs/04_package.ipynb #087fb712
@@ -88,7 +88,9 @@ def golden(
     if set(groups) != {'inputs', 'outputs'}: raise IntegrityError(f"{file} has {', '.join(groups)[:100] or 'nothing'}; inputs and outputs are needed.")
     rows = {len(a) if a.ndim else 0 for arrays in groups.values() for a in arrays.values()}
     if len(rows) != 1 or not min(rows): raise IntegrityError(f'{file} has arrays of {sorted(rows)} rows; one number from 1 is needed.')
-    return tuple(_as_described(file, groups[k], getattr(package, k)) for k in ('inputs', 'outputs'))
+    inputs,outputs = (_as_described(file, groups[k], getattr(package, k)) for k in ('inputs', 'outputs'))
+    check_width(package.tolerance, outputs)
+    return inputs,outputs
 def call_rows(
     package:Package, # a verified package
 )->int: # as many as the recorded example where rows belong together
@@ -142,19 +144,23 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     "Write, run and prove everything of a package in a scratch folder"
     from mlserve.handler import write_handler
     file,inputs = temp/ours['file'],_specs(arrays)
-    live = live_program(model, file, ours['format'])
+    origin = live_program(model, file, ours['format'])
+    foreign = isinstance(origin, ConfinedProgram)
+    live = origin if foreign else unused(origin)
     check_order(live, list(arrays))
     copy_files(files, temp)
     ours['handler'] = write_handler(handler, temp)
     batch,nonfinite = ours.get('batch', True),ours.get('nonfinite')
     expected = first_answer(live, arrays, names, nonfinite=nonfinite)
-    freeze(live, file, ours['format'], arrays, names)
+    freeze(origin, file, ours['format'], arrays, names)
     outputs = _specs(expected, len(next(iter(arrays.values()))))
     ours['tolerance'] = ours['tolerance'] or _tolerance(outputs)
+    check_width(ours['tolerance'], expected)
     digest = write_lock(temp)
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
-    program = live if isinstance(live, ConfinedProgram) else load_program(saved)
-    prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite))
+    program = live if foreign else load_program(saved)
+    fresh = lambda: [unused(origin)] if foreign else [unused(origin), load_program(saved)]
+    prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite), fresh)
     held = live_answers(live, program, holdout, saved, 32 if batch else len(next(iter(arrays.values()))), bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
@@ -203,9 +209,10 @@ def _check_outputs(outputs:list):
         if outputs.count(n) > 1: raise UsageError(f"Two of the outputs are named '{n}'.")
 def _check_tolerance(tolerance:dict):
     "Refuse a tolerance that is not two numbers from 0"
-    if set(tolerance) != {'rtol', 'atol'}: raise UsageError(f'The tolerance has {", ".join(map(str, tolerance))}; it needs rtol and atol.')
+    if set(tolerance) != set(WIDEST): raise UsageError(f'The tolerance has {", ".join(map(str, tolerance))}; it needs rtol and atol.')
     for n,v in tolerance.items():
-        if type(v) not in (int, float) or not 0 <= v < math.inf: raise UsageError(f'{n} is {v!r}; a number from 0 is allowed.')
+        if type(v) not in (int, float) or not 0 <= v <= WIDEST[n]:
+            raise UsageError(f'{n} is {v!r}; a number from 0 to {WIDEST[n]:g} is allowed.')
 
 # %% ../nbs/04_package.ipynb #cc3d4194
 def save_package(

@@ -702,6 +702,11 @@ def writes_of_the_model_are_not_counted(put):
 
 
 @plant
+def nobody_asks_anything_else(put):
+    put("invariance._prove_forgetful", never)
+
+
+@plant
 def what_is_no_number_is_saved(put):
     put("freeze.check_finite", never)
 
@@ -721,6 +726,20 @@ def arrays_come_back_in_the_order_of_the_alphabet(put):
 def the_first_output_of_the_alphabet_is_measured(put):
     good = now("evaluation._fitting")
     put("evaluation._fitting", lambda outputs, labels: list(good(dict(sorted(outputs.items())), labels))[:1])
+
+
+@plant
+def an_output_of_a_known_name_is_taken(put):
+    good = now("evaluation._fitting")
+    def named(outputs, labels):
+        readings = list(good(outputs, labels))
+        return [r for r in readings if now("evaluation.named_form")(r.output)] or readings
+    put("evaluation._fitting", named)
+
+
+@plant
+def whole_numbers_are_compared_as_floats(put):
+    put("evaluation._exact", lambda a, b: (a, b))
 
 
 # ---- what one part does to the others
@@ -824,6 +843,18 @@ def only_the_dispatcher_is_heard(put):
     "The ways out of a tensor that pass by the dispatcher are not known"
     put("dataflow._ways_out", set())
     put("dataflow._constants", {})
+
+
+@plant
+def only_the_example_is_asked(put):
+    put("invariance._prove_unlike", lambda live, saved, asked, names, near: [(what, given, saved.run(given, names)) for what, given, _ in asked])
+
+
+@plant
+def no_program_is_fresh(put):
+    "What is frozen, and asked last, has answered already"
+    for room in ("freeze", "package"):
+        put(f"{room}.unused", lambda live: live)
 
 
 @plant

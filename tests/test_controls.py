@@ -37,10 +37,12 @@ T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
 Y, K = test_decoding, test_pipelining
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
-    ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "DID NOT RAISE"),
-    ("A1", R.test_A1_no_way_out_of_a_tensor_is_missed, {"read": lambda x: x * torch.tensor([x.max(), 1, 1])}, "only_the_dispatcher_is_heard", "DID NOT RAISE"),
+    ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "otherwise than the live model"),
+    ("A1", R.test_A1_no_way_out_of_a_tensor_is_missed, {"read": lambda x: x * torch.tensor([x.max(), 1, 1])}, "only_the_dispatcher_is_heard", "otherwise than the live model"),
     ("A1", R.test_A1_what_depends_on_sizes_is_no_refusal, {"name": "hand-written"}, "sizes_are_values", "Refused.*x.ndim"),
     ("A1", R.test_A1_the_live_model_answers_held_back_rows_and_the_saved_one_must_agree, {}, "the_saved_program_answers_held_back_rows", "DID NOT RAISE"),
+    ("A1", R.test_A1_the_saved_program_answers_what_is_unlike_the_example, {"read": R.UNSEEN["a function of Python"]}, "only_the_example_is_asked", "DID NOT RAISE"),
+    ("A1", R.test_A1_a_value_of_the_first_call_is_never_frozen, {"lazy": R.LazyNumber, "format": "torchscript"}, "no_program_is_fresh", "DID NOT RAISE"),
     ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
     ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
@@ -152,11 +154,14 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A3", I.test_A3_a_model_that_works_in_place_changes_no_array_of_anybody, {"format": "torchscript"}, "memory_is_shared_with_the_model", "before|otherwise|differ"),
     ("A3", I.test_A3_an_answer_is_not_overwritten_by_the_next, {}, "memory_is_shared_with_the_model", "first == 1"),
     ("A3", I.test_A3_a_model_that_writes_to_what_it_keeps_is_refused, {}, "writes_of_the_model_are_not_counted", "DID NOT RAISE"),
+    ("A3", I.test_A3_what_a_model_keeps_beside_its_buffers_is_refused, {"name": "Smooth", "batch": False}, "nobody_asks_anything_else", "DID NOT RAISE"),
     ("A3", I.test_A3_an_answer_that_json_cannot_carry_is_refused_at_save, {"word": "-Infinity"}, "what_is_no_number_is_saved", "DID NOT RAISE"),
     ("A3", I.test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route, {}, "what_is_no_number_is_null", "null"),
     ("A3", V.test_A3_a_file_keeps_the_order_of_its_arrays, {}, "arrays_come_back_in_the_order_of_the_alphabet", "aux"),
     ("A3", V.test_A3_the_output_that_the_labels_belong_to_is_measured, {"case": "scores before aux"}, "the_first_output_of_the_alphabet_is_measured", "aux"),
     ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
+    ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": {"class_weights": V.OTHER, "out": V.RIGHT}, "labels": V.Y, "words": ["target"]}, "an_output_of_a_known_name_is_taken", "DID NOT RAISE"),
+    ("A3", V.test_A3_whole_numbers_are_compared_without_rounding, {"answers": V.WIDE.astype("uint64") + 1}, "whole_numbers_are_compared_as_floats", "1.0 == "),
 ]
 
 

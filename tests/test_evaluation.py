@@ -7,7 +7,7 @@ import torch
 
 from mlserve.arrays import load_tensors, save_tensors
 from mlserve.errors import UsageError
-from mlserve.evaluation import as_labels, baseline, measure, read_target
+from mlserve.evaluation import Reading, as_labels, baseline, measure, read_target
 from mlserve.package import Package, golden, save_package
 from mlserve.release.check import CheckResult, ask, judged
 from mlserve.release.gates import Gates
@@ -117,6 +117,7 @@ TEXT = as_labels(["cat", "dog", "cow"])[Y]
 TWO_HEADS = {"shape_logits": RIGHT, "colour_logits": OTHER}
 CASES = {  # outputs in the model's order, labels, the output that is meant, the metric and its value
     "scores before aux": ({"scores": RIGHT, "aux": OTHER}, Y, "scores", "accuracy", 1),
+    "a label and how sure it is": ({"confidence": RIGHT.max(1), "label": Y}, Y, "label", "accuracy", 1),
     "probabilities before label": ({"probabilities": RIGHT, "label": Y}, Y, "label", "accuracy", 1),
     "text beside probabilities": ({"probabilities": OTHER, "label": TEXT}, ["cat", "dog", "cow", "cat", "dog", "cow", "dog", "dog"], "label", "accuracy", 0),
     "text that is right": ({"probabilities": OTHER, "output_label": TEXT}, [t.decode() for t in TEXT], "output_label", "accuracy", 1),
@@ -153,14 +154,30 @@ def test_an_answer_that_is_no_number_is_wrong(form):
 @pytest.mark.parametrize("outputs, labels, words", [
     (TWO_HEADS, Y, ["shape_logits, colour_logits", 'target = "shape_logits"']),
     ({"a": RIGHT, "b": OTHER}, Y, ["a, b"]),
+    ({"class_weights": OTHER, "out": RIGHT}, Y, ["class_weights, out"]),
     ({"mean": Y * 1., "std": Y * 2.}, Y / 2, ["mean, std"]),
     ({"logits": RIGHT}, TEXT, ["the labels (text [8])", "logits (float32 [8, 3])"]),
     ({"logits": RIGHT}, Y + 1, ["1 to 3", "logits (float32 [8, 3])"]),
-], ids=["two heads", "two that fit", "two numbers", "text for scores", "classes from one"])
+], ids=["two heads", "two that fit", "a name of labels", "two numbers", "text for scores", "classes from one"])
 def test_A3_what_cannot_be_known_is_asked_for(outputs, labels, words):
     with pytest.raises(UsageError) as e:
         read_target(outputs, as_labels(labels))
     assert all(w in str(e.value) for w in words), str(e.value)
+
+
+WIDE = 2**60 + Y  # beyond 2**53, where floats hold every 256th whole number only
+
+
+@pytest.mark.parametrize("answers", [WIDE.astype(np.uint64) + 1, np.append(WIDE[:-1].astype(float), np.nan), WIDE.astype(float)], ids=["unsigned", "with NaN", "floats"])
+def test_A3_whole_numbers_are_compared_without_rounding(answers):
+    "NumPy joins int64 and uint64 to float64, in which these are all alike"
+    labels, outputs = as_labels(WIDE), {"label": answers}
+    exact = np.mean([a == b for a, b in zip(answers.tolist(), WIDE.tolist())])
+    assert exact < 1
+    assert measure(Reading("label", "labels"), outputs, labels)["accuracy"] == exact
+    assert measure(Reading("label", "labels"), {"label": WIDE.astype(np.uint64)}, labels)["accuracy"] == 1
+    with pytest.raises(UsageError, match="decide differently"):
+        read_target({"label": WIDE, "class": WIDE.astype(np.uint64) + 1}, labels)
 
 
 def test_a_label_that_is_missing_is_refused():

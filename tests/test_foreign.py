@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,34 @@ def test_a_golden_file_that_lies_is_refused(header, package, tmp_path):
         golden(load_package(folder))
 
 
+def test_a_tolerance_within_which_any_answer_lies_is_refused(package, tmp_path):
+    "Zeros are within it, and a server that gives them would be ready"
+    largest = float(np.abs(golden(package)[1]["y"]).max())
+    for atol in (largest, 1e30):
+        text = json.dumps({"flavors": {"mlserve": ours(package) | {"tolerance": {"rtol": 0, "atol": atol}}}}).encode()
+        with pytest.raises(Refused, match="a tenth of the largest 'y'") as e:
+            golden(load_package(rewritten(package, tmp_path, MLmodel=text)))
+        assert e.value.code == 8
+    for rtol, code in ((1, 5), (0.05, 0)):
+        text = json.dumps({"flavors": {"mlserve": ours(package) | {"tolerance": {"rtol": rtol, "atol": largest / 20}}}}).encode()
+        folder = rewritten(package, tmp_path, MLmodel=text)
+        if not code:
+            golden(load_package(folder))
+            continue
+        with pytest.raises(IntegrityError, match="tolerance"):
+            load_package(folder)
+
+
+def test_the_default_tolerance_fits_answers_of_any_size(tmp_path):
+    "Zeros and what is no number included"
+    for size in (0, 1e-6, 1e6, math.nan):
+        class Scaled(torch.nn.Module):
+            def forward(self, x):
+                return x.half() * size
+        package = save_package(Scaled(), tmp_path / "p", "net", {"x": X}, ["y"], nonfinite="strings")
+        assert golden(package)[1]["y"].dtype == np.float16
+
+
 def test_files_that_are_read_whole_have_a_limit(package, tmp_path):
     for name in ("MLmodel", "environment.json"):
         folder = rewritten(package, tmp_path, **{name: b" " * (5 * 2**20)})
@@ -215,6 +244,60 @@ def test_a_name_that_is_no_plain_text_is_refused_at_save_and_in_a_lock(name, tmp
     assert e.value.code == 8 and not (tmp_path / "p").exists()
     with pytest.raises((Refused, IntegrityError)):
         parse_lock(name + b" 0 " + b"0" * 64 + b"\n")
+
+
+def test_folders_in_folders_have_an_end_though_no_lock_names_them(package, tmp_path):
+    "An empty folder is in no lock, and a walk that recurses ends the server with RecursionError"
+    folder = rewritten(package, tmp_path)
+    nested = [folder]
+    for _ in range(1200):
+        nested.append(nested[-1] / "a")
+        nested[-1].mkdir()
+    try:
+        with pytest.raises(Refused, match="32 parts") as e:
+            load_package(folder)
+        assert e.value.code == 8
+    finally:
+        for inner in reversed(nested[1:]):
+            inner.rmdir()
+    load_package(folder)
+
+
+def test_a_folder_that_may_not_be_read_is_no_file(package, tmp_path, monkeypatch):
+    "Kubernetes mounts volumes that have lost+found, of root alone"
+    folder = rewritten(package, tmp_path)
+    (folder / "lost+found").mkdir()
+    good = os.listdir
+    def listdir(path):
+        if os.fspath(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return good(path)
+    monkeypatch.setattr(os, "listdir", listdir)
+    load_package(folder)
+
+
+def test_a_lock_of_long_names_costs_what_it_holds():
+    "Each prefix of each name was made: 1.4 GB for 4 MiB"
+    line = b"/a" * 31 + b" 1 " + b"0" * 64 + b"\n"
+    lock = b"".join(b"%05d" % i + line for i in range(4 * 2**20 // (len(line) + 5)))
+    tracemalloc.start()
+    try:
+        assert len(parse_lock(lock)) == lock.count(b"\n")
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(lock)
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(Refused, match="32 parts"):
+        parse_lock(b"a/" + lock)
+
+
+def test_what_a_lock_names_has_a_limit_before_it_is_hashed(package, tmp_path):
+    "A sparse file of 16 TB takes no disk, and a day to hash"
+    folder = rewritten(package, tmp_path)
+    with open(folder / "package.lock", "a") as f:
+        f.write(f"large {2**38} {'0' * 64}\n")
+    with pytest.raises(Refused, match=f"allowed are {2**38}") as e:
+        load_package(folder)
+    assert e.value.code == 8
 
 
 @pytest.mark.parametrize("name", ["MLmodel", "package.lock", "golden.safetensors", "environment.json", "handler.py", "registered_model_meta", "mlmodel", "files/words", "model.onnx"])

@@ -1,5 +1,6 @@
 """Right answers (rows A2 and A3): a row's answer does not depend on its company, no array is written to, and what was proved can be given."""
 import asyncio
+import importlib.util
 import json
 
 import numpy as np
@@ -146,6 +147,58 @@ def test_A3_a_model_that_writes_to_what_it_keeps_is_refused(tmp_path):
     for batch in (True, False):
         with pytest.raises(CheckFailed, match="writes to its own"):
             save_package(Counting(), tmp_path / "bad", "bad", {"x": torch.rand(2, 3)}, ["y"], batch=batch)
+
+
+KEEPERS = """import torch
+from torch import nn
+class Lazy(nn.Module):
+    scale = None
+    def forward(self, x):
+        if self.scale is None: self.scale = float(x.abs().max())
+        return x / self.scale
+class Smooth(nn.Module):
+    def __init__(self): super().__init__(); self.top = torch.zeros(1)
+    def forward(self, x):
+        self.top = torch.maximum(self.top, x.abs().max())
+        return x / self.top
+class List(nn.Module):
+    def __init__(self): super().__init__(); self.seen = []
+    def forward(self, x):
+        if float(x.max()) > 10: self.seen.append(float(x.max()))
+        return x + sum(self.seen)
+class Written(nn.Module):
+    def __init__(self): super().__init__(); self.top = torch.zeros(3)
+    def forward(self, x): torch.maximum(self.top, x.amax(0), out=self.top); return x + (self.top > 100).to(x.dtype)
+class Scripted(nn.Module):
+    top: torch.Tensor
+    def __init__(self): super().__init__(); self.top = torch.zeros(1)
+    def forward(self, x):
+        self.top = torch.maximum(self.top, x.max().reshape(1))
+        return x + (self.top > 100).to(x.dtype)
+"""
+
+
+@pytest.mark.parametrize("batch", [True, False])
+@pytest.mark.parametrize("name", ["Lazy", "Smooth", "List", "Written", "Scripted", "Scripted file"])
+def test_A3_what_a_model_keeps_beside_its_buffers_is_refused(name, batch, tmp_path):
+    given, form, more = {"x": torch.linspace(0.1, 0.9, 12).reshape(4, 3)}, "torchscript", {}
+    handler = tmp_path / "handler.py"
+    handler.write_text(KEEPERS)
+    spec = importlib.util.spec_from_file_location("keepers", handler)
+    keepers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(keepers)
+    model = getattr(keepers, name.split()[0])()
+    if name in ("Lazy", "Smooth", "List"):
+        form, more = "safetensors", {"handler": handler}
+    elif name.startswith("Scripted"):
+        model = torch.jit.script(model)
+    if name == "Scripted file":
+        model.save(tmp_path / "model.pt")
+        model = tmp_path / "model.pt"
+    words = "keeps what it was asked|writes to its own" if not batch else "keeps what|writes to its own|depends on the rows|differ"
+    with pytest.raises(CheckFailed, match=words):
+        save_package(model, tmp_path / "bad", "bad", given, ["y"], format=form, batch=batch, **more)
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize("word", ENDLESS)

@@ -90,6 +90,17 @@ def test_the_size_of_a_page(name, record_property):
     assert max(sizes) <= 40, f"{name} has an exported cell of {max(sizes)} lines"
 
 
+def test_imports_stand_in_cells_of_their_own():
+    "The renderer runs a cell that imports, whole, and without the cells before it; the last cell of a page imports nothing of ours"
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            if EXPORT.search(cell["source"]) or cell["source"].endswith("import nbdev; nbdev.nbdev_export()"):
+                continue
+            code = "".join(line for line in cell["source"].splitlines(True) if not line.startswith(("%", "!")))
+            imported = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(code).body}
+            assert len(imported) < 2, f"{path}, cell {cell['id']}: split imports from other code"
+
+
 def test_pages_open_with_a_title_and_a_sentence():
     for name, path in ROOMS.items():
         first = cells(path, "markdown")[0]["source"].splitlines()
