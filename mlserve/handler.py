@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 from .cells import notebook_cells, self_contained, unresolved
-from .errors import IntegrityError, InvalidInput, MlserveError, ModelFailed, UsageError
+from .errors import IntegrityError, InvalidInput, MlserveError, ModelFailed, TooLarge, UsageError
 from .tensors import check_tensors
 
 # %% ../nbs/04_handler.ipynb #97f397fd
@@ -82,8 +82,10 @@ class Handler:
         return {k: v for (k,_),v in shapes.items()} | {'schemas': shared.get('$defs', {})}
 
 # %% ../nbs/04_handler.ipynb #6855febb
+_listed = 1000 # faults
 def _place(e:ValidationError)->str:
-    "The first thing that pydantic found wrong, and where"
+    "The first thing that pydantic found wrong, and where; to list a million takes seconds, so of many there is only the number"
+    if (count := e.error_count()) > _listed: return f' in {count} places.'
     first,*more = e.errors(include_url=False, include_input=False, include_context=False)
     at = '.'.join(map(str, first['loc']))[:120]
     return (f" at '{at}': " if at else ': ') + first['msg'][:300] + (f' ({len(more)} more)' if more else '')
@@ -94,9 +96,15 @@ def _call(function, *args):
     except BaseException as e: raise ModelFailed(f"{function.__name__} of the handler raised {type(e).__name__}.") from e
 
 # %% ../nbs/04_handler.ipynb #5c894c3a
+_values = 2**18 # of a request; a text with as many commas counts as so many
+def _check_size(body):
+    "Refuse more values than can be read while others wait"
+    if len(body) > _values and sum(map(body.count, (b',', b'[', b'{'))) > _values: raise TooLarge(
+        f'The request holds more than {_values} values; send fewer, or long lists as one text in base64.')
 def _decode(adapter:TypeAdapter, body:bytes):
     "A request from JSON"
     def refuse(word): raise InvalidInput(f'The request holds {word}, which is not JSON.')
+    _check_size(body)
     try:
         request = adapter.validate_json(body)
         if b'NaN' in body or b'Infinity' in body: json.loads(body, parse_constant=refuse)

@@ -45,15 +45,20 @@ def text(
     allowed:str='texts that are not empty', # the same in words
 ):
     "A setting that is one of some texts"
-    return field(default=default, metadata={'fits': re.compile(pattern).fullmatch, 'allowed': allowed})
+    return field(default=default, metadata={'fits': re.compile(pattern, re.A).fullmatch, 'allowed': allowed})
 
 # %% ../nbs/03_settings.ipynb #64817cdb
 _words = {'1': True, 'true': True, 'yes': True, 'on': True, '0': False, 'false': False, 'no': False, 'off': False}
 _digits = re.compile(r'\s*[-+.\d]+(e[-+]?\d+)?\s*', re.A | re.I).fullmatch # not `1_000`, `infinity` or ٣
+def _float(text):
+    "A number that is 0 only where 0 was written: `1e-999` is too small to be kept"
+    value = float(text)
+    if not value and re.search('[1-9]', text.lower().partition('e')[0]): raise ValueError
+    return value
 def _number(kind, exact):
     "From what was given to a number, or ValueError"
     return lambda v: exact(v) if not isinstance(v, str) else kind(v) if _digits(v) else kind('none')
-_kinds = {int: ('whole numbers', _number(int, operator.index)), float: ('numbers', _number(float, float)),
+_kinds = {int: ('whole numbers', _number(int, operator.index)), float: ('numbers', _number(_float, float)),
     bool: ('true and false', lambda v: _words[str(v).lower()]), str: ('', str), str|None: ('', str)}
 def _typed(setting, given, name=None):
     "The value of a setting in its type, or a refusal that names where it stands"
@@ -105,6 +110,8 @@ class Settings:
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _typed(f, getattr(self, f.name)))
         if self.max_decoded is None: object.__setattr__(self, 'max_decoded', 4 * self.max_body)
+        if self.max_decoded < self.max_body: raise UsageError(
+            f'MLSERVE_MAX_DECODED is {self.max_decoded}; allowed are whole numbers from MLSERVE_MAX_BODY, {self.max_body}, on.')
 
 # %% ../nbs/03_settings.ipynb #486bf57b
 _link = re.compile(r'MLSERVE_(.+_)?(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*|MLSERVE_(.+_)?PORT=(tcp|udp|sctp)://.*', re.S)

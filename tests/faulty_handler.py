@@ -1,9 +1,11 @@
 "A model's own steps that do what they are asked to, before the model or behind it: `FAKE_HANDLER` of the fake server"
 import asyncio
 import contextlib
+import ctypes
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -36,7 +38,32 @@ def hide_stderr():
         time.sleep(1)
 
 
-DEEDS = {"exit 0": lambda: os._exit(0), "exit 5": lambda: os._exit(5), "abort": os.abort, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+
+def raised_late():
+    "An exception for this thread that comes when its job is over, as a time limit's that was not taken back"
+    me = ctypes.c_ulong(threading.get_ident())
+    threading.Timer(0.2, ctypes.pythonapi.PyThreadState_SetAsyncExc, (me, ctypes.py_object(TimeoutError))).start()
+
+
+def forget():
+    for name in [n for n in sys.modules if n.startswith("mlserve")]:
+        del sys.modules[name]
+
+
+class Slow(Exception):
+    def __str__(self):
+        time.sleep(2)
+        return "slow"
+
+
+class Tee:
+    "What stands in for stdout, and has not all of it"
+    write = len
+
+
+DEEDS = {"late": raised_late, "modules": forget, "timeout": lambda: socket.setdefaulttimeout(10), "slow": lambda: (_ for _ in ()).throw(Slow()),
+         "tee": lambda: setattr(sys, "stdout", Tee()), "no stdout": lambda: setattr(sys, "stdout", None),
+         "exit 0": lambda: os._exit(0), "exit 5": lambda: os._exit(5), "abort": os.abort, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
          "terminate": lambda: signal.raise_signal(signal.SIGTERM), "hang": UNTIL.wait, "fork": fork, "fork and return": lambda: [os.fork() for _ in range(2)],
          "stop child": stop_child, "directory": lambda: os.chdir("/proc/self"), "stderr": hide_stderr, "close stderr": lambda: os.close(2),
          "signals": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals)), "long": lambda: (_ for _ in ()).throw(ValueError("\U0001f600" * 5000)),

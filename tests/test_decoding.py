@@ -176,7 +176,7 @@ def test_N11_24_at_once_of_each_kind_disturb_nobody(server, kind, packed):
 
 def test_N11_all_requests_share_one_budget(double, tmp_path):
     "What waits for the model holds its tensors; what would go beyond the budget is told 503, and there is room again afterwards"
-    with Server(double, tmp_path, max_decoded=60_000, FAKE_SECONDS=0) as s:
+    with Server(double, tmp_path, max_body=60_000, max_decoded=60_000, FAKE_SECONDS=0) as s:
         body = gzip.compress(json.dumps({"inputs": [[1, 1000.5]] + [[1, 0]] * 3000}).encode())  # half a second of the model
         found, threads = [], []
         for _ in range(6):
@@ -218,3 +218,63 @@ def test_N11_nothing_of_the_helper_outlives_the_server(double, tmp_path):
         os.kill(s.process.pid, signal.SIGKILL)
         s.process.wait(patience(10))
     until(lambda: not any(Path(f"/proc/{p}").exists() for p in everyone))
+
+
+def test_json_before_binary_tensors_has_the_limit_of_json(server):
+    "The header that says where the JSON ends may say that there is nothing else"
+    body = b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 2]}]}'
+    for size, status in ((2**19, 200), (MOST + 1, 413)):
+        headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(size)}
+        for coding in ({}, {"content-encoding": "gzip"}):
+            sent = body + b" " * (size - len(body))
+            answer = server.http.post("/v2/models/double/infer", content=gzip.compress(sent) if coding else sent, headers=headers | coding)
+            assert answer.status_code == status, answer.text
+
+
+READER = """
+import sys, time
+from mlserve.errors import InvalidInput
+from mlserve.serving.helper import Helper
+def read(seconds):
+    print('reads', flush=True)
+    begun = time.process_time()
+    while time.process_time() - begun < seconds: pass
+    return seconds
+helper = Helper(read, 2**28, seconds=2)
+try: print('gave', helper(float(sys.argv[1])), flush=True)
+except Exception as e: print(type(e).__name__, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seconds, pause, what", [(0.5, 4, "gave 0.5"), (60, 0, "TooLarge")])
+def test_a_pause_while_the_helper_reads_is_no_fault_of_the_body(seconds, pause, what):
+    with subprocess.Popen([sys.executable, "-c", READER, str(seconds)], stdout=subprocess.PIPE, text=True, start_new_session=True) as p:
+        assert p.stdout.readline() == "reads\n"
+        everyone = family(p.pid)
+        assert len(everyone) == 3
+        for one in everyone if pause else ():
+            os.kill(one, signal.SIGSTOP)
+        time.sleep(pause)
+        for one in everyone if pause else ():
+            os.kill(one, signal.SIGCONT)
+        assert p.stdout.readline().strip() == what
+
+
+HANDLER = Path(__file__).parent / "faulty_handler.py"
+
+
+def test_a_small_body_of_many_faults_for_a_handler_keeps_nobody_waiting(double, tmp_path):
+    body = gzip.compress(b'["",""' + b",[]" * ((MOST - 100) // 3) + b"]", 9)
+    with Server(double, tmp_path, FAKE_HANDLER=HANDLER, **SETTINGS) as s:
+        with Probed(s) as probed:
+            answer = s.http.post("/handle", content=body, headers={"content-encoding": "gzip"}, timeout=patience(60))
+        assert answer.status_code == 413 and "values" in answer.text
+        assert probed.worst <= 0.25 and probed.most < 2**30, f"liveness took {probed.worst:.3f} s, {probed.most / 2**20:.0f} MiB"
+        assert s.http.post("/handle", content=gzip.compress(b'["","' + b"a" * (MOST - 100) + b'"]'), headers={"content-encoding": "gzip"}).status_code == 200
+
+
+def test_what_a_body_for_a_handler_inflates_to_is_counted(double, tmp_path):
+    with Server(double, tmp_path, max_body=100_000, max_decoded=100_000, FAKE_HANDLER=HANDLER, **SETTINGS) as s:
+        for spaces, status in ((99_990, 503), (90_000, 200), (99_990, 503)):
+            answer = s.http.post("/handle", content=gzip.compress(b'["",""]' + b" " * spaces), headers={"content-encoding": "gzip"})
+            assert answer.status_code == status, "all that was taken is given back"

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from conftest import ROOT
 from mlserve.cells import exported_cells, unresolved
-from mlserve.errors import IntegrityError, InvalidInput, ModelFailed, UsageError
+from mlserve.errors import IntegrityError, InvalidInput, ModelFailed, TooLarge, UsageError
 from mlserve.handler import read_handler, write_handler
 from mlserve.tensors import TensorSpec
 
@@ -94,6 +94,13 @@ def test_a_body_is_a_request_or_is_refused_with_a_sentence(handler, body):
 def test_what_pydantic_refuses(handler, body, words):
     with pytest.raises(InvalidInput, match=words):
         handler.decode(body)
+
+
+def test_of_many_faults_there_is_the_number_and_many_values_are_refused_unread(handler):
+    with pytest.raises(InvalidInput, match="not valid in 20001 places"):
+        handler.decode(b"[" + b"[]," * 20_000 + b"[]]")
+    with pytest.raises(TooLarge, match="more than 262144 values"):
+        handler.decode(b"[" + b"0," * 2**18 + b"0]")
 
 
 def test_words_that_look_like_nan_are_text(handler):

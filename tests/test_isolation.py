@@ -316,3 +316,40 @@ def test_E12_control_a_library_that_starts_threads_of_its_own_is_seen(double, tm
     "Whoever sets its variable for the container is obeyed"
     with Server(double, tmp_path, OPENBLAS_NUM_THREADS="2", **SETTINGS) as s:
         assert started_by_numbers(s) == 1
+
+
+@pytest.mark.parametrize("deed", ["timeout", "modules"])
+def test_what_a_handler_sets_for_everybody_spares_large_bodies(double, tmp_path, deed):
+    "They are read by another process: the sockets to it wait as they did, and what travels is known there"
+    with Server(double, tmp_path, **SETTINGS) as s:
+        assert do(s, deed).status_code == 200
+        for body, status in ((LARGE, 200), (b'{"inputs": [[1, 2], [1]]}', 400)):
+            answer = s.http.post("/predict", content=body + b" " * 6_000_000)
+            assert answer.status_code == status, answer.text
+
+
+def test_an_exception_that_comes_when_a_job_is_over_costs_no_thread_and_no_answer(double, tmp_path):
+    with Server(double, tmp_path, **SETTINGS) as s:
+        worker = s.worker()
+        for _ in range(12):
+            assert do(s, "late", timeout=5).status_code == 200
+            time.sleep(0.25)
+        assert well(s) and s.worker() == worker
+
+
+def test_a_sentence_of_a_failure_that_takes_its_time_keeps_nobody_waiting(server):
+    with Wire(server.port) as w:
+        w.send(request("/handle", b'["slow"]'))
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert server.predict([1, 2]).status_code == 200
+        assert time.monotonic() - began < 1
+        assert error_of(w.answer()) == 500
+    assert "slow" in events(server, "model_failed")[-1]["traceback"]
+
+
+@pytest.mark.parametrize("deed", ["tee", "no stdout"])
+def test_a_stop_is_exit_0_whatever_a_handler_made_of_stdout(double, tmp_path, deed):
+    with Server(double, tmp_path, **SETTINGS) as s:
+        assert do(s, deed).status_code == 200
+        assert s.stop() == 0

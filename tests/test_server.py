@@ -282,10 +282,9 @@ def test_L2_a_load_that_fails_ends_with_its_code(double, tmp_path):
 
 
 def test_L2_a_wrong_setting_or_argument_ends_with_2(double, tmp_path):
-    with Server(double, tmp_path, wait=False, thread=2) as s:
-        assert s.ended(30) == 2
-    with Server(double, tmp_path, wait=False, device="cuda", workers=2) as s:
-        assert s.ended(30) == 2
+    for wrong in (dict(thread=2), dict(device="cuda", workers=2), dict(max_decoded=1), dict(hang_seconds="1e-999"), dict(device="cuda:٣")):
+        with Server(double, tmp_path, wait=False, **wrong) as s:
+            assert s.ended(30) == 2, wrong
 
 
 KINDS = {"one worker": {}, "two workers": {"workers": 2}, "process 1": {"under": ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]}}

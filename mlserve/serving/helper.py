@@ -6,11 +6,15 @@
 __all__ = ['send', 'receive', 'Helper']
 
 # %% ../../nbs/serving/04_helper.ipynb #af447252
-import faulthandler, io, os, pickle, resource, signal, socket, struct
+import faulthandler, io, operator, os, pickle, resource, signal, socket, struct, sys
 from contextlib import suppress
+from threading import Lock
+from time import monotonic
+from types import FunctionType
 import numpy as np
 from ..errors import MlserveError, TooLarge, Unavailable
 from .events import log, trace
+from .pause import Pauses
 from ..tensors import objects
 
 # %% ../../nbs/serving/04_helper.ipynb #e9607ffe
@@ -18,24 +22,32 @@ def _texts(sizes, data, shape):
     "An array of bytes from their lengths and one long piece"
     data,ends = data.tobytes(),np.cumsum(sizes).tolist()
     return objects([data[a:b] for a,b in zip([0, *ends], ends)], shape)
+_modules = {} # ours, when the helper was forked
 class _Pickler(pickle.Pickler):
     "Arrays beside the pickle"
+    def persistent_id(self, o):
+        if isinstance(o, (type, FunctionType)) and o.__module__ in _modules: return o.__module__,o.__qualname__
     def reducer_override(self, o):
         if type(o) is not np.ndarray or o.dtype.kind != 'O': return NotImplemented
         items = o.ravel().tolist()
         return _texts,(np.fromiter(map(len, items), np.int64, len(items)), np.frombuffer(b''.join(items) or b' ', np.uint8), o.shape)
+class _Unpickler(pickle.Unpickler):
+    "What `_Pickler` wrote"
+    def persistent_load(self, place): return operator.attrgetter(place[1])(_modules[place[0]])
 
 # %% ../../nbs/serving/04_helper.ipynb #6f913a7d
+def _packed(value):
+    "The parts of a message"
+    text,arrays = io.BytesIO(),[]
+    _Pickler(text, 5, buffer_callback=arrays.append).dump(value)
+    parts = [text.getbuffer(), *(a.raw() for a in arrays)]
+    return [struct.pack(f'<I{len(parts)}Q', len(parts), *map(len, parts)), *parts]
 def send(
     s:socket.socket, # to the other process
     value, # anything; arrays in it are not copied
 )->None:
     "Send a value and the memory of its arrays"
-    text,arrays = io.BytesIO(),[]
-    _Pickler(text, 5, buffer_callback=arrays.append).dump(value)
-    parts = [text.getbuffer(), *(a.raw() for a in arrays)]
-    s.sendall(struct.pack(f'<I{len(parts)}Q', len(parts), *map(len, parts)))
-    for p in parts: s.sendall(p)
+    for p in _packed(value): s.sendall(p)
 def _exactly(s, size):
     "So many bytes, in memory of their own"
     data,at = np.empty(size, np.uint8),0
@@ -50,47 +62,60 @@ def receive(
     "Receive what `send` sent"
     n, = struct.unpack('<I', _exactly(s, 4))
     text,*arrays = [_exactly(s, size) for size in struct.unpack(f'<{n}Q', _exactly(s, 8 * n))]
-    return pickle.loads(text, buffers=arrays)
+    return _Unpickler(io.BytesIO(text), buffers=arrays).load()
 
 # %% ../../nbs/serving/04_helper.ipynb #45f438c9
-def _limit(memory, seconds):
+def _limit(memory):
     "Bound what this process may still take"
     with suppress(OSError, ValueError):
         used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
     with suppress(OSError):
         with open('/proc/self/oom_score_adj', 'w') as f: f.write('1000')
-    signal.alarm(seconds)
 def _outgrown(memory, seconds): return TooLarge(f'To read this body takes more than {memory} bytes of memory or {seconds} s; send large inputs as binary tensors.')
 def _task(s, function, memory, seconds):
     "One call, in a process that ends with it"
     args = receive(s)
-    _limit(memory, seconds)
-    try: answer = True,function(*args)
-    except MlserveError as e: answer = False,e
-    except MemoryError: answer = False,_outgrown(memory, seconds)
-    except Exception as e: answer = False,RuntimeError(trace(e))
-    send(s, answer)
+    _limit(memory)
+    try: parts = _packed((True, function(*args)))
+    except MlserveError as e: parts = _packed((False, e))
+    except MemoryError: parts = _packed((False, _outgrown(memory, seconds)))
+    except Exception as e: parts = _packed((False, RuntimeError(trace(e))))
+    for p in parts: s.sendall(p)
+def _end_of(child, seconds):
+    "How a child ended, which is ended when it takes too long"
+    until,pauses = monotonic() + seconds,Pauses()
+    while True:
+        pid,status = os.waitpid(child, os.WNOHANG)
+        if pid: return os.waitstatus_to_exitcode(status)
+        signal.sigtimedwait([signal.SIGCHLD], 0.25)
+        until += pauses.lost()
+        if monotonic() > until: os.kill(child, signal.SIGXCPU)
 
 # %% ../../nbs/serving/04_helper.ipynb #36ed4d0e
 def _alone(control):
     "Keep nothing of the process that forked this one but stderr and the socket"
-    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD): signal.signal(s, signal.SIG_IGN)
+    for s in (signal.SIGTERM, signal.SIGINT): signal.signal(s, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD]) # it is waited for
     faulthandler.disable()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.closerange(3, control)
     os.closerange(control + 1, 2**16)
+_code = struct.Struct('<i') # how a child ended
 def _wait(control, function, memory, seconds):
     "Fork for each task, until the other side is gone"
     while fds := socket.recv_fds(control, 1, 1)[1]:
         with socket.socket(fileno=fds[0]) as s:
+            child = -1
             try: child = os.fork()
             except OSError as e:
+                receive(s)
                 send(s, (False, Unavailable(f'No process can be started: {e.strerror}.')))
-                continue
             if not child:
                 control.close()
                 return _task(s, function, memory, seconds)
+        control.sendall(_code.pack(_end_of(child, seconds) if child > 0 else 0))
 
 # %% ../../nbs/serving/04_helper.ipynb #acc8a83f
 class Helper:
@@ -100,7 +125,8 @@ class Helper:
         memory:int, # bytes that one call may take
         seconds:int=60, # that one call may take
     ):
-        self.memory,self.seconds = memory,seconds
+        self.memory,self.seconds,self.turn = memory,seconds,Lock()
+        _modules.update({n: m for n,m in sys.modules.items() if n.startswith('mlserve.')})
         self.control,theirs = socket.socketpair()
         self.pid = os.fork()
         if not self.pid:
@@ -113,15 +139,18 @@ class Helper:
     def __call__(self, *args):
         "What the function returns or raises"
         ours,theirs = socket.socketpair()
-        with ours:
-            with theirs:
-                try: socket.send_fds(self.control, [b'.'], [theirs.fileno()])
-                except OSError: return self.lost()
-            ours.settimeout(self.seconds + 5)
+        for s in (ours, theirs): s.setblocking(True) # a handler may have set another default
+        parts,answer = _packed(args),None
+        with self.turn, ours:
             try:
-                send(ours, args)
-                ok,found = receive(ours)
-            except (OSError, EOFError): raise _outgrown(self.memory, self.seconds) from None
+                with theirs: socket.send_fds(self.control, [b'.'], [theirs.fileno()])
+                try:
+                    for p in parts: ours.sendall(p)
+                    answer = receive(ours)
+                except (BrokenPipeError, ConnectionResetError, EOFError): pass
+                finally: code, = _code.unpack(_exactly(self.control, _code.size))
+            except (OSError, EOFError): return self.lost()
+        ok,found = answer or (False, self.why(code))
         if ok: return found
         raise found
 
@@ -130,4 +159,9 @@ def _lost(self):
     "The helper is gone, and this process is not whole without it"
     log('helper_died')
     os.kill(os.getpid(), signal.SIGKILL)
-Helper.lost = _lost
+def _why(self, code):
+    "What it means that a child ended without an answer"
+    if -code in (signal.SIGXCPU, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS): return _outgrown(self.memory, self.seconds)
+    if -code == signal.SIGKILL: return Unavailable('The process that read this body was killed.', mend='Look at the memory of the container first.')
+    return RuntimeError(f'the process that reads large bodies ended with code {code}')
+Helper.lost,Helper.why = _lost,_why

@@ -7,6 +7,8 @@ __all__ = ['start_thread', 'Work', 'Pool', 'drop', 'submit']
 
 # %% ../../nbs/serving/03_pool.ipynb #1463cca0
 import asyncio, math, os, threading
+from collections import deque
+from contextlib import suppress
 from queue import SimpleQueue
 from time import monotonic
 from ..errors import DeadlinePassed, LocalResource, Unavailable
@@ -44,7 +46,8 @@ class Pool:
         prepare=None, # called first in each thread
     ):
         self.name,self.threads,self.waiting,self.seconds,self.prepare = name,threads,waiting,seconds,prepare or (lambda: None)
-        self.jobs,self.open,self.busy,self.sweeping,self.loop,self.pid = SimpleQueue(),set(),{},False,None,None
+        self.jobs,self.bell,self.open,self.busy = deque(),SimpleQueue(),set(),{} # `bell` rings once for each job, `busy` has those of the threads
+        self.sweeping,self.loop,self.pid = False,None,None
     def start(self):
         "Bind to the running loop and start every thread; once"
         if self.loop is not None: return
@@ -53,7 +56,7 @@ class Pool:
     @property
     def full_since(self)->float|None: # monotonic seconds; None while a thread is free
         "Since when no thread has come free"
-        began = list(self.busy.values())
+        began = [job.began for job in list(self.busy.values()) if job.began]
         return max(began) if len(began) >= self.threads else None
 
 # %% ../../nbs/serving/03_pool.ipynb #619371cd
@@ -61,19 +64,29 @@ def _attempt(job):
     "The result of a job, or what it raised"
     try: return job.function(*job.args), None
     except BaseException as e: return None, e
+def _hand(pool, me, *done):
+    "Hand what this thread has to the loop, unless it is a copy of the thread in a fork"
+    if os.getpid() != pool.pid: os._exit(0)
+    job = pool.busy.pop(me, None)
+    if job is None or job.callback is None: return
+    with suppress(RuntimeError): pool.loop.call_soon_threadsafe(_finish, pool, job, *done) # unless the loop is closed
+def _turn(pool, me):
+    "Wait for a job, and do it"
+    pool.bell.get()
+    if not pool.jobs: return
+    job = pool.busy[me] = pool.jobs.popleft()
+    if job.callback is None: return pool.busy.pop(me)
+    job.began = monotonic()
+    _hand(pool, me, *_attempt(job))
 def _work(pool):
     "The life of a thread"
     me = threading.get_ident()
     pool.prepare()
-    while True:
-        job = pool.jobs.get()
-        if job.callback is None: continue
-        job.began = pool.busy[me] = monotonic()
-        done = _attempt(job)
-        if os.getpid() != pool.pid: os._exit(0)
-        del pool.busy[me]
-        try: pool.loop.call_soon_threadsafe(_finish, pool, job, *done)
-        except RuntimeError: return
+    while not pool.loop.is_closed():
+        try: _turn(pool, me)
+        except BaseException as e:
+            pool.bell.put(None) # it may have rung for a job that waits
+            _hand(pool, me, None, e)
 
 # %% ../../nbs/serving/03_pool.ipynb #62c32835
 def drop(self:Pool, work):
@@ -112,7 +125,8 @@ def submit(self:Pool,
     if len(self.open) >= self.waiting + self.threads: raise Unavailable(f'The {self.name} is busy: {len(self.open)} requests are waiting.')
     work = Work(self, function, args, callback, deadline)
     self.open.add(work)
-    self.jobs.put(work)
+    self.jobs.append(work)
+    self.bell.put(None)
     if not self.sweeping and (self.seconds or deadline < math.inf):
         self.sweeping = True
         self.pauses.lost()

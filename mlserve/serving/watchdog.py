@@ -21,14 +21,14 @@ def leave(
     "End the process without waiting for threads"
     for row in _row: row[SAID] = 1
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError): stream.flush()
+        with contextlib.suppress(BaseException): stream.flush() # a handler may have put anything there
     os._exit(code)
 def finish(
     error:MlserveError, # why it ends
     step:str, # what it was doing
 )->int: # the exit code
     "Say what went wrong, for people and for machines"
-    with contextlib.suppress(OSError, ValueError): print(f'{error}\n{last_line(error, step)}', file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception): print(f'{error}\n{last_line(error, step)}', file=sys.stderr, flush=True)
     return error.code
 def cut_error(n, mend='Raise MLSERVE_GRACE.'): return Unavailable(f"{n} request{'s were' if n > 1 else ' was'} cut when the server stopped.", mend=mend)
 
