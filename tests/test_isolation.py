@@ -307,9 +307,10 @@ def started_by_numbers(server):
     return len(os.listdir(tasks)) - before
 
 
-def test_E12_numbers_of_a_handler_are_computed_on_the_cores_that_the_model_may_use(server):
+def test_E12_numbers_of_a_handler_are_computed_on_the_cores_that_the_model_may_use(double, tmp_path):
     "NumPy's library would start a thread for each core of the machine but one"
-    assert started_by_numbers(server) == 0
+    with Server(double, tmp_path, **SETTINGS) as s:
+        assert started_by_numbers(s) == 0
 
 
 def test_E12_control_a_library_that_starts_threads_of_its_own_is_seen(double, tmp_path):

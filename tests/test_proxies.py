@@ -214,6 +214,7 @@ def one_to_one(port, accepted, rounds=1, wait=0.0):
 def behind(proxy, double, folder, **bug):
     "A server behind haproxy or nginx: the proxy's port, and the file of ids that the server worked on"
     with Server(double, folder, max_body=100_000, FAKE_ACCEPTED=folder / "accepted", **bug) as s:
+        (folder / "accepted").write_text("")  # what the server asked itself before it was ready is nobody's
         if proxy == "haproxy":
             h = Haproxy(folder, s.port, s.port)
             with h.run():
