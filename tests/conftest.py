@@ -13,8 +13,10 @@ EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
 
 
 ENGINE = {"attest", "debug", "hardened", "image", "matrix", "memory", "refusals", "release", "cuda_image"}  # build images and run containers
-SERVING = {"batcher", "clients", "conformance", "controls", "decoding", "endurance", "handler", "http_limits", "isolation", "pipelining",
-           "platforms", "proxies", "server", "tracing"}  # ask servers, with a clock
+SERVERS = {"conformance", "handler"}  # ask servers, whenever they answer
+SERVING = {"batcher", "clients", "controls", "decoding", "endurance", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
+           "tracing"}  # ask servers, with a clock
+LANES = {"engine": ENGINE, "servers": SERVERS, "serving": SERVING}
 
 
 def pytest_addoption(parser):
@@ -25,7 +27,7 @@ def pytest_collection_modifyitems(items):
     "The lane of each test, by its module; the full counts may take hours"
     for item in items:
         name = item.path.stem.removeprefix("test_")
-        item.add_marker("engine" if name in ENGINE else "serving" if name in SERVING else "pages")
+        item.add_marker(next((lane for lane, modules in LANES.items() if name in modules), "pages"))
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(4 * 3600))
 
