@@ -287,11 +287,6 @@ def everything_is_read_in_this_process(put):
 
 
 @plant
-def a_task_may_take_all_memory(put):
-    put("serving.helper._limit", never)
-
-
-@plant
 def what_is_decoded_is_not_counted(put):
     put("serving.budget.Budget.take", never)
     put("serving.budget.Budget.give", never)
