@@ -61,13 +61,20 @@ class Tee:
     write = len
 
 
+def numbers():
+    "Multiply matrices, and say how many threads that started"
+    before = len(os.listdir("/proc/self/task"))
+    np.ones((500, 500)) @ np.ones((500, 500))
+    raise ValueError(f"{len(os.listdir('/proc/self/task')) - before} more threads")
+
+
 DEEDS = {"late": raised_late, "modules": forget, "timeout": lambda: socket.setdefaulttimeout(10), "slow": lambda: (_ for _ in ()).throw(Slow()),
          "tee": lambda: setattr(sys, "stdout", Tee()), "no stdout": lambda: setattr(sys, "stdout", None),
          "exit 0": lambda: os._exit(0), "exit 5": lambda: os._exit(5), "abort": os.abort, "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
          "terminate": lambda: signal.raise_signal(signal.SIGTERM), "hang": UNTIL.wait, "fork": fork, "fork and return": lambda: [os.fork() for _ in range(2)],
          "stop child": stop_child, "directory": lambda: os.chdir("/proc/self"), "stderr": hide_stderr, "close stderr": lambda: os.close(2),
          "signals": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals)), "long": lambda: (_ for _ in ()).throw(ValueError("\U0001f600" * 5000)),
-         "numbers": lambda: np.ones((500, 500)) @ np.ones((500, 500)),
+         "numbers": numbers,
          "threads": lambda: threading.Thread(target=time.sleep, args=(60,)).start(), "umask": lambda: os.umask(0o777), "quit in a thread": lambda: threading.Thread(target=sys.exit).start()}
 
 
