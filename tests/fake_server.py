@@ -8,8 +8,6 @@ import sys
 import time
 import types
 
-import numpy as np
-
 RAISE, FEWER, SLEEP, HOLD, KILL, STOP, NAN = range(-1007, -1000)
 WAIT = 1000  # 1000.5 waits half a second
 
@@ -68,6 +66,8 @@ class Model:
 
 
 def load_model(package, device, threads=None):
+    global np
+    import numpy as np  # in the worker, as the real one: its library reads the number of threads when it is loaded
     time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", 0)))
     model = Model()
     if path := os.environ.get("FAKE_HANDLER"):
