@@ -128,6 +128,10 @@ def _fitting(outputs, labels):
     for name,array in outputs.items():
         columns = _flat(array).shape[1] if _flat(array).ndim > 1 else 1
         if form := form_of(name, array, labels): yield Reading(name, form, columns)
+def _said(reading):
+    "What an output is by its name, where the name fits what is there"
+    said = named_form(reading.output)
+    return said if (said == 'labels') == (reading.form == 'labels') else ''
 def _alike(a, b):
     "Whether two outputs decide alike, but for ties"
     return a.shape == b.shape and np.mean(np.equal(*_exact(a, b))) >= 0.99
@@ -149,7 +153,7 @@ def read_target(
         raise UsageError(f"No output takes {_told('the labels', labels)}: {given}.",
             mend='Classes are whole numbers that count the columns of an output, or what an output of labels gives; '
                 'numbers have the shape of their output.')
-    named = [r for form in _words for r in readings if named_form(r.output) == form and (form == 'labels') == (r.form == 'labels')] or readings
+    named = [r for form in _words for r in readings if _said(r) == form] or readings
     first,*others = [r.decide(outputs[r.output]) for r in named]
     if all(_alike(first, d) for d in others): return named[0]
     raise UsageError(f"The labels fit several outputs, which decide differently: {', '.join(r.output for r in named)}.",
