@@ -106,6 +106,7 @@ _spaces = {'quantized': r'(?!embedding_bag_(byte|[24]bit)|int4|make_quantized_ce
     'higher_order': r'cond|while_loop|scan|associative_scan|map_impl|out_dtype|flex_attention|invoke_subgraph|wrap_with_(set_grad_enabled|autocast)'}
 
 # %% ../nbs/04_allowlist.ipynb #092bc0fb
+_listed = _first | _second | _inner
 _families = re.compile(r'(fft|linalg|special)_[a-z]\w*|__\w+') # the last are `a[b]`, `a & b` and their kind
 def allowed(
     operator:str, # such as `aten::linear`
@@ -115,7 +116,7 @@ def allowed(
     if name in _language.get(space, ()): return True
     if space != 'aten': return bool(re.fullmatch(_spaces.get(space, r'(?!)'), name))
     names = {name, name.removesuffix('_')} # `relu_` is `relu` in place
-    return bool(names & (_first | _second | _inner) or _families.fullmatch(name))
+    return bool(names & _listed or _families.fullmatch(name))
 
 # %% ../nbs/04_allowlist.ipynb #29479756
 def _nodes(block, graph):
