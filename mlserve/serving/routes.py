@@ -19,7 +19,7 @@ from ..scoring import answer_instances, answer_invocations, decode_instances, de
 from .batch import shape_key
 from .events import Sparingly, log, log_refused, trace
 from .request_headers import check_media, deadline
-from .intake import BINARY, CSV, JSON, LINES, NEAR, Intake, media_of, takes_gzip
+from .intake import BINARY, CSV, JSON, LINES, NEAR, SLOW, Intake, media_of, takes_gzip
 from .lifecycle import Lifecycle, serving, the_package
 from .pool import Pool
 
@@ -136,7 +136,7 @@ class Call:
         self.done(*answer)
 
 # %% ../../nbs/serving/04_routes.ipynb #8df78ba4
-_short = NEAR // 16 # bytes of any text that are read on the event loop
+_short = NEAR // SLOW # bytes of any text that are read on the event loop
 _waiting = 256 # large answers, or requests of the model's own steps, that may wait for a thread
 class Inference:
     "The one typed call behind every route"
