@@ -6,7 +6,8 @@
 __all__ = ['FORMATS', 'named', 'run_module', 'TorchProgram', 'read_module', 'OnnxProgram', 'check_format', 'read_program']
 
 # %% ../nbs/04_formats.ipynb #e3cb2d4e
-import warnings
+import contextlib, json, tempfile, warnings
+from collections import Counter
 from difflib import get_close_matches
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,12 @@ class TorchProgram:
     def devices(self)->list:
         "Where the parameters and buffers really are"
         return sorted({str(t.device) for t in [*self.module.parameters(), *self.module.buffers()]} or {self.device})
+    def placement(self, arrays:dict, names:list)->dict:
+        "Where parameters, buffers and outputs of one pass are"
+        import torch
+        held = Counter(str(t.device) for t in [*self.module.parameters(), *self.module.buffers()])
+        with torch.inference_mode(): found = named(self.module(*[torch.from_numpy(a.copy()).to(self.device) for a in arrays.values()]), names)
+        return {'parameters': dict(held), 'outputs': {n: str(t.device) for n,t in found.items()}}
     def sync(self):
         "Wait until the device has finished what it was given"
         if self.device.startswith('cuda'): __import__('torch').cuda.synchronize(self.device)
@@ -115,11 +122,16 @@ def _read_onnx(file:Path, device:str, threads:int|None):
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     options.inter_op_num_threads = 1
     if threads: options.intra_op_num_threads = threads
+    if device == 'cpu': return ort.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
     cuda = ('CUDAExecutionProvider', {'device_id': int(device.partition(':')[2] or 0), 'use_tf32': 0})
-    if device != 'cpu' and cuda[0] not in ort.get_available_providers(): raise GpuRefused('The model is asked for on a GPU; this onnxruntime is built without CUDA.')
-    session = ort.InferenceSession(str(file), options, providers=['CPUExecutionProvider'] if device == 'cpu' else [cuda])
-    if device != 'cpu' and session.get_providers()[0] != cuda[0]: raise GpuRefused('onnxruntime could not use the GPU for this model.')
-    return session
+    if cuda[0] not in ort.get_available_providers(): raise GpuRefused('The model is asked for on a GPU; this onnxruntime is built without CUDA.',
+        mend='Use an image that was built with device = "cuda".', reason='cpu_build')
+    if hasattr(ort, 'preload_dlls'): ort.preload_dlls() # CUDA's libraries, out of their wheels
+    options.enable_profiling,options.profile_file_prefix = True,tempfile.mkdtemp() + '/run' # until `placement` has read it
+    session = ort.InferenceSession(str(file), options, providers=[cuda])
+    if session.get_providers()[0] == cuda[0]: return session
+    raise GpuRefused(f"onnxruntime was asked for {cuda[0]} and is active with {', '.join(session.get_providers())} only.",
+        mend='A library of CUDA or cuDNN is missing or of another version; onnxruntime names it on stderr.', reason='provider_inactive')
 
 # %% ../nbs/04_formats.ipynb #2b65d213
 def _decode(name:str, array:np.ndarray)->np.ndarray:
@@ -133,6 +145,12 @@ def _encode(array:np.ndarray)->np.ndarray:
     out = np.empty(array.shape, object)
     out.flat[:] = [s.encode() for s in array.flat]
     return out
+def _nodes(events:list)->dict:
+    "How often each operator ran, by provider, in a profile of onnxruntime"
+    found = {}
+    for e in events:
+        if e.get('cat') == 'Node' and (p := e['args'].get('provider')): found.setdefault(p, Counter())[e['args'].get('op_name', '?')] += 1
+    return found
 @dataclass(frozen=True)
 class OnnxProgram:
     "An onnxruntime session that takes and gives arrays"
@@ -143,6 +161,19 @@ class OnnxProgram:
         feeds = {n: _decode(n, a) if a.dtype == object else np.ascontiguousarray(a) for n,a in arrays.items()}
         return {n: _encode(a) if a.dtype == object else a for n,a in zip(names, self.session.run(list(names), feeds))}
     def devices(self)->list: return [self.device] # the session would not exist otherwise
+    def placement(self, arrays:dict, names:list)->dict:
+        "Which providers are active, and how many nodes of one pass each of them ran"
+        self.run(arrays, names)
+        file = Path(self.session.end_profiling() or '')
+        nodes = _nodes(json.loads(file.read_text())) if file.is_file() else {}
+        with contextlib.suppress(OSError):
+            file.unlink()
+            file.parent.rmdir() # if nothing else is in it
+        if self.device != 'cpu' and nodes and not nodes.get('CUDAExecutionProvider'):
+            raise GpuRefused(f"The CUDA provider is active, and every node of the model fell back to {', '.join(nodes)}.",
+                mend='Export the model with operators and types that the provider has.', reason='provider_inactive')
+        return {'providers': self.session.get_providers(), 'nodes': {p: sum(ops.values()) for p,ops in nodes.items()},
+            'fell_back': sorted(nodes.get('CPUExecutionProvider', ())) if self.device != 'cpu' else []}
     def sync(self): pass # a run ends when its outputs are in memory
 
 # %% ../nbs/04_formats.ipynb #ea03d7e8
@@ -178,5 +209,5 @@ def read_program(
     except ImportError as e:
         raise LocalResource(f"The format '{format}' needs {e.name or e}, which is not installed here.", mend='Install mlserve[onnx] or mlserve[torch].') from e
     except Exception as e:
-        if type(e).__name__ == 'OutOfMemoryError': raise GpuRefused(f'The model does not fit into the memory of {device}.') from e
+        if type(e).__name__ == 'OutOfMemoryError': raise GpuRefused(f'The model does not fit into the memory of {device}.', reason='too_little_memory') from e
         raise ModelFailed(f'{file} cannot be loaded on {device}: {str(e).strip()[:500] or type(e).__name__}') from e

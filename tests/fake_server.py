@@ -10,6 +10,7 @@ import types
 
 RAISE, FEWER, SLEEP, HOLD, KILL, STOP, NAN = range(-1007, -1000)
 WAIT = 1000  # 1000.5 waits half a second
+OOM, STICKY = -1009, -1008  # memory of the device, and an error of CUDA
 
 
 def note(path):
@@ -29,7 +30,12 @@ def accepted(write):
     Inference.start = noted
 
 
+class OutOfMemoryError(RuntimeError):
+    "As torch names it"
+
+
 class Model:
+    where, placement = "cpu", None
     seen = staticmethod(note(os.environ["FAKE_SEEN"])) if "FAKE_SEEN" in os.environ else None
 
     def predict(self, arrays):
@@ -42,6 +48,10 @@ class Model:
                 time.sleep(float(command) - WAIT)
             elif command == RAISE:
                 raise RuntimeError("canary-in-the-model")
+            elif command == OOM:
+                raise OutOfMemoryError("CUDA out of memory.")
+            elif command == STICKY:
+                raise RuntimeError("CUDA error: device-side assert triggered")
             elif command == FEWER:
                 return {"y": x[1:] * np.float32(2)}
             elif command == SLEEP:
@@ -59,7 +69,7 @@ class Model:
     forward = predict
 
     def devices(self):
-        return ["cpu"]
+        return [self.where]
 
     def sync(self):
         pass
@@ -70,6 +80,9 @@ def load_model(package, device, threads=None):
     import numpy as np  # in the worker, as the real one: its library reads the number of threads when it is loaded
     time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", 0)))
     model = Model()
+    if device.kind == "cuda":
+        model.where = f"cuda:{device.index}"
+        model.placement = {"parameters": {model.where: 1}, "outputs": {"y": model.where}}
     if path := os.environ.get("FAKE_HANDLER"):
         from pathlib import Path
 

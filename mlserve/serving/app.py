@@ -15,6 +15,7 @@ from .. import __version__
 from ..errors import InvalidInput, MlserveError, NotFound, TooLarge, Unavailable
 from ..metadata import model_config, model_metadata, signature, version_status
 from .board import Board
+from .device import torch_name
 from .events import Sparingly, log_refused, request_id, trace
 from .lifecycle import PROBES, Lifecycle, card, health, readiness, serving, the_package
 from .metrics import Numbers
@@ -97,7 +98,9 @@ def _metrics_route(app, life, settings, numbers):
     async def metrics():
         p = life.package
         about = {'model': p.name if p else '', 'version': settings.model_version, 'image': settings.image, 'package': p.digest if p else '', 'mlserve': __version__}
-        text = await asyncio.to_thread(exposition, numbers, about, settings.cache) # a disk that hangs holds no request
+        d = life.device
+        about |= {'device': torch_name(d) if d else '', 'gpu': d.name if d and d.kind == 'cuda' else ''}
+        text = await asyncio.to_thread(exposition, numbers, about, settings.cache, d.bus if d else '') # a disk that hangs holds no request
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 # %% ../../nbs/serving/05_app.ipynb #1d4a1f6e

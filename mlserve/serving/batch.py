@@ -95,9 +95,10 @@ class Runner:
         max_batch:float, # most rows in one call; infinite where a request is one call
         expected:dict|None=None, # output name to dtype
         free_memory=None, # called when memory ran out
+        computes=None, # whether the device still does, asked when it may be lost; false by default
     ):
         self.predict,self.max_batch,self.expected,self.calls,self.out_of_memory = predict,max_batch,expected,0,0
-        self.free_memory = free_memory or (lambda: None)
+        self.free_memory,self.computes = free_memory or (lambda: None),computes or (lambda: False)
     def call(self,
         jobs:list, # of equal shape key
         limit:int, # most rows in one call of the model
@@ -137,7 +138,7 @@ def _attempt(runner, jobs, limit):
     try: runner.call(jobs, limit)
     except Broken: raise
     except BaseException as e: # a model may raise SystemExit, which is no Exception
-        if device_lost(e): raise DeviceLost(f'The device failed: {type(e).__name__}.') from e
+        if device_lost(e) and not runner.computes(): raise DeviceLost(f'The device failed: {type(e).__name__}.') from e
         return e
 
 # %% ../../nbs/serving/03_batch.ipynb #5b010ebe

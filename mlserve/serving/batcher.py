@@ -153,12 +153,13 @@ class _State:
         expected:dict|None=None, # output name to dtype, checked on every answer
         prepare=None, # called at the start in each thread that runs the model, such as to set PyTorch's number of threads
         free_memory=None, # called when memory ran out
+        computes=None, # whether the device still does, asked when it may be lost
         on_batch=None, # called with the `Report` of each batch
         on_fault=None, # called with `Broken` or `DeviceLost`
         joined:bool=True, # requests may share a call and large ones be cut; else a request is one call
     ):
         self.predict,self.max_batch,self.queue,self.threads,self.inline = predict,max_batch,queue,threads,inline
-        self.expected,self.free_memory,self.on_batch = expected,free_memory,on_batch
+        self.expected,self.free_memory,self.computes,self.on_batch = expected,free_memory,computes,on_batch
         self.prepare,self.on_fault = prepare or (lambda: None),on_fault or (lambda fault: None)
         self.limit,(most, delay) = (max_batch, (max_batch, max_delay_ms / 1000)) if joined else (math.inf, (1, 0))
         self.far,self.near = RequestQueue(most, delay),RequestQueue(most, 0)
@@ -168,7 +169,7 @@ class _State:
         self.stats,self.pace,self.broken,self.lost,self.pauses = Stats(),0.0,None,None,Pauses()
     def runner(self)->Runner: # for one thread
         "A runner of this model"
-        return Runner(self.predict, self.limit, self.expected, self.free_memory)
+        return Runner(self.predict, self.limit, self.expected, self.free_memory, self.computes)
     def now(self)->float: # monotonic seconds
         "The time by which work is too late"
         return min(monotonic(), self.pauses.looked + 1) if self.sweeping else monotonic()
@@ -260,6 +261,9 @@ class Batcher(_Counter):
         if _withdraw(self, ticket): self.stats.cancelled += 1
         else: self.stats.dropped += 1
         return True
+    def lose(self, fault):
+        "The device is gone: answer everything with the fault, and tell it"
+        _lose(self, fault)
     async def close(self,
         grace:float, # seconds
     )->int: # requests that were cut

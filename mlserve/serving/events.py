@@ -29,7 +29,7 @@ def write_line(
     return False
 
 # %% ../../nbs/serving/04_events.ipynb #4cf66b19
-_levels = {'error': ('internal_error', 'model_failed', 'worker_died', 'hung', 'broken', 'fault'),
+_levels = {'error': ('internal_error', 'model_failed', 'worker_died', 'hung', 'broken', 'fault', 'gpu_refused', 'gpu_lost'),
     'warning': ('refused', 'left_out', 'library', 'ignored', 'package_damaged', 'paused')}
 _level_of = {event: level for level,events in _levels.items() for event in events}
 always = {} # fields of every line: who this process is

@@ -19,6 +19,8 @@ class Lifecycle:
     package: object = None # the verified package
     model: object = None # the loaded model: `predict`, `devices`
     device: object = None # the claimed device
+    probe: object = None # a kernel on it that proves it; None on the CPU
+    placement: dict|None = None # on a GPU: where the model is, and what it takes
     golden: object = None # how the golden output compared
     batcher: object = None # what runs the model: `submit_nowait`
     inference: object = None # the typed call that every route makes
@@ -80,7 +82,7 @@ def health(
     d,g,p = life.device,life.golden,life.package
     out = {'status': life.state, 'model': p.name if p else None, 'version': settings.model_version or None, 'package': p.digest if p else None,
         'image': settings.image or None, 'device': dict(vars(d)) if d else None, 'model_devices': life.model.devices() if life.model else [],
-        'phases': {k: round(v, 4) for k,v in life.phases.items()},
+        'placement': life.placement, 'phases': {k: round(v, 4) for k,v in life.phases.items()},
         'golden': {'passed': bool(g.passed), 'max_abs': float(g.max_abs)} if g else None}
     return out | ({'error': life.error.message} if life.error else {})
 

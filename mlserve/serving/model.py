@@ -9,8 +9,9 @@ __all__ = ['Model', 'load_model']
 from dataclasses import dataclass
 import numpy as np
 from ..errors import InvalidInput, MlserveError, ModelFailed
-from ..package import Package, load_package, load_program
+from ..package import Package, golden, load_package, load_program
 from .device import torch_name
+from .framework import check_framework
 from ..tensors import DATATYPES, TensorSpec, check_tensors
 
 # %% ../../nbs/serving/02_model.ipynb #491f4f79
@@ -21,6 +22,7 @@ class Model:
     program: object # what runs: `run`, `devices`, `sync`
     device: str # 'cpu' or 'cuda:0'
     handler: object=None # a `Handler`: the notebook's pre- and post-processing, where the package has it
+    placement: dict|None=None # on a GPU: where parameters and outputs are, or which providers ran the nodes
     def predict(self,
         arrays:dict, # inputs by name, each [rows, …]
     )->dict: # outputs by name, each [rows, …]
@@ -63,12 +65,17 @@ def load_model(
     threads:int|None=None, # CPU threads of one forward pass; the library's own choice by default
 )->Model: # ready to predict, not yet warm
     "Put a package's program on a device"
-    place = torch_name(device)
-    handler = None
+    place,handler = torch_name(device),None
+    check_framework(package.format, device)
     if package.handler:
         from mlserve.handler import read_handler
         handler = read_handler(package.path)
-    return Model(package, load_program(package, place, threads, handler), place, handler)
+    program = load_program(package, place, threads, handler)
+    return Model(package, program, place, handler, _placed(package, program) if place != 'cpu' else None)
+def _placed(package, program)->dict:
+    "Where the program is, seen in one pass over the golden rows"
+    inputs,_ = golden(package)
+    return program.placement({s.name: inputs[s.name] for s in package.inputs}, [s.name for s in package.outputs])
 
 # %% ../../nbs/serving/02_model.ipynb #f6b1a54c
 def _column(data, spec)->np.ndarray:

@@ -9,6 +9,7 @@ __all__ = ['exposition', 'statistics']
 from prometheus_client import generate_latest
 from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from .metrics import COUNTERS, GAUGES, HISTOGRAMS, PHASES, STATUSES, Numbers
+from .nvml import GPU_METRICS, counters
 from .usage import USAGE, usage
 
 # %% ../../nbs/serving/04_scrape.ipynb #6808c41b
@@ -32,7 +33,7 @@ def _histogram(n, name):
 _over = {'ready': min, 'oldest_pending_seconds': max} # how the workers' gauges become one, where they are not added
 class _Collector:
     "What the client library asks for the numbers"
-    def __init__(self, numbers, about, cache): self.numbers,self.about,self.cache = numbers,about,cache
+    def __init__(self, numbers, about, cache, bus): self.numbers,self.about,self.cache,self.bus = numbers,about,cache,bus
     def collect(self):
         n = self.numbers
         yield _info(self.about)
@@ -46,11 +47,19 @@ class _Collector:
         for p in PHASES: phases.add_metric([p], max(r[n.at['phase_' + p]] for r in n.rows))
         yield phases
         yield from _usage(self.cache)
+        if self.bus: yield from _gpu(counters(self.bus))
 def _info(about):
     "One series that carries what is served as labels"
     family = GaugeMetricFamily('mlserve_info', 'What is served', labels=list(about))
     family.add_metric([str(v) for v in about.values()], 1)
     return family
+def _gpu(found):
+    "What NVML counts of the GPU, as far as it does"
+    for name,value in found.items():
+        label = {'gpu_throttled': 'reason', 'gpu_ecc_errors': 'kind'}.get(name)
+        family = (CounterMetricFamily if label == 'kind' else GaugeMetricFamily)('mlserve_' + name, GPU_METRICS[name], labels=[label] if label else None)
+        for key,number in value.items() if label else [((), value)]: family.add_metric([key] if label else [], number)
+        yield family
 def _usage(cache):
     "What the container uses, as far as the kernel tells it"
     for name,value in usage(cache).items():
@@ -60,12 +69,13 @@ def _usage(cache):
 # %% ../../nbs/serving/04_scrape.ipynb #8d5912fd
 def exposition(
     numbers:Numbers, # of any worker
-    about:dict, # labels of `mlserve_info`: model, version, image, package
+    about:dict, # labels of `mlserve_info`: model, version, image, package, device
     cache:str='', # folder of packages from a store, if there is one
+    bus:str='', # PCI address of the GPU, if there is one
 )->bytes: # Prometheus text
     "The numbers of all workers, as Prometheus reads them"
     registry = CollectorRegistry()
-    registry.register(_Collector(numbers, about, cache))
+    registry.register(_Collector(numbers, about, cache, bus))
     return generate_latest(registry)
 
 # %% ../../nbs/serving/04_scrape.ipynb #b5cca65a

@@ -65,9 +65,10 @@ def error_from(
     code:int, # how it ended
 )->MlserveError: # with the sentence of the last line
     "The failure a server reported, as the class it was"
-    try: message = json.loads(text.strip().splitlines()[-1])['error']
-    except (ValueError, LookupError, TypeError): message = f'The server ended with code {code}: {text[-400:]}'
-    return _classes.get(code, MlserveError)(message)
+    try: said = json.loads(text.strip().splitlines()[-1]); message = said['error']
+    except (ValueError, LookupError, TypeError): said,message = {},f'The server ended with code {code}: {text[-400:]}'
+    reason = {'reason': said.get('reason', '')} if code == GpuRefused.code else {}
+    return _classes.get(code, MlserveError)(message, **reason)
 
 # %% ../../nbs/serving/06_server.ipynb #119c2501
 def free_port()->int: # a port that was free a moment ago

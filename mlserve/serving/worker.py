@@ -9,7 +9,7 @@ __all__ = ['step', 'load', 'compute_threads', 'start', 'publish', 'sign', 'pulse
 import asyncio, contextlib, gc, logging, os, re, signal, sys, time
 from functools import partial
 import uvloop
-from ..errors import LocalResource, MlserveError, ModelFailed, UsageError
+from ..errors import GpuRefused, LocalResource, MlserveError, ModelFailed, UsageError
 from ..package import golden
 from ..settings import Settings
 from ..tensors import dtype_of
@@ -17,15 +17,16 @@ from .app import create_app, create_metrics_app
 from .batcher import Batcher
 from .board import CUT, OPEN, Board, beat
 from .capacity import plan
-from .device import claim
 from .events import always, keep_stderr, log, lost, trace
 from .fork import guard_forks
+from .gpu_watch import computes, watch_gpu
 from .head import Token, limits_of
 from .helper import Helper
 from .intake import decode
 from .lifecycle import PROBES, Lifecycle
 from .listener import Later, Listener
 from .metrics import PHASES, Numbers
+from .probe import claim_and_prove, take_room
 from .proving import keep_proving
 from .rehearsal import rehearse
 from .routes import ROUTES, Inference, own_route, paths
@@ -52,12 +53,15 @@ def load(
 )->None: # `life` is complete, or an error was raised
     "Device, package, model, warm-up, proof"
     if settings.device != 'cpu' and settings.workers > 1: raise UsageError(f'MLSERVE_WORKERS is {settings.workers} on {settings.device}; a GPU has one owner.')
-    with step(life, 'device'): life.device = claim(settings.device, settings.required_gpus)
+    with step(life, 'device'): life.device,life.probe = claim_and_prove(settings.device, settings.required_gpus)
+    cpu,free = life.device.kind == 'cpu',life.probe.free() if life.probe else 0
+    if not cpu: log('gpu', **vars(life.device), free_mb=free >> 20)
     with step(life, 'package'): life.package = open_package(settings, progress=log)
+    if not cpu: take_room(life.probe, sum(f.stat().st_size for f in life.package.path.iterdir() if f.name != 'golden.safetensors'))
     with step(life, 'import'): from mlserve.serving.model import load_model
-    cpu = life.device.kind == 'cpu'
     with step(life, 'load'): model = load_model(life.package, life.device, 1 if cpu else settings.threads)
     with step(life, 'warm'): life.batcher = _batcher(life, model, settings, cpu)
+    if not cpu: life.placement = (model.placement or {}) | {'memory_mb': free - life.probe.free() >> 20}
     with step(life, 'golden'): life.golden = prove(model, life.package)
     life.rows = tuple(tile(a, 1) if life.package.batch else a for a in golden(life.package))
     life.model = model
@@ -83,7 +87,7 @@ def _batcher(life, model, settings, cpu):
     log('capacity', max_batch=found.max_batch, inline=cpu and found.inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in life.package.outputs}
     return Batcher(model.forward, found.max_batch, settings.max_delay_ms, settings.queue, threads, cpu and found.inline,
-        expected, prepare, _free_memory, joined=life.package.batch)
+        expected, prepare, _free_memory, partial(computes, life.probe), joined=life.package.batch)
 
 # %% ../../nbs/serving/05_worker.ipynb #ada70da0
 def _unforeseen(life, error):
@@ -102,7 +106,9 @@ async def start(
     try:
         await asyncio.get_running_loop().run_in_executor(life.thread, load, life, settings)
         if rest: await rest()
-    except MlserveError as e: life.state,life.error = 'failed',e
+    except MlserveError as e:
+        life.state,life.error = 'failed',e
+        if isinstance(e, GpuRefused): log('gpu_refused', step=life.phase, reason=e.reason, error=e.message)
     except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit) as e: life.state,life.error = 'failed',_unforeseen(life, e)
     else:
         life.phases['total'] = time.perf_counter() - began
@@ -226,9 +232,9 @@ async def serve(
     life.batcher.on_fault = lambda error: _fault(life, error)
     listeners[0].routes = paths(life.package.name, settings.model_version) | ({b'/handle': own} if (own := own_route(life.model)) else {})
     if late: await _open(listeners, sockets, row)
-    proving = asyncio.ensure_future(keep_proving(life, settings.prove_seconds))
+    asked = [asyncio.ensure_future(a) for a in (keep_proving(life, settings.prove_seconds), watch_gpu(life, settings.prove_seconds, settings.hang_seconds))]
     await stop.wait()
-    proving.cancel()
+    for a in asked: a.cancel()
     return await _drain(life, listeners, settings, row)
 
 # %% ../../nbs/serving/05_worker.ipynb #9ddd3436
