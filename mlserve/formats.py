@@ -145,12 +145,6 @@ def _encode(array:np.ndarray)->np.ndarray:
     out = np.empty(array.shape, object)
     out.flat[:] = [s.encode() for s in array.flat]
     return out
-def _nodes(events:list)->dict:
-    "How often each operator ran, by provider, in a profile of onnxruntime"
-    found = {}
-    for e in events:
-        if e.get('cat') == 'Node' and (p := e['args'].get('provider')): found.setdefault(p, Counter())[e['args'].get('op_name', '?')] += 1
-    return found
 @dataclass(frozen=True)
 class OnnxProgram:
     "An onnxruntime session that takes and gives arrays"
@@ -211,3 +205,11 @@ def read_program(
     except Exception as e:
         if type(e).__name__ == 'OutOfMemoryError': raise GpuRefused(f'The model does not fit into the memory of {device}.', reason='too_little_memory') from e
         raise ModelFailed(f'{file} cannot be loaded on {device}: {str(e).strip()[:500] or type(e).__name__}') from e
+
+# %% ../nbs/04_formats.ipynb #cc7e3779
+def _nodes(events:list)->dict:
+    "How often each operator ran, by provider, in a profile of onnxruntime"
+    found = {}
+    for e in events:
+        if e.get('cat') == 'Node' and (p := e['args'].get('provider')): found.setdefault(p, Counter())[e['args'].get('op_name', '?')] += 1
+    return found

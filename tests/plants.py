@@ -567,6 +567,35 @@ def a_lost_device_is_like_others(put):
 
 
 @plant
+def nobody_watches_the_gpu(put):
+    async def watch(*args):
+        pass
+    put("serving.worker.watch_gpu", watch)
+
+
+@plant
+def a_lost_gpu_answers_nobody(put):
+    import os
+    put("serving.gpu_watch.lose_gpu", lambda *args: os._exit(70))
+
+
+@plant
+def every_error_of_cuda_is_the_end(put):
+    put("serving.worker.computes", lambda probe: False)
+
+
+@plant
+def results_are_not_compared(put):
+    put("serving.probe._run", lambda probe, factor: [(factor + 1) * i for i in range(1024)])
+
+
+@plant
+def memory_is_believed(put):
+    good = now("serving.probe.Probe.ask")
+    put("serving.probe.Probe.ask", lambda self, function, *args: None if function == "cuMemAlloc_v2" and args[1].value > 2**20 else good(self, function, *args))
+
+
+@plant
 def the_dead_are_not_replaced(put):
     put("serving.watchdog._ended", never)
 

@@ -21,6 +21,7 @@ import test_conformance
 import test_decoding
 import test_endurance
 import test_evaluation
+import test_gpu
 import test_http_limits
 import test_invariance
 import test_isolation
@@ -34,7 +35,7 @@ import torch
 HERE = Path(__file__).parent
 H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
 T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
-Y, K = test_decoding, test_pipelining
+Y, K, G = test_decoding, test_pipelining, test_gpu
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "otherwise than the live model"),
@@ -120,6 +121,12 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("E8", B.test_E8_E9_memory_runs_out_and_a_half_fits, {"error": MemoryError()}, "memory_errors_are_like_others", "seen ==|all"),
     ("E9", B.test_E9_a_lost_device_ends_the_work, {}, "a_lost_device_is_like_others", "DeviceLost"),
     ("E9", B.test_E9_a_wrapped_error_is_recognised, {}, "only_the_outer_error_is_looked_at", "Unavailable"),
+    ("E9", G.test_E9_a_gpu_that_is_lost_while_nobody_asks_ends_the_server, {"fault": "cuStreamSynchronize=719", "reason": "kernel_failed"}, "nobody_watches_the_gpu", HELD),
+    ("E9", G.test_E9_who_waits_for_a_lost_gpu_is_told_503, {}, "a_lost_gpu_answers_nobody", "disconnected|ReadError"),
+    ("E9", G.test_E9_an_error_of_cuda_ends_the_server_when_the_gpu_no_longer_computes, {}, "every_error_of_cuda_is_the_end", "503 == 500"),
+    ("E9", G.test_E9_memory_of_the_gpu_that_runs_out_is_503_and_counted, {}, "memory_errors_are_like_others", "500 == 503"),
+    ("E14", G.test_E14_each_refusal_has_its_reason_its_sentence_and_its_mend, {"words": "wrong=1", "asked": {}, "reason": "wrong_result", "said": ""}, "results_are_not_compared", "DID NOT RAISE"),
+    ("E14", G.test_E14_memory_is_really_taken, {}, "memory_is_believed", "DID NOT RAISE"),
     ("E10", S.test_E10_a_killed_worker_is_replaced_and_five_times_in_a_minute_is_the_end, {}, "the_dead_are_not_replaced", HELD),
     ("E10", S.test_E10_a_killed_worker_is_replaced_and_five_times_in_a_minute_is_the_end, {}, "the_dead_are_replaced_for_ever", HELD),
     ("E11", B.test_E11_the_wall_clock_may_jump, {"jump": 3600}, "deadlines_by_the_wall_clock", "done"),
@@ -202,6 +209,7 @@ def failure(test, stack, double, tmp_path, monkeypatch, given):
              "pool": lambda: stack.enter_context(concurrent.futures.ThreadPoolExecutor(64)),
              "server": lambda: stack.enter_context(serving.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
              "http": lambda: stack.enter_context(httpx.Client(base_url=ready["conformance"]().url, timeout=30, trust_env=False)),
+             "lib": lambda: G.load(G.build(tmp_path), monkeypatch), "on_gpu": lambda: stack.enter_context(G.serving_on(G.build(tmp_path), double, tmp_path)),
              "conformance": lambda: stack.enter_context(serving.Server(double, tmp_path, **C.SETTINGS))}
     wanted = {n: given[n] if n in given else ready[n]() for n in inspect.signature(test).parameters}
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:

@@ -26,10 +26,8 @@ from mlserve.serving.probe import open_probe, run_probe, take_room
 HOST = Signs(nodes=("nvidia-uvm", "nvidia0", "nvidia1", "nvidiactl"))
 
 
-@pytest.fixture(scope="session")
-def stand_in(tmp_path_factory):
-    "The folder of a libcuda.so.1 and a libnvidia-ml.so.1 that are ours"
-    folder = tmp_path_factory.mktemp("cuda")
+def build(folder):
+    "A libcuda.so.1 and a libnvidia-ml.so.1 that are ours, in a folder"
     compiler = shutil.which("cc") or shutil.which("gcc")
     assert compiler, "make test-tools installs a compiler"
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder / "libcuda.so.1", Path(__file__).parent / "fake_cuda.c"], check=True)
@@ -37,13 +35,37 @@ def stand_in(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def lib(stand_in, monkeypatch):
+def load(folder, monkeypatch):
     "The library in this process, and what it is told"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    library = ctypes.CDLL(str(stand_in / "libcuda.so.1"))
+    library = ctypes.CDLL(str(folder / "libcuda.so.1"))
     library.told = lambda words: monkeypatch.setenv("FAKE_CUDA", words)
     return library
+
+
+def serving_on(folder, package, tmp_path):
+    "The real server with a pretended model on a pretended GPU, and the file by which the GPU is broken"
+    faults = tmp_path / "faults"
+    faults.write_text("")
+    server = Server(package, tmp_path, device="cuda", threads=1, prove_seconds=0.3, hang_seconds=2, LD_LIBRARY_PATH=folder, FAKE_CUDA_FILE=faults)
+    server.faults = faults
+    return server
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def lib(stand_in, monkeypatch):
+    return load(stand_in, monkeypatch)
+
+
+@pytest.fixture
+def on_gpu(stand_in, double, tmp_path):
+    with serving_on(stand_in, double, tmp_path) as server:
+        yield server
 
 
 def prove(lib, device="cuda", needed=1, seen=HOST, is_split=lambda: False):
@@ -105,6 +127,14 @@ def test_E14_memory_is_really_taken(lib):
         with pytest.raises(GpuRefused, match=f"needs at least {weights + 256} MiB of small .* 1000 are free") as e:
             take_room(probe, weights << 20)
         assert e.value.reason == reason
+
+
+def test_E14_control_a_gpu_that_is_only_listed_is_taken_for_one_that_computes(lib, monkeypatch):
+    from mlserve.serving import probe
+    monkeypatch.setattr(probe, "run_probe", lambda probe: 0.0)
+    for words in ("wrong=1", "idle=1", "cuLaunchKernel=719", "cuStreamSynchronize=700"):
+        lib.told(words)
+        assert prove(lib)
 
 
 def serve(stand_in, package, words="", **settings):
@@ -179,16 +209,6 @@ def test_E14_nodes_of_onnxruntime_that_fell_back_are_named(tmp_path, ran, fell_b
 
 
 # E9: a GPU that is lost while it serves
-
-
-@pytest.fixture
-def on_gpu(stand_in, double, tmp_path):
-    "The real server with a pretended model on a pretended GPU, and the file by which the GPU is broken"
-    faults = tmp_path / "faults"
-    faults.write_text("")
-    with Server(double, tmp_path, device="cuda", threads=1, prove_seconds=0.3, hang_seconds=2, LD_LIBRARY_PATH=stand_in, FAKE_CUDA_FILE=faults) as server:
-        server.faults = faults
-        yield server
 
 
 def test_health_and_metrics_tell_the_gpu(on_gpu):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import EXAMPLE, last_json, mlserve
+from mlserve.errors import gpu_reasons
 
 NETWORK = f"mlserve-tests-{os.getpid()}"  # of this run of the tests alone
 HARDENED = ["--read-only", "--tmpfs", "/tmp:rw,noexec,nosuid,nodev,size=64m", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
@@ -114,6 +115,7 @@ def test_a_check_that_cannot_run_leaves_the_record_as_it_was(release, environmen
     before = client.get_model_version("digits", release["version"]).tags
     done = mlserve("check", "digits", "--version", release["version"], "--device", device, env=environment)
     assert done.returncode == last_json(done.stderr)["code"] == code, done.stderr[-3000:]
+    assert code != 9 or last_json(done.stderr)["reason"] in gpu_reasons
     assert client.get_model_version("digits", release["version"]).tags == before
     done = mlserve("promote", "digits", "--version", release["version"], env=environment)
     assert done.returncode == 0 and done.stdout.strip() == release["image"]

@@ -105,7 +105,7 @@ def started(
         except docker.errors.APIError as e:
             text = str(e.explanation or e).strip().rstrip('.')
             if 'device driver' in text or 'gpu' in text.lower():
-                raise GpuRefused(f'The engine cannot give a GPU: {text[:200]}.', mend='Use a host with a GPU and the NVIDIA Container Toolkit.') from None
+                raise GpuRefused(f'The engine cannot give a GPU: {text[:200]}.', mend='Use a host with a GPU and the NVIDIA Container Toolkit.', reason='no_toolkit') from None
             raise LocalResource(f'The container does not start: {text[:300]}.') from None
         yield container
     except KeyboardInterrupt:
@@ -127,10 +127,11 @@ def exit_error(
 )->MlserveError: # of the class that the code names
     "What a container's end means"
     lines = [l for l in log.strip().splitlines() if l.strip()]
-    try: said = json.loads(lines[-1])['error']
-    except (IndexError, ValueError, KeyError, TypeError): said = lines[-1][:300] if lines else 'it printed nothing'
+    try: last = json.loads(lines[-1]); said = last['error']
+    except (IndexError, ValueError, KeyError, TypeError): last,said = {},lines[-1][:300] if lines else 'it printed nothing'
     if oom: said = f'it was killed for memory; {said}'
-    return by_code(code)(f"The container ended with code {code} before it was ready: {said.rstrip('. ')}.")
+    why = {'reason': str(last.get('reason', ''))} if code == GpuRefused.code else {}
+    return by_code(code)(f"The container ended with code {code} before it was ready: {said.rstrip('. ')}.", **why)
 def by_code(
     code:int, # an exit code
 )->type: # a class of the family; `CheckFailed` when no class has it

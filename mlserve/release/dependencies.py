@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ..errors import IntegrityError, LocalResource, RemoteUnavailable, Refused
 from ..package import load_environment
-from .flavour import check_build, pinned, same_version
+from .flavour import check_build, named_for, pinned, required_for, same_version
 
 # %% ../../nbs/release/01_dependencies.ipynb #f2c3f721
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def requirements_of(
     package, # the model package; its `format` says which framework
     extra=(), # further requirements of the model
     place:str='', # where the server reads the package: a path, `s3://…`, `gs://…`, `az://…` or `models:/…`
+    device:str='cpu', # of the image, `cpu` or `cuda`
 )->list[str]: # sorted requirement lines
     "What has to be installed to serve a package"
     scheme = place.partition(':')[0] if ':' in place else ''
@@ -49,7 +50,7 @@ def requirements_of(
         r = Requirement(line)
         if r.marker and not any(r.marker.evaluate({'extra': w}) for w in wings): continue
         r.marker = None
-        found.add(str(r))
+        found.add(required_for(str(r), device))
     return sorted(found)
 
 # %% ../../nbs/release/01_dependencies.ipynb #3f13b098
@@ -244,7 +245,8 @@ def constraints_of(
 )->dict: # name → version, as pip takes it behind `==`
     "The versions an image is held to"
     free = set(map(canonicalize_name, allow))
-    held = {c: v for n,v in environment['packages'].items() if (c := canonicalize_name(n)) not in free}
+    held = {named_for(canonicalize_name(n), device): v for n,v in environment['packages'].items() if canonicalize_name(n) not in free}
+    held = {n: v for n,v in held.items() if n not in free}
     return {n: pinned(n, v, device) for n,v in held.items()} if device else held
 
 # %% ../../nbs/release/01_dependencies.ipynb #24dc3a99
@@ -256,7 +258,7 @@ def check_lock(
 )->None:
     "Refuse a lock whose numeric packages differ from training, or are built for another device"
     check_build(lock.packages, device)
-    held = constraints_of(environment, allow)
+    held = {named_for(n, device): v for n,v in constraints_of(environment, allow).items()}
     for name in sorted(numeric & set(held) & set(lock.packages)):
         if same_version(held[name], lock.packages[name]): continue
         raise Refused(f'The lock has {name} {lock.packages[name]}; the model was trained with {name} {held[name]}.',
@@ -274,7 +276,7 @@ def resolve(
     network:Network=Network(), # the way to the index
 )->tuple: # the lock, and the folder of its wheels
     "The lock of an image, held to training, and its wheels on this disk"
-    trained,asked = load_environment(package),requirements_of(package, extra, place)
+    trained,asked = load_environment(package),requirements_of(package, extra, place, device)
     found = lock(asked, constraints_of(trained, allow, device), target, Path(state)/'locks', spared_of(package.format), network)
     check_lock(found, trained, allow, device)
     return found, vendor(found, target, Path(state)/'wheels', network)
