@@ -55,6 +55,7 @@ CALL(cuDevicePrimaryCtxRetain, void **context, int device) *context = (void *)1;
 CALL(cuDevicePrimaryCtxRelease_v2, int device) return 0; }
 CALL(cuCtxPushCurrent_v2, void *context) return 0; }
 CALL(cuCtxPopCurrent_v2, void **context) return 0; }
+CALL(cuThreadExchangeStreamCaptureMode, int *mode) return 0; }
 CALL(cuMemGetInfo_v2, size_t *free, size_t *total) *free = (size_t)told("free", 16000) << 20; *total = (size_t)told("total", 16384) << 20; return 0; }
 CALL(cuMemAlloc_v2, Pointer *at, size_t size)
     if (size >> 20 > (size_t)told("most", 16000)) return 2;

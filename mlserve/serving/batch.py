@@ -74,18 +74,19 @@ def _causes(error):
     while error is not None:
         yield error
         error = error.__cause__
+_memory = re.compile(r'out of memory|not enough memory|(can.t|failed to) allocate memory|STATUS_ALLOC_FAILED|smaller than requested bytes', re.I)
+_device = re.compile(r'CUDA (driver )?(error|failure)|Triton Error .CUDA|CUDNN_STATUS_(EXECUTION|INTERNAL)|device-side assert')
 def out_of_memory(
     error:BaseException, # raised by the model
 )->bool: # whether a smaller batch may pass
     "Did memory run out, of the host or of the device?"
-    words = re.compile(r'out of memory|not enough memory|(can.t|failed to) allocate memory', re.I)
-    return any(isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' or words.search(str(e)) for e in _causes(error))
+    return any(isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError' or _memory.search(str(e)) for e in _causes(error))
 def device_lost(
     error:BaseException, # raised by the model
-)->bool: # whether every further call would fail as well
-    "Did the device fail in a way that stays?"
+)->bool: # whether every further call may fail as well
+    "May the device have failed in a way that stays?"
     if out_of_memory(error): return False
-    return any(type(e).__name__ == 'AcceleratorError' or re.search(r'CUDA (error|failure)|device-side assert', str(e)) for e in _causes(error))
+    return any(type(e).__name__ == 'AcceleratorError' or _device.search(str(e)) for e in _causes(error))
 
 # %% ../../nbs/serving/03_batch.ipynb #af87d45f
 class Runner:
