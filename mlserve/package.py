@@ -6,7 +6,7 @@
 __all__ = ['Package', 'load_package', 'golden', 'call_rows', 'load_environment', 'load_program', 'save_package']
 
 # %% ../nbs/04_package.ipynb #49239403
-import json, os, shutil, tempfile
+import json, os, tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,17 +6,28 @@
 __all__ = ['parameters_of', 'check_parameters', 'family', 'cell_error', 'shown_number', 'run_notebook', 'run_cells']
 
 # %% ../../nbs/release/04_notebook.ipynb #4ab55e9a
-import contextlib, difflib, json, logging, subprocess
+import contextlib, difflib, json, logging, subprocess, sys
 from pathlib import Path
 from ..errors import MlserveError, NotebookFailed, UsageError
+
+# %% ../../nbs/release/04_notebook.ipynb #5d1f0a32
+_optional = 'azure', 'boto3', 'gcsfs', 'pyarrow', 'rfc3987_syntax'
+def _papermill():
+    "Papermill, for notebooks that are files"
+    hidden = [name for name in _optional if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden)) # None is what the import system refuses
+    try: import papermill
+    finally:
+        for name in hidden: del sys.modules[name]
+    logging.getLogger('papermill').setLevel(logging.ERROR)
+    return papermill
 
 # %% ../../nbs/release/04_notebook.ipynb #b5488988
 def parameters_of(
     path, # of a notebook
 )->dict: # name → source text of the default
     "The parameters that a notebook has"
-    import papermill
-    logging.getLogger('papermill').setLevel(logging.ERROR)
+    papermill = _papermill()
     try: cells = json.loads(Path(path).read_text())['cells']
     except FileNotFoundError: raise UsageError(f'There is no notebook {path}.') from None
     except (ValueError, KeyError, TypeError, OSError): raise UsageError(f'{path} is not a notebook: it holds no JSON with cells.') from None
@@ -87,7 +98,7 @@ def run_notebook(
     out, # the executed copy
 )->Path: # `out`
     "Run a notebook with values for its parameters, and keep what it showed"
-    import papermill
+    papermill = _papermill()
     from papermill.exceptions import PapermillExecutionError
     path,out = Path(path).absolute(),Path(out).absolute()
     check_parameters(path, parameters)
