@@ -78,9 +78,9 @@ def device_of(
     health:dict, # of the health route
 )->tuple: # kind, and a name for people
     "The device that a server says it runs on"
-    said = health.get('device') or {}
-    if isinstance(said, str): said = {'kind': said.partition(':')[0], 'name': said}
-    return said.get('kind',''), said.get('name') or said.get('kind','')
+    device = health.get('device') or {}
+    if isinstance(device, str): device = {'kind': device.partition(':')[0], 'name': device}
+    return device.get('kind',''), device.get('name') or device.get('kind','')
 
 # %% ../../nbs/release/06_check.ipynb #9a65a0ff
 def placed_on_gpu(
@@ -128,11 +128,11 @@ def agree(
     nan:bool=False, # NaN is an answer
 )->dict: # `max_abs`, `max_rel`
     "Differences within the tolerance, or `CheckFailed`"
-    found = compare(expected, got, tolerance['rtol'], tolerance['atol'], nan)
-    if not found.passed:
-        raise CheckFailed(f"The {what} answers of the container differ from the notebook's: {found.where} is off by {found.max_abs:.3g} "
+    difference = compare(expected, got, tolerance['rtol'], tolerance['atol'], nan)
+    if not difference.passed:
+        raise CheckFailed(f"The {what} answers of the container differ from the notebook's: {difference.where} is off by {difference.max_abs:.3g} "
             f"(allowed: rtol {tolerance['rtol']:g}, atol {tolerance['atol']:g}).")
-    return {'max_abs': float(found.max_abs), 'max_rel': float(found.max_rel)}
+    return {'max_abs': float(difference.max_abs), 'max_rel': float(difference.max_rel)}
 
 # %% ../../nbs/release/06_check.ipynb #fe4dcf81
 def finite(
@@ -157,17 +157,17 @@ def ask(
     inputs,outputs = golden(package)
     rows,nan = call_rows(package),bool(package.nonfinite)
     placement = placed_on_gpu(health) if kind == 'cuda' else {}
-    found = {'device': kind, 'device_name': name, 'placement': placement, 'golden': agree('golden', outputs, replay(client, inputs, rows), package.tolerance, nan)}
+    same = agree('golden', outputs, replay(client, inputs, rows), package.tolerance, nan)
+    fields = {'device': kind, 'device_name': name, 'placement': placement, 'golden': same}
     if holdout:
         got,labels = replay(client, holdout['inputs'], rows),holdout['labels']['labels']
-        found |= {'rows': len(labels), 'holdout': agree('held-back', holdout['outputs'], got, package.tolerance, nan)}
-        if reading: found |= {'reading': str(reading), 'metrics': _numbers(reading, holdout['outputs'], got, labels)}
-    return finite(found) | {'latency_ms': latency(client, inputs, rows=1 if package.batch else rows)}
+        fields |= {'rows': len(labels), 'holdout': agree('held-back', holdout['outputs'], got, package.tolerance, nan)}
+        if reading: fields |= {'reading': str(reading), 'metrics': _numbers(reading, holdout['outputs'], got, labels)}
+    return finite(fields) | {'latency_ms': latency(client, inputs, rows=1 if package.batch else rows)}
 def _numbers(reading, expected, got, labels):
     columns = {'notebook': measure(reading, expected, labels), 'container': measure(reading, got, labels),
         'baseline': baseline(reading, labels)}
     return {n: {**{k: numbers[n] for k,numbers in columns.items()}, 'production': None} for n in columns['notebook']}
-
 
 # %% ../../nbs/release/06_check.ipynb #155f5c81
 def run_image(
