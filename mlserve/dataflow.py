@@ -62,15 +62,9 @@ def _written(func, args)->list:
 def _sizes_by_values(func, args)->bool:
     "Whether the size of what an operation gives depends on values"
     import torch
-    if func is torch.ops.aten._pack_padded_sequence.default: return True
     if torch.Tag.dynamic_output_shape not in func.tags: return False
     return func is not torch.ops.aten.index.Tensor or any(i.dtype in (torch.bool, torch.uint8) for i in _tensors(args[1]))
 def _sized(tensor)->bool: return getattr(tensor, '_sized_by_values', False)
-def _many(func, args, given)->bool:
-    "Whether an operation gives as many tensors as values say"
-    lists = any(str(r.type) == 'List[Tensor]' for r in func._schema.returns)
-    dims = [a for a,s in zip(args, func._schema.arguments) if s.name == 'dim']
-    return lists and (dims or [0])[0] == 0 and any(map(_sized, given))
 
 # %% ../nbs/04_dataflow.ipynb #6b661245
 _no_values = re.compile(r'_?is_\w+|sym_\w+|_?has_\w+|q_\w+|qscheme|(dense_|sparse_|n|)dim\w*|element_size|get_device|type|storage_offset|stride'
@@ -104,6 +98,7 @@ class _Conversions:
 # %% ../nbs/04_dataflow.ipynb #044e5fc1
 _callbacks = {'apply_', 'map_', 'map2_'}
 _constants = {'tensor': 0, 'as_tensor': 0, 'asarray': 0, 'new_tensor': 1} # and the place of the values among the arguments
+_pieces = {'unbind': 1, 'split': 2, 'chunk': 2, 'unsafe_split': 2, 'unsafe_chunk': 2} # and the place of the dimension
 _counts = {'size', 'numel', 'nelement', '__len__'}
 class Flow:
     "Follows the values of inputs while a module is traced"
@@ -119,7 +114,6 @@ class Flow:
         written = _written(func, args)
         if threading.get_ident() != self.thread: self.lose(place()) # where nothing is recorded
         if _holds_values(func, given): self.taint.add(made + written)
-        if _many(func, args, given): self.lose(place())
         if not written and (_sizes_by_values(func, args) or any(map(_sized, given))): self.size(made)
         if not made and _recording() and _reads(func, out): self.waiting.append((place(), given[0]))
     def size(self, tensors):
@@ -149,8 +143,8 @@ def _called(flow:Flow, place, name:str, args:tuple, kwargs:dict, out):
     if name == 'one_hot' and (*args[1:], kwargs.get('num_classes', -1))[0] == -1 and flow.tainted(given): flow.size(made)
     if any(map(_sized, given)):
         if name in _counts or isinstance(out, torch.Size): flow.taint.add(made)
-        elif name in ('stride', '.nbytes'): flow.lose(place())
-        flow.size(t for t in made if not any(t is g for g in given))
+        elif name in ('stride', '.nbytes') or name in _pieces and (*args[_pieces[name]:], kwargs.get('dim', 0))[0] == 0: flow.lose(place())
+        if name == 'pad_sequence': flow.size(made)
     if _takes_out(flow, name, args, kwargs, made, out): flow.lose(place())
 
 # %% ../nbs/04_dataflow.ipynb #3369417d
