@@ -224,7 +224,7 @@ class Packed(torch.nn.Module):
         rows = torch.nn.utils.rnn.pack_padded_sequence(self.words(ids), mask.sum(1), batch_first=True, enforce_sorted=False)
         steps, (last, _) = self.layer(rows)
         steps, _ = torch.nn.utils.rnn.pad_packed_sequence(steps, batch_first=True, total_length=ids.shape[1])
-        return steps.amax(1) + torch.cat([*last], 1)
+        return steps.amax(1) + torch.cat([last[0], last[1]], 1)
 
 
 SIZED = {"packed": Packed, "hand-written": Sized, "BERT": lambda: bert("Bert", **SMALL), "RoBERTa": lambda: bert("Roberta", **SMALL),
