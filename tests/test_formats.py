@@ -559,6 +559,16 @@ def test_weight_norm_bags_and_packed_sequences_answer_as_before(tmp_path):
     assert np.allclose(answer, net(x).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("format", ["torchscript", "export"])
+def test_a_module_that_was_asked_with_gradients_is_saved(format, tmp_path):
+    "After training, weight_norm keeps a weight that deepcopy refuses"
+    net, x = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 3)), nn.ReLU()), torch.rand(4, 4)
+    net(x).sum().backward()
+    wanted, kept = net(x).detach().numpy(), net[0].weight
+    package = save_package(net, tmp_path / "p", "net", {"x": x}, ["y"], format=format)
+    assert np.allclose(load_program(package).run({"x": x.numpy()}, ["y"])["y"], wanted, atol=1e-6) and net[0].weight is kept
+
+
 def test_a_record_of_places_in_the_source_is_held_against_its_bytes(scripted, tmp_path):
     "Torch reads it only when it writes an error: a text of 2 GB that is not there took seconds and the memory"
     def change(entries):
