@@ -13,7 +13,7 @@ EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
 
 
 ENGINE = {"attest", "debug", "hardened", "image", "matrix", "memory", "refusals", "release", "cuda_image"}  # build images and run containers
-SERVERS = {"conformance", "handler"}  # ask servers, whenever they answer
+SERVERS = {"conformance", "gpu_check", "handler"}  # ask servers, whenever they answer
 SERVING = {"batcher", "clients", "controls", "decoding", "endurance", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
            "tracing"}  # ask servers, with a clock
 LANES = {"engine": ENGINE, "servers": SERVERS, "serving": SERVING}
