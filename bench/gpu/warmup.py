@@ -1,5 +1,6 @@
 """What the first request costs: in a fresh process without warm-up, and behind a server that says ready."""
 import json
+import re
 import subprocess
 import sys
 
@@ -48,8 +49,11 @@ def first_request(r, kind):
             start = wire.seconds(request)
             sizes[n] = start / median([wire.seconds(request) for _ in range(r.several(40, 5))])
         usual = median(taken)
+        warmed, outside = server.events("warmed")[-1], re.search(r"^mlserve_outside_graphs_total (\S+)", server.get("/metrics"), re.M)
         r.row("a server over HTTP", model=kind.name, ready_seconds=ready, first_ms=1000 * first, p50_ms=1000 * usual, first_by_p50=first / usual,
-              worst_first_of_a_size=max(sizes.values()), by_size={k: round(v, 2) for k, v in sizes.items()}, capacity=server.events("capacity")[-1:])
+              worst_first_of_a_size=max(sizes.values()),
+              by_size={k: round(v, 2) for k, v in sizes.items()}, max_batch=server.events("capacity")[-1]["max_batch"],
+              graphs=warmed["graphs"], left_out=warmed["left_out"], outside_graphs=outside[1])
         return first / usual
 
 
