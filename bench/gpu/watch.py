@@ -12,7 +12,8 @@ from gpu.serving import Server, Wire, body_of, packed, tensor_of
 
 def halved(r, kind):
     "A batch that does not fit is run in halves: the answers are those of the CPU"
-    from mlserve.serving.batch import Job, Runner, run as run_jobs
+    from mlserve.serving.batch import Job, Runner
+    from mlserve.serving.batch import run as run_jobs
     package = kind.package(r.work)
     model, reference = loaded(package, r.device), loaded(package, "cpu")
     jobs = [Job(kind.rows(1, i), 1) for i in range(64)]
