@@ -20,14 +20,15 @@ _magic = _pickles | {b'PK\x03\x04': 'a zip archive', b'\x93NUMPY': 'a NumPy file
     b'x\x9c': 'zlib data, as joblib writes', b'\x89HDF': 'an HDF5 file', b'\x7fELF': 'a native program', b'GGUF': 'a GGUF file'}
 def _found(file:Path)->str:
     "What a file appears to be"
-    with open(file, 'rb') as f: head = f.read(8)
+    with open(file, 'rb') as f: head = f.read(9)
     if zipfile.is_zipfile(file):
         names = [n.partition('/')[2] for n in zipfile.ZipFile(file).namelist()]
         if 'archive_format' in names: return 'a torch.export archive'
         if 'constants.pkl' in names: return 'TorchScript'
         if 'data.pkl' in names: return 'a pickle of torch.save'
     if not head: return 'an empty file'
-    if 0 < int.from_bytes(head, 'little') < file.stat().st_size and b'{' == file.open('rb').read(9)[8:]: return 'a safetensors file'
+    header = int.from_bytes(head[:8], 'little') # of a safetensors file: its size, and then JSON
+    if 0 < header < file.stat().st_size and head[8:] == b'{': return 'a safetensors file'
     return next((what for magic,what in _magic.items() if head.startswith(magic)), 'bytes of another kind')
 def _refuse(file:Path, wanted:str, why:str=''):
     "Refuse a file, saying what was found"
@@ -96,19 +97,27 @@ def _numbers(value)->list:
 def _listed(number:int, value)->int:
     "How many items a field of a tensor lists"
     if not isinstance(value, memoryview) or number == 6: return 1
-    return len(value) // {4: 4, 10: 8}[number] if number in (4, 10) else int((np.frombuffer(value, np.uint8) < 128).sum()) # the last byte of each number
+    if number in (4, 10): return len(value) // {4: 4, 10: 8}[number]
+    return int((np.frombuffer(value, np.uint8) < 128).sum()) # the last byte of each number
 def _check_data(file:Path, fields:dict):
     "Refuse a tensor whose data is not as long as it says"
-    kind,dims = fields.get(2, [0])[-1],[n for v in fields.get(1, ()) for n in _numbers(v)]
+    kind = fields.get(2, [0])[-1]
+    dims = [n for v in fields.get(1, ()) for n in _numbers(v)]
     place,items,size = _place(fields),math.prod(dims),_sizes.get(kind)
     name = bytes(fields.get(8, [b''])[-1]).decode(errors='replace')[:80]
     def no(found): raise Refused(f"'{file.name}' is refused. Its tensor '{name}' is described as {items} items; found {found}.")
     if any(n >= 2**63 for n in dims): no('a negative dimension')
     if size is None and kind != 8: return
-    if place.get('location'): _check_span(file, place, items * size, no) if size else no('text outside the file')
+    if place.get('location'):
+        if not size: no('text outside the file')
+        _check_span(file, place, items * size, no)
     elif 9 in fields and size:
         if len(fields[9][-1]) != items * size: no(f'{len(fields[9][-1])} bytes, for {items * size}')
-    elif (listed := sum(_listed(n, v) for n in (4, 5, 6, 7, 10, 11) for v in fields.get(n, ()))) != items: no(f'{listed}')
+    else:
+        listed = sum(_listed(n, v) for n in (4, 5, 6, 7, 10, 11) for v in fields.get(n, ()))
+        if listed != items: no(f'{listed}')
+
+# %% ../nbs/04_audit.ipynb #a3b0d302
 def _check_span(file:Path, place:dict, need:int, no):
     "Refuse a place outside the file that it names"
     try: offset,length = (int(place.get(k) or d) for k,d in (('offset', 0), ('length', need)))
@@ -184,7 +193,9 @@ def _is_operator(text:str)->bool:
 # %% ../nbs/04_audit.ipynb #aa1796dc
 def _is_tree(text:str)->bool:
     "Whether a serialised tree of inputs has plain containers only"
-    def plain(t): return t['type'] in (None, 'builtins.tuple', 'builtins.list', 'builtins.dict') and _is_plain('context', json.loads(t['context'] or 'null')) and all(map(plain, t['children_spec']))
+    def plain(node):
+        if node['type'] not in (None, 'builtins.tuple', 'builtins.list', 'builtins.dict'): return False
+        return _is_plain('context', json.loads(node['context'] or 'null')) and all(map(plain, node['children_spec']))
     try: return plain(json.loads(text)[1])
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError): return False
 def _is_plain(key:str, value)->bool:
@@ -207,6 +218,8 @@ def _check_weight(file:Path, key:str, described:dict, have:int):
     offset,size,stride = (json.loads(json.dumps(described[k]), object_hook=lambda d: d.get('as_int')) for k in ('storage_offset', 'sizes', 'strides'))
     if have % width or not fits(have // width, offset, size, stride):
         raise Refused(f"'{file.name}' is refused. Its weight '{key[:80]}' has {have} bytes, and is described as shape {size!s:.60} of {width} bytes each.")
+
+# %% ../nbs/04_audit.ipynb #a3b0d304
 def _check_sample(file:Path, data:bytes):
     "Refuse example inputs that are more than tensors"
     import io, torch
@@ -216,6 +229,8 @@ def _check_sample(file:Path, data:bytes):
         torch.load(io.BytesIO(data), weights_only=True)
     except Refused: raise
     except Exception as e: raise Refused(f"'{file.name}' is refused. Its example inputs are a pickle with more than tensors ({type(e).__name__}).") from None
+
+# %% ../nbs/04_audit.ipynb #a3b0d306
 def _check_export(file:Path):
     "Refuse a torch.export archive that could run anything but its graph"
     if _found(file) != 'a torch.export archive': _refuse(file, 'a torch.export archive')

@@ -9,7 +9,7 @@ __all__ = ['inflate', 'read_object', 'check_keys', 'may_hold_booleans', 'word_of
 import json, math, zlib
 import orjson
 import numpy as np
-from .errors import InvalidInput, ModelFailed, TooLarge, UnsupportedMedia
+from .errors import InvalidInput, TooLarge, UnsupportedMedia
 from .tensors import finite
 
 # %% ../nbs/02_body.ipynb #3d22499d

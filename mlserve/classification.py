@@ -24,5 +24,7 @@ def classify(
     if array.ndim != 2 or array.dtype.kind not in 'uif': raise InvalidInput(
         f'Classification is for outputs of rows and classes; this one is {datatype_of(array)} {list(array.shape)}.')
     ranked = np.where(np.isnan(array), -np.inf, array) if array.dtype.kind == 'f' else array
-    places = array.shape[1] - 1 - np.argsort(ranked[:, ::-1], axis=1, kind='stable')[:, ::-1][:, :top]
-    return objects([f'{_value(row[i])}:{i}'.encode() for row,best in zip(array, places) for i in best], places.shape)
+    mirrored = np.argsort(ranked[:, ::-1], axis=1, kind='stable')[:, ::-1] # stable from the right: of equals the first is best
+    places = array.shape[1] - 1 - mirrored[:, :top]
+    texts = [f'{_value(row[i])}:{i}'.encode() for row,best in zip(array, places) for i in best]
+    return objects(texts, places.shape)

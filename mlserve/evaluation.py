@@ -82,16 +82,16 @@ def form_of(
     labels:np.ndarray, # of `as_labels`
 )->str: # `labels`, `scores`, `probabilities`, `logits` or `numbers`; '' when they do not fit
     "How an output can be held against labels"
-    a,y,said = _flat(array),_plain(labels),named_form(output)
+    a,y,by_name = _flat(array),_plain(labels),named_form(output)
     same = a.shape == y.shape
     if object in (a.dtype, y.dtype): return 'labels' if a.dtype == y.dtype and same and y.ndim == 1 else ''
     if a.ndim == 2 and y.ndim == 1: return 'scores' if _whole(y) and 0 <= y.min() and y.max() < a.shape[1] else ''
     if not same: return ''
     whole = a.dtype.kind in 'biu' and y.dtype.kind in 'biu'
-    if y.ndim == 1 and (whole or (said == 'labels' and _whole(y) and _whole(a))): return 'labels'
+    if y.ndim == 1 and (whole or (by_name == 'labels' and _whole(y) and _whole(a))): return 'labels'
     if not _truths(y): return 'numbers'
     with np.errstate(invalid='ignore'): outside = bool(((a < 0) | (a > 1)).any())
-    return 'logits' if outside or said == 'logits' else 'probabilities'
+    return 'logits' if outside or by_name == 'logits' else 'probabilities'
 
 # %% ../nbs/04_evaluation.ipynb #ee7b952e
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Reading:
     def decide(self,
         array:np.ndarray, # answers of that output
     )->np.ndarray: # classes, truths or numbers
-        "What the answers amount to"
+        "The decisions that answers stand for"
         a = _flat(array)
         if self.form == 'scores': return np.where(np.isnan(a).any(1), -1, a.argmax(1))
         if self.form in ('labels', 'numbers'): return a
@@ -118,7 +118,7 @@ def _exact(a:np.ndarray, b:np.ndarray)->tuple:
     return tuple((np.where(np.isnan(x), -np.inf, x) if x.dtype.kind == 'f' else x).astype(object) for x in (a, b))
 
 # %% ../nbs/04_evaluation.ipynb #05cc04b4
-def _told(name, array):
+def _described(name, array):
     "Name, type, shape and bounds of an array, for a sentence"
     kind = 'text' if array.dtype == object else str(array.dtype)
     bounds = f', {array.min()} to {array.max()}' if array.dtype.kind in 'iu' else ''
@@ -128,10 +128,10 @@ def _fitting(outputs, labels):
     for name,array in outputs.items():
         columns = _flat(array).shape[1] if _flat(array).ndim > 1 else 1
         if form := form_of(name, array, labels): yield Reading(name, form, columns)
-def _said(reading):
+def _form_by_name(reading):
     "What an output is by its name, where the name fits what is there"
-    said = named_form(reading.output)
-    return said if (said == 'labels') == (reading.form == 'labels') else ''
+    form = named_form(reading.output)
+    return form if (form == 'labels') == (reading.form == 'labels') else ''
 def _alike(a, b):
     "Whether two outputs decide alike, but for ties"
     return a.shape == b.shape and np.mean(np.equal(*_exact(a, b))) >= 0.99
@@ -149,11 +149,11 @@ def read_target(
         outputs = {target: outputs[target]}
     readings = list(_fitting(outputs, labels))
     if not readings:
-        given = ', '.join(_told(n, a) for n,a in outputs.items())
-        raise UsageError(f"No output takes {_told('the labels', labels)}: {given}.",
+        given = ', '.join(_described(n, a) for n,a in outputs.items())
+        raise UsageError(f"No output takes {_described('the labels', labels)}: {given}.",
             mend='Classes are whole numbers that count the columns of an output, or what an output of labels gives; '
                 'numbers have the shape of their output.')
-    named = [r for form in _words for r in readings if _said(r) == form] or readings
+    named = [r for form in _words for r in readings if _form_by_name(r) == form] or readings
     first,*others = [r.decide(outputs[r.output]) for r in named]
     if all(_alike(first, d) for d in others): return named[0]
     raise UsageError(f"The labels fit several outputs, which decide differently: {', '.join(r.output for r in named)}.",
@@ -163,14 +163,16 @@ def read_target(
 def _classes(y, p):
     "Metrics of one class for each row"
     values,codes = np.unique(np.concatenate(_exact(y, p)), return_inverse=True)
-    right,said = np.split(codes.reshape(-1), 2)
-    hits,real,all_said = (np.bincount(c, minlength=len(values)) for c in (right[right == said], right, said))
-    recalls = hits[real > 0] / real[real > 0]
-    f1 = 2*hits / (real + all_said)
-    return {'accuracy': (right == said).mean(), 'balanced_accuracy': recalls.mean(), 'f1_macro': f1.mean()}
+    true,decided = np.split(codes.reshape(-1), 2)
+    def count(codes): return np.bincount(codes, minlength=len(values))
+    hits,rows,decisions = count(true[true == decided]),count(true),count(decided)
+    recalls = hits[rows > 0] / rows[rows > 0]
+    f1 = 2*hits / (rows + decisions)
+    return {'accuracy': (true == decided).mean(), 'balanced_accuracy': recalls.mean(), 'f1_macro': f1.mean()}
 def _several(y, p):
     "Metrics of several labels for each row"
-    hits,either = ((y == 1) & (p == 1)).sum(0),(y == 1).sum(0) + (p == 1).sum(0)
+    hits = ((y == 1) & (p == 1)).sum(0)
+    either = (y == 1).sum(0) + (p == 1).sum(0)
     return {'accuracy': (y == p).all(1).mean(), 'f1_macro': (2*hits / np.maximum(either, 1)).mean()}
 def _numbers(y, p):
     "Metrics of a regression"
@@ -184,8 +186,9 @@ def _numbers(y, p):
 # %% ../nbs/04_evaluation.ipynb #0bde3a72
 def _metrics(reading, y, p):
     "Metrics of decisions, by name"
-    found = (_numbers if reading.form == 'numbers' else _several if y.ndim > 1 else _classes)(y, p)
-    return {name: float(value) for name,value in found.items()}
+    if reading.form == 'numbers': values = _numbers(y, p)
+    else: values = (_several if y.ndim > 1 else _classes)(y, p)
+    return {name: float(value) for name,value in values.items()}
 def measure(
     reading:Reading, # of `read_target`
     outputs:dict, # answers by name, of a notebook or of a container

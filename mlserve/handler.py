@@ -41,13 +41,13 @@ def _import_error(e:BaseException)->ModelFailed:
 _allowed = 'allowed are a pydantic model, a list of one, and types such as str or list[float]'
 def _annotated(function, name:str)->TypeAdapter:
     "pydantic's view of the annotation `name` of a function"
-    said = f'{function.__name__} of handler.py has '
+    subject = f'{function.__name__} of handler.py has '
     try: hint = typing.get_type_hints(function).get(name)
-    except Exception as e: raise ModelFailed(f'{said}an annotation that cannot be read: {e}.') from e
+    except Exception as e: raise ModelFailed(f'{subject}an annotation that cannot be read: {e}.') from e
     what = 'a return value' if name == 'return' else f"a parameter '{name}'"
-    if hint in (None, typing.Any, object, type(None)): raise ModelFailed(f'{said}{what} without a type; {_allowed}.')
+    if hint in (None, typing.Any, object, type(None)): raise ModelFailed(f'{subject}{what} without a type; {_allowed}.')
     try: TypeAdapter(hint).json_schema()
-    except Exception as e: raise ModelFailed(f'{said}{what} of type {hint}, which JSON cannot carry; {_allowed}.') from e
+    except Exception as e: raise ModelFailed(f'{subject}{what} of type {hint}, which JSON cannot carry; {_allowed}.') from e
     return TypeAdapter(hint)
 
 # %% ../nbs/04_handler.ipynb #49d2fc4e
@@ -85,7 +85,7 @@ class Handler:
 _listed = 1000 # faults
 def _place(e:ValidationError)->str:
     "The first thing that pydantic found wrong, and where; to list a million takes seconds, so of many there is only the number"
-    if (count := e.error_count()) > _listed: return f' in {count} places.'
+    if (count := e.error_count()) > _listed: return f' in {count} places'
     first,*more = e.errors(include_url=False, include_input=False, include_context=False)
     at = '.'.join(map(str, first['loc']))[:120]
     return (f" at '{at}': " if at else ': ') + first['msg'][:300] + (f' ({len(more)} more)' if more else '')
@@ -101,6 +101,8 @@ def _check_size(body):
     "Refuse more values than can be read while others wait"
     if len(body) > _values and sum(map(body.count, (b',', b'[', b'{'))) > _values: raise TooLarge(
         f'The request holds more than {_values} values; send fewer, or long lists as one text in base64.')
+
+# %% ../nbs/04_handler.ipynb #a3b0d503
 def _decode(adapter:TypeAdapter, body:bytes):
     "A request from JSON"
     def refuse(word): raise InvalidInput(f'The request holds {word}, which is not JSON.')
@@ -112,6 +114,8 @@ def _decode(adapter:TypeAdapter, body:bytes):
     except ValidationError as e: raise InvalidInput(f'The request is not valid{_place(e)}.') from None
     except MlserveError: raise
     except BaseException as e: raise ModelFailed(f"The handler's request type raised {type(e).__name__}.") from e
+
+# %% ../nbs/04_handler.ipynb #a3b0d506
 def _prepare(function, request, inputs:tuple)->dict:
     "The model's inputs from a request"
     def guarded(request):
@@ -184,9 +188,9 @@ def _source(handler)->bytes:
 _trial = '''import sys; sys.path.insert(0, sys.argv[1])
 import json, pathlib; from mlserve import handler, errors
 file = pathlib.Path(sys.argv[2])
-try: handler._handler(handler._import(file, file.read_bytes())); said = None
-except errors.MlserveError as e: said = [e.message, e.mend]
-print(); print(json.dumps(said))'''
+try: handler._handler(handler._import(file, file.read_bytes())); failure = None
+except errors.MlserveError as e: failure = [e.message, e.mend]
+print(); print(json.dumps(failure))'''
 def _try(file:Path, seconds:float=120):
     "Load a handler in a process that has nothing but the installed packages"
     home = Path(importlib.util.find_spec('mlserve').submodule_search_locations[0]).parent
@@ -194,9 +198,9 @@ def _try(file:Path, seconds:float=120):
     with tempfile.TemporaryDirectory() as empty:
         try: done = subprocess.run(command, cwd=empty, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired: raise UsageError(f'handler.py did not load within {seconds:g} seconds.') from None
-    try: said = json.loads(done.stdout.splitlines()[-1])
+    try: failure = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError): raise UsageError(f'handler.py ended the process that loaded it, with code {done.returncode}: {done.stderr[-300:]}') from None
-    if said: raise UsageError(*said)
+    if failure: raise UsageError(*failure)
 
 # %% ../nbs/04_handler.ipynb #ba170cbe
 def write_handler(

@@ -79,7 +79,7 @@ LIVE,SAVED = 'live model','saved program'
 def reference_of(
     model, # what `save_package` was given
 )->str: # `live model` or `saved program`
-    "Whose answers a model's are"
+    "Whether a live model or a saved program answers"
     if isinstance(model, (str, Path)): return SAVED
     import torch
     return SAVED if isinstance(model, torch.jit.TracedModule) else LIVE
@@ -90,6 +90,8 @@ def beside(
 )->Path:
     "Where the held-back answers of a package lie"
     return Path(path).with_name(f'{Path(path).name}.holdout.safetensors')
+
+# %% ../nbs/04_holdout.ipynb #a3b0c103
 def write_holdout(
     file:Path, # to write
     package:str, # `sha256:…`, the package they belong to
@@ -100,14 +102,19 @@ def write_holdout(
     about = {'package': np.array([package.encode()], object), 'reference': np.array([reference.encode()], object)}
     save_tensors(file, about=about, **groups)
     file.chmod(0o644)
+
+# %% ../nbs/04_holdout.ipynb #a3b0c104
 def read_holdout(
     file:str|Path, # that `write_holdout` wrote
     package:str, # `sha256:…`, the package that is asked about
 )->tuple: # groups `inputs`, `outputs` and `labels`, and the reference
     "Held-back rows and answers of one package"
     groups = load_tensors(file)
-    try: about = {k: v[0].decode() for k,v in groups.pop('about').items()}; owner,reference = about['package'],about['reference']
-    except (KeyError, IndexError, AttributeError, UnicodeDecodeError) as e: raise IntegrityError(f'{file} was not written by save_package or log_package.') from e
+    try:
+        about = {k: v[0].decode() for k,v in groups.pop('about').items()}
+        owner,reference = about['package'],about['reference']
+    except (KeyError, IndexError, AttributeError, UnicodeDecodeError) as e:
+        raise IntegrityError(f'{file} was not written by save_package or log_package.') from e
     if owner != package:
         raise IntegrityError(f'{file} holds the answers of the package {owner}; the package here is {package}.',
             mend='Save the package again with its holdout, or delete the file.')
@@ -123,6 +130,8 @@ def check_beside(
     try: ours = not file.is_symlink() and 'about' in load_tensors(file)
     except MlserveError: ours = False
     if not ours: raise Refused(f'{file} is not a file of held-back answers, and will not be replaced.', mend='Move it, or choose another folder.')
+
+# %% ../nbs/04_holdout.ipynb #a3b0c107
 def move_beside(
     temp:Path, # the folder in which a package was made
     path:Path, # its place
@@ -131,6 +140,8 @@ def move_beside(
     if not beside(temp).exists(): return beside(path).unlink(missing_ok=True)
     with open(beside(temp), 'rb') as f: os.fsync(f.fileno())
     beside(temp).replace(beside(path))
+
+# %% ../nbs/04_holdout.ipynb #a3b0c109
 def discard(
     temp:Path, # the folder in which a package was made
 )->None:

@@ -5,9 +5,6 @@
 # %% auto #0
 __all__ = ['model_metadata', 'model_config', 'version_status', 'signature']
 
-# %% ../nbs/02_metadata.ipynb #d0b10004
-from .tensors import TensorSpec
-
 # %% ../nbs/02_metadata.ipynb #113307a5
 def model_metadata(
     name:str, # the model's name

@@ -6,7 +6,7 @@
 __all__ = ['Package', 'load_package', 'golden', 'call_rows', 'load_environment', 'load_program', 'save_package']
 
 # %% ../nbs/04_package.ipynb #49239403
-import json, os, shutil, tempfile
+import json, os, tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,16 +70,18 @@ def load_package(
     return _read_mlmodel(path, got)
 
 # %% ../nbs/04_package.ipynb #c317224f
-_golden_limit = 2**30
 def _as_described(file:Path, arrays:dict, specs:tuple)->dict:
     "Arrays that are what their specs describe, in the order of the call"
     if list(arrays) != [s.name for s in specs]:
         raise IntegrityError(f"{file} has {', '.join(arrays)[:200]}; the package describes {', '.join(s.name for s in specs)[:200]}.")
     for s in specs:
-        found = spec_of(s.name, arrays[s.name])
-        if (found.datatype, found.shape[1:]) != (s.datatype, s.shape[1:]):
-            raise IntegrityError(f"{file} has '{s.name}' as {found.datatype} {list(found.shape)}; the package describes {s.datatype} {list(s.shape)}.")
+        kept = spec_of(s.name, arrays[s.name])
+        if (kept.datatype, kept.shape[1:]) != (s.datatype, s.shape[1:]):
+            raise IntegrityError(f"{file} has '{s.name}' as {kept.datatype} {list(kept.shape)}; the package describes {s.datatype} {list(s.shape)}.")
     return arrays
+
+# %% ../nbs/04_package.ipynb #a3b0d103
+_golden_limit = 2**30
 def golden(
     package:Package, # a verified package
 )->tuple: # (inputs, outputs), each {name: array}
@@ -88,7 +90,8 @@ def golden(
     if file.is_file() and file.stat().st_size > _golden_limit: raise Refused(f"'{file.name}' has {file.stat().st_size} bytes; allowed are {_golden_limit}.")
     groups = load_tensors(file)
     if set(groups) != {'inputs', 'outputs'}: raise IntegrityError(f"{file} has {', '.join(groups)[:100] or 'nothing'}; inputs and outputs are needed.")
-    rows = {len(a) if a.ndim else 0 for arrays in groups.values() for a in arrays.values()}
+    arrays = [*groups['inputs'].values(), *groups['outputs'].values()]
+    rows = {len(a) if a.ndim else 0 for a in arrays}
     if len(rows) != 1 or not min(rows): raise IntegrityError(f'{file} has arrays of {sorted(rows)} rows; one number from 1 is needed.')
     inputs,outputs = (_as_described(file, groups[k], getattr(package, k)) for k in ('inputs', 'outputs'))
     check_width(package.tolerance, outputs)
@@ -98,14 +101,16 @@ def call_rows(
 )->int: # as many as the recorded example where rows belong together
     "How many rows of recorded data are asked in one call, in the notebook and in the container"
     return 32 if package.batch else len(next(iter(golden(package)[0].values())))
+
+# %% ../nbs/04_package.ipynb #a3b0d105
 def load_environment(
     package:Package, # a verified package
 )->dict: # as `environment` gave it at training time
     "The numerical stack the model was trained on"
-    try: found = json.loads(read_small(package.path/'environment.json'))
+    try: stack = json.loads(read_small(package.path/'environment.json'))
     except (ValueError, RecursionError) as e: raise IntegrityError(f'environment.json of {package.path} cannot be read: {type(e).__name__}.') from e
-    if not isinstance(found, dict): raise IntegrityError(f'environment.json of {package.path} is no table.')
-    return found
+    if not isinstance(stack, dict): raise IntegrityError(f'environment.json of {package.path} is no table.')
+    return stack
 
 # %% ../nbs/04_package.ipynb #2f5182be
 def _build(handler, module:dict):
@@ -130,7 +135,8 @@ _tolerances = {'FP16': (1e-2, 1e-3), 'FP32': (1e-4, 1e-5), 'FP64': (1e-7, 1e-9)}
 def _tolerance(outputs:tuple)->dict:
     "How close an answer must be, by the coarsest output type"
     kinds = {s.datatype for s in outputs}
-    return dict(zip(('rtol', 'atol'), next((t for k,t in _tolerances.items() if k in kinds), _tolerances['FP32'])))
+    rtol,atol = next((t for k,t in _tolerances.items() if k in kinds), _tolerances['FP32'])
+    return {'rtol': rtol, 'atol': atol}
 def _specs(arrays:dict, rows:int|None=None)->tuple:
     "The specs of example arrays; all must have the same rows, batch first"
     for n,a in arrays.items() if rows else ():

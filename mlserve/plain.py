@@ -78,8 +78,8 @@ def _lifted(value, specs):
     "The outputs of an answer without their words, and the words"
     if type(value) is not dict: value = {specs[0].name: value}
     types = {s.name: s.datatype for s in specs}
-    pairs = {n: lift_words(v, types.get(n, '')) for n,v in value.items()}
-    return {n: v for n,(v, _) in pairs.items()}, {n: places for n,(_, places) in pairs.items()}
+    lifted = {n: lift_words(v, types.get(n, '')) for n,v in value.items()}
+    return {n: v for n,(v, _) in lifted.items()}, {n: places for n,(_, places) in lifted.items()}
 def decode_predict_response(
     body:bytes, # JSON from a server
     specs, # contracts of the outputs

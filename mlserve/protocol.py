@@ -13,7 +13,7 @@ from .binary import from_base64, from_bytes, from_raw, split, to_bytes
 from .body import check_keys, dump, jsonable, lift_words, may_hold_booleans, put_words, read_object
 from .classification import classify
 from .errors import InvalidInput, MlserveError, ModelFailed
-from .plain import InferRequest, decode_predict, encode_predict, encode_predict_request
+from .plain import InferRequest
 from .tensors import TensorSpec, check_names, claimed_shape, count_rows, datatype_of, from_flat, objects
 
 # %% ../nbs/02_protocol.ipynb #ce5a7ca9

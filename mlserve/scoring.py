@@ -15,9 +15,9 @@ from .rows import columns_of, from_csv, from_lines, from_rows, from_table, to_ba
 _v1 = dict.fromkeys(['instances', 'inputs', 'signature_name', 'parameters'])
 def _only(o, keys):
     "The one of several keys that is there"
-    found = [k for k in keys if k in o]
-    if len(found) != 1: raise InvalidInput(f"The body has {' and '.join(found) or 'none'} of {', '.join(keys)}; allowed is exactly one.")
-    return found[0]
+    present = [k for k in keys if k in o]
+    if len(present) != 1: raise InvalidInput(f"The body has {' and '.join(present) or 'none'} of {', '.join(keys)}; allowed is exactly one.")
+    return present[0]
 
 def decode_instances(
     body:bytes, # JSON
@@ -82,9 +82,10 @@ _write = {'text/csv': 'csv', 'application/jsonlines': 'lines', 'application/json
 def _media(media):
     "A content type, and what it says about a header"
     kind,*rest = [p.strip().lower() for p in (media or 'application/json').split(';')]
-    found = dict(p.replace(' ', '').replace('"', '').partition('=')[::2] for p in rest if p)
-    charset,header = found.pop('charset', 'utf-8'),found.pop('header', None) if kind == 'text/csv' else None
-    if kind not in _read or charset != 'utf-8' or header not in (None, 'present', 'absent') or found: raise UnsupportedMedia(
+    parameters = dict(p.replace(' ', '').replace('"', '').partition('=')[::2] for p in rest if p)
+    charset = parameters.pop('charset', 'utf-8')
+    header = parameters.pop('header', None) if kind == 'text/csv' else None
+    if kind not in _read or charset != 'utf-8' or header not in (None, 'present', 'absent') or parameters: raise UnsupportedMedia(
         f"The content type {ascii(media[:80])} is not served; allowed are {', '.join(_read)}, in UTF-8, and text/csv with header=present or header=absent.")
     return kind,header
 

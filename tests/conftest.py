@@ -12,11 +12,12 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
 
 
-ENGINE = {"attest", "debug", "hardened", "image", "matrix", "memory", "refusals", "release", "cuda_image"}  # build images and run containers
+ENGINE = {"attest", "debug", "hardened", "memory", "refusals", "release", "cuda_image"}  # read one release of the example, and run its containers
+IMAGES = {"image", "matrix"}  # build images of their own
 SERVERS = {"conformance", "gpu_check", "handler"}  # ask servers, whenever they answer
 SERVING = {"batcher", "clients", "controls", "decoding", "endurance", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
            "tracing"}  # ask servers, with a clock
-LANES = {"engine": ENGINE, "servers": SERVERS, "serving": SERVING}
+LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "serving": SERVING}
 
 
 def pytest_addoption(parser):

@@ -23,6 +23,7 @@ from mlserve.serving import batcher as batcher_module
 from mlserve.serving import queue as queue_module
 from mlserve.serving.batch import Broken, DeviceLost, Job, Runner, run
 from mlserve.serving.batcher import Batcher
+from mlserve.serving.events import trace
 
 SCALE = pytest.mark.parametrize("scale", [pytest.param(20, id="1in20"), pytest.param(1, id="full", marks=pytest.mark.soak)])
 MODES = pytest.mark.parametrize("options", [{}, {"threads": 2}, {"inline": True}, {"threads": 2, "max_delay_ms": 0.5}],
@@ -254,7 +255,7 @@ def test_E1_through_the_batcher_and_the_cause_is_kept_for_the_log():
         await b.close(1)
         assert all(right(r, o) for i, (r, o) in enumerate(zip(requests, outcomes)) if i != 9)
         assert isinstance(outcomes[9], ModelFailed) and isinstance(outcomes[9].__cause__, ValueError)
-        assert "in touchy" in "".join(outcomes[9].trace.format())
+        assert "in touchy" in trace(outcomes[9])
         assert gate.calls - 1 <= 2 * math.log2(32) + 1 and b.stats.failed == 1
     asyncio.run(go())
 

@@ -10,7 +10,6 @@ __all__ = ['Entry', 'Layer', 'opened', 'read_layers', 'size_table', 'over_budget
 import hashlib, html, json, os, tarfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from ..errors import LocalResource
 
 # %% ../../nbs/release/03_contents.ipynb #4ada4ae0

@@ -21,14 +21,14 @@ def _check_metric(name):
     raise ValueError(f"no metric is called {name!r}{meant}; allowed: {', '.join(METRICS)}")
 def _check_bound(kind, name, value):
     "Refuse a bound on the wrong side, or one that no number can pass or miss"
-    m = METRICS[name]
+    metric = METRICS[name]
     if kind == 'drop':
         if value < 0: raise ValueError(f'a drop of {value:g} is asked of {name}; allowed: numbers from 0')
         return
-    better,right = ('more', 'min') if m.more else ('less', 'max')
+    better,right = ('more', 'min') if metric.more else ('less', 'max')
     if kind != right: raise ValueError(f'{kind} is given for {name}, of which {better} is better; allowed: {right}')
-    if m.low <= value <= m.high: return
-    raise ValueError(f'{kind} of {name} is {value:g}; allowed: {m.low:g} to {m.high:g}')
+    if metric.low <= value <= metric.high: return
+    raise ValueError(f'{kind} of {name} is {value:g}; allowed: {metric.low:g} to {metric.high:g}')
 
 # %% ../../nbs/release/00_gates.ipynb #cba0d456
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -73,13 +73,14 @@ def _misses(gates, metrics):
     "A sentence for each gate that is missed"
     for kind,bounds in gates.bounds().items():
         for name,bound in bounds.items():
-            got,there,more = metrics[name]['container'],metrics[name]['production'],METRICS[name].more
+            got,production = metrics[name]['container'],metrics[name]['production']
+            more = METRICS[name].more
             if kind == 'drop':
-                if there is None: continue
-                bound = there - bound if more else there + bound
+                if production is None: continue
+                bound = production - bound if more else production + bound
             if got is None: yield f'{name} cannot be computed, since answers are not finite'
             elif (got < bound - 1e-12) if more else (got > bound + 1e-12):
-                beside = f' ({there:.6g} in production)' if kind == 'drop' else ''
+                beside = f' ({production:.6g} in production)' if kind == 'drop' else ''
                 yield f"{name} is {got:.6g}; the release asks for at {'least' if more else 'most'} {bound:.6g}{beside}"
 def hold(
     gates:Gates, # of a release
@@ -100,13 +101,13 @@ def learnt_nothing(
     metrics:dict, # metric → its numbers
 )->list: # sentences
     "A warning for each metric that a constant answer reaches too"
-    found = []
+    warnings = []
     for name in counting(gates, metrics):
         got,constant = metrics[name]['container'],metrics[name]['baseline']
         if got is not None and (got > constant if METRICS[name].more else got < constant): continue
-        found.append(f'The model is no better than one that always gives the same answer: its {name} is {_short(got)}, '
+        warnings.append(f'The model is no better than one that always gives the same answer: its {name} is {_short(got)}, '
             f"that one's is {_short(constant)}.")
-    return found
+    return warnings
 def _short(number): return 'unknown' if number is None else f'{number:.4g}'
 
 # %% ../../nbs/release/00_gates.ipynb #4c6da163

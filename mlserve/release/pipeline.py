@@ -15,7 +15,7 @@ from pathlib import Path
 import mlserve
 from ..errors import Interrupted, LocalResource, MlserveError, RemoteUnavailable, UsageError
 from ..package import golden, load_package
-from ..protocol import encode_predict_request
+from ..plain import encode_predict_request
 from . import record, tracking
 from .assessment import foresee_run
 from .container import credentials

@@ -31,33 +31,53 @@ def contract_of(
 )->str: # such as `x FP32[-1,4] → y FP32[-1,2]`
     "The tensors that a model takes and gives, in one line"
     words = ', NaN and infinities as words' if package.nonfinite else ''
-    return ' → '.join(', '.join(f"{s.name} {s.datatype}{json.dumps(list(s.shape), separators=(',', ':'))}" for s in specs) for specs in (package.inputs, package.outputs)) + words
-def _open_run(store, name):
-    if run_id := os.environ.get('MLFLOW_RUN_ID'): return run_id,False
-    import mlflow
-    if active := mlflow.active_run(): return active.info.run_id,False
-    return store.create_run(experiment(store), run_name=name).info.run_id,True
+    def listed(specs): return ', '.join(f"{s.name} {s.datatype}[{','.join(map(str, s.shape))}]" for s in specs)
+    return f'{listed(package.inputs)} → {listed(package.outputs)}{words}'
 
 # %% ../../nbs/release/05_record.ipynb #63caf45f
-def _held(package, holdout, folder): # the file of held-back answers, or None
+def _held(package, holdout, folder):
+    "The file of held-back answers, or None"
     place = beside(package.path)
     if holdout is None: return place if place.exists() else None
     if place.exists(): raise UsageError(f"The live model's answers to held-back rows lie beside the package, in {place.name}; log_package was given a holdout of its own.",
         mend='Call log_package without holdout.')
     inputs,labels = held_rows(holdout, package.inputs)
     outputs = answers(load_program(package), inputs, [s.name for s in package.outputs], call_rows(package), bool(package.nonfinite))
-    write_holdout(file := Path(folder)/'answers', package.digest, SAVED, inputs=inputs, outputs=outputs, labels={'labels': labels})
+    file = Path(folder)/'answers'
+    write_holdout(file, package.digest, SAVED, inputs=inputs, outputs=outputs, labels={'labels': labels})
     return file
-def _log_holdout(store, run_id, package, holdout): # the reference
+def _log_holdout(store, run_id, package, holdout):
+    "Log held-back data and its metrics; who answered it"
     with tempfile.TemporaryDirectory() as folder:
         if not (file := _held(package, holdout, folder)): return ''
         groups,reference = read_holdout(file, package.digest)
         store.log_artifact(run_id, shutil.copyfile(file, Path(folder)/'holdout.safetensors'))
-    for name,value in _measured(groups['outputs'], groups['labels']['labels']).items(): store.log_metric(run_id, name, value)
+    measured = _measured(groups['outputs'], groups['labels']['labels'])
+    for name,value in measured.items(): store.log_metric(run_id, name, value)
     return reference
 def _measured(outputs, labels):
+    "The metrics of held-back answers, as far as it is clear which output the labels belong to"
     try: return measure(read_target(outputs, labels), outputs, labels)
     except UsageError: return {} # the labels belong to no output, or to one that only the spec can name
+
+# %% ../../nbs/release/05_record.ipynb #a3b0e302
+def _open_run(store, name):
+    "The run to log to, and whether it is ours to end"
+    if run_id := os.environ.get('MLFLOW_RUN_ID'): return run_id,False
+    import mlflow
+    if active := mlflow.active_run(): return active.info.run_id,False
+    return store.create_run(experiment(store), run_name=name).info.run_id,True
+def _log(store, run_id, package, holdout, metrics):
+    "Log everything of a package to a run"
+    reference = _log_holdout(store, run_id, package, holdout)
+    for name,value in metrics.items(): store.log_metric(run_id, name, float(value))
+    model = store.create_logged_model(store.get_run(run_id).info.experiment_id, name=package.name, source_run_id=run_id)
+    store.log_model_artifacts(model.model_id, str(package.path))
+    store.finalize_logged_model(model.model_id, 'READY')
+    logged = Logged(run_id, model.model_id, package.digest, contract_of(package), reference)
+    tags = {'mlserve.package': package.digest, 'mlserve.model_id': model.model_id, 'mlserve.contract': logged.contract, 'mlserve.reference': reference}
+    for key,value in tags.items(): store.set_tag(run_id, key, value)
+    return logged
 
 # %% ../../nbs/release/05_record.ipynb #1f6116b2
 def log_package(
@@ -75,15 +95,6 @@ def log_package(
         status = 'FINISHED'
     finally:
         if ours: store.set_terminated(run_id, status)
-    return logged
-def _log(store, run_id, package, holdout, metrics):
-    reference = _log_holdout(store, run_id, package, holdout)
-    for name,value in metrics.items(): store.log_metric(run_id, name, float(value))
-    model = store.create_logged_model(store.get_run(run_id).info.experiment_id, name=package.name, source_run_id=run_id)
-    store.log_model_artifacts(model.model_id, str(package.path))
-    store.finalize_logged_model(model.model_id, 'READY')
-    logged = Logged(run_id, model.model_id, package.digest, contract_of(package), reference)
-    for key,value in {'mlserve.package': package.digest, 'mlserve.model_id': model.model_id, 'mlserve.contract': logged.contract, 'mlserve.reference': reference}.items(): store.set_tag(run_id, key, value)
     return logged
 
 # %% ../../nbs/release/05_record.ipynb #4b667c0f
@@ -181,12 +192,14 @@ def read_pair(
     from mlflow.exceptions import MlflowException
     _allow(name)
     store,which = client(uri, new=False),str(which)
-    try: found = store.get_model_version(name, which) if which.isdigit() else store.get_model_version_by_alias(name, which)
+    ask = store.get_model_version if which.isdigit() else store.get_model_version_by_alias
+    try: version = ask(name, which).version
     except MlflowException as e:
         if e.error_code not in ('RESOURCE_DOES_NOT_EXIST','INVALID_PARAMETER_VALUE'): raise
-        known = store.search_registered_models(f"name='{name}'")
-        raise unrecorded(f'No {"version" if which.isdigit() else "alias"} {which!r} is recorded for the model {name!r}' if known else f'No model {name!r} is recorded', uri) from None
-    return _pair(store.get_model_version(name, found.version))
+        if not store.search_registered_models(f"name='{name}'"): raise unrecorded(f'No model {name!r} is recorded', uri) from None
+        kind = 'version' if which.isdigit() else 'alias'
+        raise unrecorded(f'No {kind} {which!r} is recorded for the model {name!r}', uri) from None
+    return _pair(store.get_model_version(name, version))
 
 # %% ../../nbs/release/05_record.ipynb #4708c208
 def find_pair(
@@ -196,9 +209,9 @@ def find_pair(
     "The pair that an image belongs to"
     digest = image.rpartition('@')[2]
     if not re.fullmatch('sha256:[0-9a-f]{64}', digest): raise UsageError(f'{image!r} names no digest: sha256: and 64 digits of 0-9 and a-f are asked for.')
-    found = [v for v in client(uri, new=False).search_model_versions() if v.tags.get('mlserve.image','').endswith('@' + digest)]
-    if not found: raise unrecorded(f'No model version is recorded for the image {image}', uri)
-    return _pair(max(found, key=lambda v: v.creation_timestamp))
+    versions = [v for v in client(uri, new=False).search_model_versions() if v.tags.get('mlserve.image','').endswith('@' + digest)]
+    if not versions: raise unrecorded(f'No model version is recorded for the image {image}', uri)
+    return _pair(max(versions, key=lambda v: v.creation_timestamp))
 
 # %% ../../nbs/release/05_record.ipynb #6bd9087a
 def mark(
@@ -210,8 +223,9 @@ def mark(
     "Write down what a check found; `candidate` moves when it passed"
     kind,passed,store = checked_device(device),bool(finding.get('passed')),client(uri)
     elsewhere = any(c.get('passed') for d,c in read_pair(pair.name, pair.version, uri).checks.items() if d != kind)
-    found = json.dumps({**finding, 'passed': passed}, allow_nan=False)
-    for tag,value in {f'mlserve.check.{kind}': found, 'mlserve.status': 'checked' if passed or elsewhere else 'failed'}.items():
+    text = json.dumps({**finding, 'passed': passed}, allow_nan=False)
+    status = 'checked' if passed or elsewhere else 'failed'
+    for tag,value in {f'mlserve.check.{kind}': text, 'mlserve.status': status}.items():
         store.set_model_version_tag(pair.name, pair.version, tag, value)
     if passed: _move(store, pair, 'candidate')
     return read_pair(pair.name, pair.version, uri)

@@ -7,7 +7,7 @@ __all__ = ['spare_stdlib', 'spare_wheels', 'spare_code', 'steps', 'take', 'stdli
            'owners', 'entries', 'runtime', 'prune', 'compile_files', 'byte_code', 'settle', 'main']
 
 # %% ../../nbs/release/02_slim.ipynb #be7e6ac9
-import fnmatch, multiprocessing, os, py_compile, re, shutil, ssl, stat, subprocess, sys, sysconfig
+import fnmatch, multiprocessing, os, py_compile, re, shutil, ssl, subprocess, sys, sysconfig
 from pathlib import Path
 
 # %% ../../nbs/release/02_slim.ipynb #9d3ff98e

@@ -6,7 +6,7 @@
 __all__ = ['chain', 'Link', 'link', 'Seen', 'look', 'verify', 'table', 'failure']
 
 # %% ../../nbs/release/10_verify.ipynb #1f69eeed
-import json, os, tempfile
+import os, tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import mlserve

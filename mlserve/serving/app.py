@@ -7,6 +7,7 @@ __all__ = ['EXTENSIONS', 'reply', 'refuse', 'Around', 'create_app', 'create_metr
 
 # %% ../../nbs/serving/05_app.ipynb #fecfe3f3
 import asyncio, json
+from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -43,7 +44,7 @@ def refuse(
 def _unforeseen(error, rid, sparingly):
     "The response when no handler knew the exception"
     if isinstance(error, asyncio.CancelledError): return refuse(Unavailable('The server stopped before the answer was ready.'))
-    sparingly('internal_error', id=rid, error=repr(error), traceback=trace(error))
+    sparingly('internal_error', id=rid, error=repr(error), traceback=partial(trace, error))
     return reply({'error': f'internal error {rid}'}, 500)
 
 # %% ../../nbs/serving/05_app.ipynb #fa7c2cca

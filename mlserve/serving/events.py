@@ -61,15 +61,16 @@ def log(
 
 # %% ../../nbs/serving/04_events.ipynb #55aae19a
 def trace(
-    error:BaseException, # what was raised
+    error:BaseException, # what was raised; `trace` holds its lines where its frames were let go
     size:int=3000, # characters that are kept
 )->str: # the end of its traceback
     "The last lines of a traceback, short enough for one event"
-    return ''.join(traceback.format_exception(error))[-size:]
+    lines = getattr(error, 'trace', None) or traceback.TracebackException.from_exception(error)
+    return ''.join(lines.format())[-size:]
 
 # %% ../../nbs/serving/04_events.ipynb #66b58123
 class Sparingly:
-    "Log, but at most so many lines a second"
+    "Log, but at most so many lines a second; a field that is a function is asked when its line is written"
     def __init__(self, limit=50): self.limit,self.second,self.written,self.left_out = limit,0,0,0
     def __call__(self, event, **fields):
         if event in _hushed: return
@@ -79,7 +80,7 @@ class Sparingly:
             self.second,self.written,self.left_out = now,0,0
         if self.written < self.limit:
             self.written += 1
-            log(event, **fields)
+            log(event, **{name: value() if callable(value) else value for name,value in fields.items()})
         else: self.left_out += 1
 
 # %% ../../nbs/serving/04_events.ipynb #584d1530

@@ -12,11 +12,11 @@ from functools import partial
 # %% ../../nbs/serving/04_fork.ipynb #a3573941
 def _of_ports(fd, ports):
     "Whether an open file is a socket of one of these ports, listening or connected"
-    try: found = socket.socket(fileno=fd)
+    try: sock = socket.socket(fileno=fd)
     except OSError: return False
-    try: return found.family in (socket.AF_INET, socket.AF_INET6) and found.getsockname()[1] in ports
+    try: return sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockname()[1] in ports
     except OSError: return False
-    finally: found.detach()
+    finally: sock.detach()
 def let_go(
     ports:frozenset, # numbers of the server's ports
 )->None: # for the calling process

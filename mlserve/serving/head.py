@@ -91,6 +91,8 @@ def body_limit(
     size = int(h.get(b'content-length', 0)) # digits only: the parser has seen to it
     if size > limit: raise TooLarge(f'The body has {size} bytes; allowed are {limit}' + ('.' if limit == limits.max_body else ' of text, and more as binary tensors.'))
     return limit,size
+
+# %% ../../nbs/serving/05_head.ipynb #a3b0f602
 def too_long(
     size:int, # bytes of a head, so far
     url:bytes, # its target, so far

@@ -8,7 +8,7 @@ __all__ = ['SILENT', 'HEAD', 'BODY', 'LEAVING', 'Connection', 'data_received', '
            'overdue', 'pause_writing', 'resume_writing']
 
 # %% ../../nbs/serving/05_http.ipynb #c231dfdc
-import asyncio, math
+import math
 from collections import deque
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol

@@ -102,11 +102,13 @@ class Intake:
         n,call.held = call.held,0
         self.budget.give(n)
 
+# %% ../../nbs/serving/04_intake.ipynb #a3b0f306
+def _size(a): return a.nbytes + (sum(map(len, a.flat)) + 40 * a.size if a.dtype.kind == 'O' else 0)
+
 # %% ../../nbs/serving/04_intake.ipynb #818874c2
 def decode(body, route, headers, package, limit):
     "What the helper calls: the tensors of a body"
     return route.decode(body.tobytes(), headers, package, limit)
-def _size(a): return a.nbytes + (sum(map(len, a.flat)) + 40 * a.size if a.dtype.kind == 'O' else 0)
 def _inflated(self, call, body):
     "The body itself, counted piece by piece; called in a thread"
     coding = call.headers.get(b'content-encoding')
@@ -139,14 +141,14 @@ def _aside(self,
 )->None: # `call` has its job
     "Do something for a call beside the event loop"
     def done(f):
-        found = error = None
-        try: found = f.result()
+        result = error = None
+        try: result = f.result()
         except (Exception, asyncio.CancelledError) as e: error = e
-        call.job = asyncio.wrap_future(found) if isinstance(found, Future) else None
+        call.job = asyncio.wrap_future(result) if isinstance(result, Future) else None
         if call.job is not None: return call.job.add_done_callback(done)
         self.waiting -= 1
         if call.gone: self.release(call)
-        else: then(found, error)
+        else: then(result, error)
     self.waiting += 1
     call.job = asyncio.get_running_loop().run_in_executor(pool, work)
     call.job.add_done_callback(done)

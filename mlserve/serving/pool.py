@@ -64,6 +64,8 @@ def _attempt(job):
     "The result of a job, or what it raised"
     try: return job.function(*job.args), None
     except BaseException as e: return None, e
+
+# %% ../../nbs/serving/03_pool.ipynb #a3b0f105
 def _hand(pool, me, *done):
     "Hand what this thread has to the loop, unless it is a copy of the thread in a fork"
     if os.getpid() != pool.pid: os._exit(0)

@@ -6,7 +6,6 @@
 __all__ = ['Ticket', 'LongTicket', 'RequestQueue', 'waiting_since', 'take']
 
 # %% ../../nbs/serving/03_queue.ipynb #cf3ebc46
-import math
 from time import monotonic
 import numpy as np
 from .batch import Job

@@ -108,7 +108,7 @@ class ObjectStore:
     def __init__(self, uri:str):
         self.kind,self.place = parse_store(uri)
         try: self.fs = _open[self.kind]()
-        except (ValueError, TypeError, OSError) as e:
+        except (ValueError, TypeError, OSError):
             raise LocalResource(f'{self.kind}:// cannot be opened: found no usable credentials ({_variables[self.kind]} …).', mend='Set them in the environment of the server.') from None
     async def __aenter__(self): return self
     async def __aexit__(self, *a): pass

@@ -258,14 +258,13 @@ def _answered(way, call, outputs, error):
     except Exception as e: _failed(way, call, e)
 
 # %% ../../nbs/serving/04_routes.ipynb #0b1cfe35
-def _traceback(error): return getattr(error, 'traceback', None) or (trace(error.__cause__) if error.__cause__ else None)
 def _failed(way, call, error):
     "Refuse, and log what an operator must see"
     if not isinstance(error, MlserveError):
-        way.sparingly('internal_error', id=call.id.decode('latin-1'), error=repr(error), traceback=trace(error))
+        way.sparingly('internal_error', id=call.id.decode('latin-1'), error=repr(error), traceback=partial(trace, error))
         error = MlserveError(f"internal error {call.id.decode('latin-1')}")
     elif isinstance(error, ModelFailed): way.sparingly('model_failed', id=call.id.decode('latin-1'), route=call.route.pattern,
-        error=error.message, **({'traceback': text} if (text := _traceback(error)) else {}))
+        error=error.message, **({'traceback': getattr(error, 'traceback', None) or partial(trace, error)} if error.__cause__ else {}))
     elif error.status < 500: log_refused(call.route.pattern, error.status, call.id, error.message)
     call.finish(refusal(error))
 def _counted(way, call, status):
