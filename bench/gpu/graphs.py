@@ -75,8 +75,8 @@ def reads_values(r):
 
 
 def run(r):
-    reads_values(r)
     for kind, name in ((CNN, "cnn"), (encoder(r), "encoder")):
         alone(r, kind, name)
         as_served(r, kind, "torchscript")
     as_served(r, CNN, "export")
+    reads_values(r)

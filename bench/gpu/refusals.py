@@ -57,7 +57,8 @@ def refused(r, what, package, env, settings, may_serve=False):
                 pass
         code, said = server.ended(25)
         seconds = time.perf_counter() - server.began
-    r.row("refusals", case=what, ended="it did not end" if code is None else code, seconds=seconds, reason=said.get("reason", ""),
+        reason = ", ".join(e.get("reason", "") for e in server.events("gpu_refused"))
+    r.row("refusals", case=what, ended="it did not end" if code is None else code, seconds=seconds, reason=reason,
           said=str(said.get("error", said))[:400])
     return code == 9, seconds
 
