@@ -10,7 +10,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test test-fast soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images test-tools clean
+.PHONY: help setup release test test-fast soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images gpu-check gpu-wheels test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -88,6 +88,18 @@ bench-since: setup ## this tree beside an earlier commit, five interleaved round
 
 bench-images: setup engine-start ## our images beside MLflow's and the tutorials': size, builds, bytes pushed
 	@$(WITH_ENGINE) python -W ignore bench/images.py $(BENCH)
+
+gpu-check: setup ## refusals, proof, speed and faults on a GPU, in state/gpu-check; BENCH=--cpu rehearses without one
+	@$(BIN)/python bench/gpu_check.py --out state/gpu-check $(BENCH)
+
+# what a machine lacks that has only torch: by name, at the versions of constraints.txt; LitServe is what it is compared with
+GPU_WHEELS := fastapi starlette uvicorn uvloop httptools orjson safetensors pydantic pydantic-core annotated-types annotated-doc typing-inspection \
+	typing-extensions prometheus-client httpx httpcore h11 anyio idna certifi click litserve==0.2.19 pyzmq
+gpu-wheels: setup ## what `bench/gpu_check.sh` brings to a GPU machine without network (Python 3.12), in state/gpu-wheels
+	@rm -rf state/gpu-wheels
+	@$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	$(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) -c constraints.txt -d state/gpu-wheels $(GPU_WHEELS) 2> >(grep -v '^WARNING: Location' >&2)
+	@cd state/gpu-wheels && du -bc -- *.whl | sort -n | awk '{printf "%6.2f MiB  %s\n", $$1 / 1048576, $$2}'
 
 engine-start: ## a Docker Engine, a registry and a base image, where there are none
 	@$(ENGINE) start

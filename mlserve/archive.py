@@ -44,7 +44,8 @@ def open_archive(
     sizes = entries(Path(file).name, file)
     try:
         reader = torch._C.PyTorchFileReader(str(file))
-        seen = {n: reader.get_record_size(n) for n in reader.get_all_records()}
+        size_of = getattr(reader, 'get_record_size', lambda name: len(reader.get_record(name))) # torch 2.11 has no size
+        seen = {n: size_of(n) for n in reader.get_all_records()}
     except RuntimeError as e: _refuse(Path(file).name, f'Torch cannot read it: {str(e).splitlines()[0][:200]}.')
     if seen != sizes: _refuse(Path(file).name, 'It is two archives in one.')
     return reader,sizes

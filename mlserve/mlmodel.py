@@ -18,7 +18,7 @@ def _signature(specs:tuple)->str:
     return json.dumps([{'name': s.name, 'type': 'tensor',
         'tensor-spec': {'dtype': DATATYPES[s.datatype].name, 'shape': list(s.shape)}} for s in specs])
 def mlmodel(
-    ours:dict, # name, format, file, handler, tolerance; module, batch and nonfinite where they are said
+    ours:dict, # name, format, file, handler, tolerance; module, batch, nonfinite and dtype where they are said
     inputs:tuple, # tensor specs
     outputs:tuple, # tensor specs
 )->str: # the text of `MLmodel`
@@ -63,7 +63,8 @@ def _is_module(found)->bool:
 
 # %% ../nbs/04_mlmodel.ipynb #4886ac71
 _required = {'name': is_name, 'format': lambda v: isinstance(v, str) and v in FORMATS, 'file': lambda v: isinstance(v, str), 'tolerance': _is_tolerance, 'inputs': _are_specs, 'outputs': _are_specs}
-_optional = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module, 'batch': lambda v: type(v) is bool, 'nonfinite': lambda v: v in (None, 'strings')}
+_optional = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module, 'batch': lambda v: type(v) is bool, 'nonfinite': lambda v: v in (None, 'strings'),
+    'dtype': lambda v: v in (None, 'float16', 'bfloat16')}
 def _holds(check, value)->bool:
     "Whether a value passes its check, or even survives it"
     try: return check(value)

@@ -17,6 +17,7 @@ from .errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Re
 from .folder import check_replaceable, copy_files, install_folder
 from .formats import FORMATS, check_format, read_program
 from .freeze import check_order, example_arrays, first_answer, freeze, live_program, unused
+from .half import HALVES, check_dtype, check_half, halved
 from .holdout import beside, check_beside, discard, live_answers, move_beside, reference_of, write_holdout
 from .invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
@@ -39,6 +40,7 @@ class Package:
     module: dict|None=None # `class` and `arguments`, where the file holds weights only
     batch: bool=True # rows stand for themselves, so requests may share a call; else a request is one call
     nonfinite: str|None=None # 'strings': NaN and infinities are answers, and words in JSON
+    dtype: str|None=None # 'float16' or 'bfloat16', where the program computes in half precision
 
 # %% ../nbs/04_package.ipynb #0ee95c26
 def _read_mlmodel(path:Path, digest:str)->Package:
@@ -145,6 +147,16 @@ def _specs(arrays:dict, rows:int|None=None)->tuple:
     check_tensors(arrays, specs)
     return specs
 
+# %% ../nbs/04_package.ipynb #d7e1a0b2
+def _halve(origin, ours:dict, arrays:dict, names:list, expected:dict)->tuple:
+    "The program in half precision and its answers, which are near those in single"
+    batch,nonfinite,single = ours.get('batch', True),bool(ours.get('nonfinite')),_tolerance(_specs(expected))
+    prove_program(unused(origin), unused(origin), arrays, names, expected, single, batch, nonfinite)
+    half = halved(origin, ours['dtype'], names)
+    own = unused(half).run(arrays, names)
+    check_half(expected, own, ours['dtype'], ours['tolerance'], nonfinite)
+    return half,own
+
 # %% ../nbs/04_package.ipynb #d9be40b2
 def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, holdout):
     "Write, run and prove everything of a package in a scratch folder"
@@ -158,16 +170,20 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     ours['handler'] = write_handler(handler, temp)
     batch,nonfinite = ours.get('batch', True),ours.get('nonfinite')
     expected = first_answer(live, arrays, names, nonfinite=nonfinite)
-    freeze(origin, file, ours['format'], arrays, names)
     outputs = _specs(expected, len(next(iter(arrays.values()))))
-    ours['tolerance'] = ours['tolerance'] or _tolerance(outputs)
+    ours['tolerance'] = ours['tolerance'] or HALVES.get(ours.get('dtype')) or _tolerance(outputs)
     check_width(ours['tolerance'], expected)
+    single,own = live,expected
+    if ours.get('dtype'):
+        origin,own = _halve(origin, ours, arrays, names, expected)
+        live = unused(origin)
+    freeze(origin, file, ours['format'], arrays, names)
     digest = write_lock(temp)
     saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'], digest, ours['handler'], ours.get('module'))
     program = live if foreign else load_program(saved)
     fresh = lambda: [unused(origin)] if foreign else [unused(origin), load_program(saved)]
-    prove_program(live, program, arrays, names, expected, ours['tolerance'], batch, bool(nonfinite), fresh)
-    held = live_answers(live, program, holdout, saved, 32 if batch else len(next(iter(arrays.values()))), bool(nonfinite))
+    prove_program(live, program, arrays, names, own, ours['tolerance'], batch, bool(nonfinite), fresh)
+    held = live_answers(single if ours.get('dtype') else live, program, holdout, saved, 32 if batch else len(next(iter(arrays.values()))), bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
     for name,text in texts.items(): (temp/name).write_text(text)
@@ -234,6 +250,7 @@ def save_package(
     arguments:dict|None=None, # for 'safetensors': what the module's class is called with
     batch:bool=True, # False where rows belong together: each request is one call of its own
     nonfinite:str|None=None, # 'strings': NaN and infinities are answers, and words in JSON
+    dtype:str|None=None, # 'float16' or 'bfloat16': compute in half precision, for a GPU; answers stay float32
     holdout:tuple|None=None, # inputs and labels that training did not see; their answers are kept beside the folder
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
@@ -245,10 +262,11 @@ def save_package(
     if not is_name(name):
         raise Refused(f"The name '{name}' cannot be part of an image name; allowed are a-z, 0-9 and single . _ - inside, at most 63.")
     check_format(format)
+    check_dtype(dtype, model, format)
     if format == 'safetensors' and not handler: raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
     check_replaceable(path)
     check_beside(path)
     ours = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
-    ours |= ({} if batch else {'batch': False}) | ({'nonfinite': nonfinite} if nonfinite else {})
+    ours |= ({} if batch else {'batch': False}) | ({'nonfinite': nonfinite} if nonfinite else {}) | ({'dtype': dtype} if dtype else {})
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
     return _save(path, ours, model, example_arrays(inputs), list(outputs), handler, files, holdout)

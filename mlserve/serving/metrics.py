@@ -20,7 +20,8 @@ COUNTERS = {'shed': 'Requests refused as the queue was full', 'cancelled': 'Requ
     'dropped': 'Answers whose client left while they ran', 'expired': 'Requests whose deadline passed', 'failed': 'Requests on which the model failed',
     'batches': 'Batches that ran', 'connections': 'Connections accepted', 'evicted': 'Silent connections closed for newer ones',
     'aborted': 'Connections ended as their reader was too slow', 'lost_lines': 'Log lines that nobody could take', 'restarts': 'Workers started again',
-    'out_of_memory': 'Calls of the model for which memory did not suffice, of the GPU or of the host'}
+    'out_of_memory': 'Calls of the model for which memory did not suffice, of the GPU or of the host',
+    'outside_graphs': 'Calls on a GPU for which no CUDA graph had been recorded'}
 GAUGES = {'in_flight': 'Requests being answered', 'pending': 'Requests that wait for the model', 'pending_limit': 'Requests that may wait; one more is refused',
     'oldest_pending_seconds': 'Seconds that the oldest waiting request has waited', 'open_connections': 'Connections that are open',
     'ready': 'Whether traffic is welcome'}

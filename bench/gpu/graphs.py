@@ -1,0 +1,82 @@
+"""CUDA graphs: recorded calls, replayed, beside eager ones; on the device alone, and as the server calls them."""
+from dataclasses import replace
+
+import torch
+
+from gpu.models import CNN, encoder, free, synced, tensors
+from gpu.proof import loaded
+from gpu.record import timed
+from mlserve.serving.graphs import CudaRecorder
+from mlserve.serving.warmup import recorded, warm
+
+
+def stand_in(call):
+    "What replays a call on the CPU: it writes where the first answer lies"
+    first, listed = call(), lambda result: result if isinstance(result, (tuple, list)) else [result]
+
+    def replay():
+        for kept, new in zip(listed(first), listed(call()), strict=True):
+            kept.copy_(new)
+    return replay, first
+
+
+def recorder(r):
+    return stand_in if r.rehearsed("torch.cuda.CUDAGraph needs a GPU: a stand-in calls again") else CudaRecorder(r.device)
+
+
+def alone(r, kind, name):
+    "Recorded and eager on tensors that are on the device already"
+    module = kind.module().to(r.device)
+    for n in (1, 8, 32):
+        with torch.inference_mode():
+            inputs = tensors(kind, n, r.device)
+            replay, out = recorder(r)(lambda: module(*inputs))
+            for held, new in zip(inputs, tensors(kind, n, r.device, seed=2), strict=True):
+                held.copy_(new)
+            replay()
+            differs = float((out - module(*inputs)).abs().max())
+            eager, graph = timed(lambda: module(*inputs), synced(r)), timed(replay, synced(r))
+        r.row("on the device, without copies", model=kind.name, rows=n, eager_us=1e6 * eager, replay_us=1e6 * graph, times_as_fast=eager / graph,
+              differs=differs)
+        if n == 1:
+            r.target(f"graph_{name}", eager / graph)
+    free(r)
+
+
+def as_served(r, kind, format):
+    "The package's program as the server calls it, arrays in and out: with buckets and without"
+    package = kind.package(r.work, format)
+    eager = loaded(package, r.device)
+    report = warm(eager, package, 32)
+    graphs, told = recorded(eager, package, report, recorder(r))
+    for n in (1, 3, 8, 20, 32):
+        rows = kind.rows(n, n)
+        far = float(abs(graphs.forward({k: v.copy() for k, v in rows.items()})[kind.output] - eager.predict(rows)[kind.output]).max())
+        call = lambda m: timed(lambda: m.forward({k: v.copy() for k, v in rows.items()}), m.sync)
+        slow, fast = call(eager), call(graphs)
+        bucket = graphs.program.buckets.get(n)
+        r.row("as served, arrays in and out", model=kind.name, format=format, rows=n, bucket=bucket.rows if bucket else "none", eager_us=1e6 * slow,
+              recorded_us=1e6 * fast, times_as_fast=slow / fast, differs=far)
+    r.note(f"{kind.name} as {format}: recorded {told.graphs}, left out {told.left_out}")
+    free(r)
+
+
+def reads_values(r):
+    "A model that reads a value on its way cannot be recorded: it is said, and the model runs as before"
+    class Reads(torch.nn.Module):
+        def forward(self, image):
+            return image.flatten(1) * float(image.sum() > 0)
+    from mlserve.formats import TorchProgram
+    from mlserve.serving.warmup import WarmupReport
+    package = CNN.package(r.work)
+    model = replace(loaded(package, r.device), program=TorchProgram(Reads().eval(), r.device))
+    same, told = recorded(model, package, WarmupReport(0, {1: 1, 2: 1}), recorder(r))
+    r.row("a model that cannot be recorded", recorded=told.graphs, left_out=told.left_out, still_runs=same.forward(CNN.rows(2))["logits"].shape)
+
+
+def run(r):
+    for kind, name in ((CNN, "cnn"), (encoder(r), "encoder")):
+        alone(r, kind, name)
+        as_served(r, kind, "torchscript")
+    as_served(r, CNN, "export")
+    reads_values(r)

@@ -1,0 +1,68 @@
+"""Packages that were saved on the CPU, loaded on the device: answers, and where parameters and outputs really are."""
+import re
+
+import torch
+
+from gpu.models import CNN, encoder, free, tensors
+from gpu.serving import Server, Wire, body_of, packed, tensor_of
+
+
+def loaded(package, device):
+    from mlserve.serving.device import claim
+    from mlserve.serving.model import load_model
+    return load_model(package, claim("cuda" if device != "cpu" else "cpu"))
+
+
+def in_process(r, kind, format):
+    "Golden and new answers, devices and memory of one package; whether all is as promised"
+    from mlserve.package import golden
+    from mlserve.tensors import compare
+    package = kind.package(r.work, format)
+    near = lambda want, got: compare(want, got, **package.tolerance)
+    inputs, expected = golden(package)
+    before = torch.cuda.memory_allocated() if r.gpu else 0
+    model, reference = loaded(package, r.device), loaded(package, "cpu")
+    held = (torch.cuda.memory_allocated() if r.gpu else 0) - before
+    weights = sum(t.nbytes for t in [*model.program.module.parameters(), *model.program.module.buffers()])
+    old = near(expected, model.predict(inputs))
+    new = [near(reference.predict(kind.rows(n, n)), model.predict(kind.rows(n, n))) for n in (1, 7, 32)]
+    with torch.inference_mode():
+        out = model.program.module(*tensors(kind, 2, r.device))
+    places = [str(t.device) for t in (out if isinstance(out, (tuple, list)) else [out])]
+    right = old.passed and all(c.passed for c in new) and set(places) | set(model.devices()) == {r.device}
+    if r.gpu:
+        right = right and held >= weights
+    r.row("in one process", model=kind.name, format=format, golden=bool(old.passed), golden_max_abs=old.max_abs, new=all(c.passed for c in new),
+          new_max_abs=max(c.max_abs for c in new), parameters=model.devices(), outputs=places, weights_mib=weights / 2**20, device_mib=held / 2**20)
+    free(r)
+    return right
+
+
+def by_server(r, kind):
+    "What a serving process says of itself, and an answer of it"
+    package = kind.package(r.work)
+    reference = loaded(package, "cpu").predict(kind.rows(3))[kind.output]
+    with Server(r, package.path) as server:
+        seconds = server.ready(90)
+        health, wire = server.get("/health"), Wire(server.port)
+        got = tensor_of(wire.ask(packed(*body_of(kind, kind.rows(3)))))
+        info = re.search(r"^mlserve_info.*$", server.get("/metrics"), re.M)
+        differs = float(abs(got - reference).max())
+        tolerance = package.tolerance["atol"] + package.tolerance["rtol"] * abs(reference)
+        near = bool((abs(got - reference) <= tolerance).all())
+        r.row("by the server", model=kind.name, ready_seconds=seconds, device=health["device"]["name"], parameters=health["model_devices"],
+              golden=health["golden"], answer_max_abs=differs, answer=near, phases=health["phases"])
+        r.note(f"{kind.name}: {info[0] if info else 'no mlserve_info'}")
+    return near and health["golden"]["passed"] and health["model_devices"] == [r.device]
+
+
+def run(r):
+    kinds, right = (CNN, encoder(r)), []
+    for kind, format in [(CNN, "torchscript"), (CNN, "export"), (kinds[1], "torchscript"), (kinds[1], "export")]:
+        try:
+            right.append(in_process(r, kind, format))
+        except Exception as e:
+            right.append(False)
+            r.row("in one process", model=kind.name, format=format, golden=f"{type(e).__name__}: {str(e)[:300]}")
+    right += [by_server(r, kind) for kind in kinds]
+    r.target("proved", sum(map(bool, right)) / len(right))

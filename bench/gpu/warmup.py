@@ -1,0 +1,72 @@
+"""What the first request costs: in a fresh process without warm-up, and behind a server that says ready."""
+import json
+import re
+import subprocess
+import sys
+
+from gpu.models import CNN, encoder
+from gpu.record import median
+from gpu.serving import Server, Wire, body_of, packed
+
+COLD = """
+import json, sys, time
+from pathlib import Path
+from mlserve.package import load_package
+from mlserve.serving.device import claim
+from mlserve.serving.model import load_model
+from mlserve.serving.warmup import warm
+start = time.perf_counter()
+package = load_package(sys.argv[1])
+model = load_model(package, claim(sys.argv[2]))
+loaded = time.perf_counter()
+report = warm(model, package, 32)
+print(json.dumps(dict(load=loaded - start, warm=time.perf_counter() - loaded, first_ms=report.first_ms, seconds=report.seconds)))
+"""
+
+
+def cold(r, kind):
+    "The first call of a fresh process beside a warm one"
+    command = [sys.executable, "-W", "ignore", "-c", COLD, str(kind.package(r.work).path), "cuda" if r.gpu else "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1500:])
+    found = json.loads(done.stdout.splitlines()[-1])
+    warm = 1000 * found["seconds"]["1"]
+    r.row("a fresh process, one row", model=kind.name, load_seconds=found["load"], warm_seconds=found["warm"], first_ms=found["first_ms"], warm_ms=warm,
+          first_by_warm=found["first_ms"] / warm, ms_by_rows={k: round(1000 * v, 3) for k, v in found["seconds"].items()})
+
+
+PROBE = b"GET /v2/health/live HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+def first_request(r, kind, probed=False):
+    "First request after ready, on a new connection or on one that was asked for liveness; then the usual one, and the first of each size"
+    with Server(r, kind.package(r.work).path, max_batch=32) as server:
+        ready, wire = server.ready(90), Wire(server.port)
+        one = packed(*body_of(kind, kind.rows(1)))
+        if probed:
+            wire.ask(PROBE)
+        first = wire.seconds(one)
+        taken = [wire.seconds(one) for _ in range(r.several(300, 30))]
+        sizes = {}
+        for n in (2, 3, 5, 8, 16, 31, 32):
+            request = packed(*body_of(kind, kind.rows(n)))
+            start = wire.seconds(request)
+            sizes[n] = start / median([wire.seconds(request) for _ in range(r.several(40, 5))])
+        usual = median(taken)
+        warmed, outside = server.events("warmed")[-1], re.search(r"^mlserve_outside_graphs_total (\S+)", server.get("/metrics"), re.M)
+        r.row("a server over HTTP", model=kind.name, connection="probed before" if probed else "new", ready_seconds=ready,
+              first_ms=1000 * first, p50_ms=1000 * usual, first_by_p50=first / usual,
+              worst_first_of_a_size=max(sizes.values()),
+              by_size={k: round(v, 2) for k, v in sizes.items()}, max_batch=server.events("capacity")[-1]["max_batch"],
+              graphs=warmed["graphs"], left_out=warmed["left_out"], outside_graphs=outside[1])
+        return first / usual
+
+
+def run(r):
+    ratios = []
+    for kind in (CNN, encoder(r)):
+        cold(r, kind)
+        ratios.append(median([first_request(r, kind) for _ in range(r.several(3, 1))]))
+        first_request(r, kind, probed=True)
+    r.target("first_request", max(ratios))
