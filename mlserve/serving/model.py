@@ -39,6 +39,10 @@ class Model:
     def devices(self)->list: # such as ['cuda:0']
         "Where the parameters and buffers really are"
         return self.program.devices()
+    @property
+    def outside(self)->int: # 0 where nothing was recorded
+        "Calls that no recorded CUDA graph fitted"
+        return getattr(self.program, 'outside', 0)
     def sync(self):
         "Wait until the device has finished what it was given"
         self.program.sync()

@@ -32,7 +32,7 @@ from .rehearsal import rehearse
 from .routes import ROUTES, Inference, own_route, paths
 from .source import open_package
 from .tracing import open_spans
-from .warmup import prove, tile, warm
+from .warmup import prove, recorded, tile, warm
 from .watchdog import cut_error, finish, leave
 
 # %% ../../nbs/serving/05_worker.ipynb #f2e33f8f
@@ -60,7 +60,9 @@ def load(
     if not cpu: take_room(life.probe, sum(f.stat().st_size for f in life.package.path.iterdir() if f.name != 'golden.safetensors'))
     with step(life, 'import'): from mlserve.serving.model import load_model
     with step(life, 'load'): model = load_model(life.package, life.device, 1 if cpu else settings.threads)
-    with step(life, 'warm'): life.batcher = _batcher(life, model, settings, cpu)
+    with step(life, 'warm'):
+        model,report = _warm(life.package, model, settings, cpu)
+        life.batcher = _batcher(life, model, report, settings, cpu)
     if not cpu: life.placement = (model.placement or {}) | {'memory_mb': free - life.probe.free() >> 20}
     with step(life, 'golden'): life.golden = prove(model, life.package)
     life.rows = tuple(tile(a, 1) if life.package.batch else a for a in golden(life.package))
@@ -78,11 +80,17 @@ def _free_memory():
     "Give back what torch keeps of a GPU's memory"
     torch = sys.modules.get('torch')
     if torch and torch.cuda.is_initialized(): torch.cuda.empty_cache()
-def _batcher(life, model, settings, cpu):
+def _warm(package, model, settings, cpu):
+    "The model, warm, and on a GPU recorded; what that covers is said"
+    report = warm(model, package, settings.max_batch)
+    if not cpu: model,report = recorded(model, package, report)
+    log('warmed', first_ms=report.first_ms, rows=list(report.seconds), shapes={s.name: s.shape for s in package.inputs},
+        graphs=report.graphs, left_out=report.left_out)
+    return model,report
+def _batcher(life, model, report, settings, cpu):
     "The batcher for this model, at the size that was measured"
     threads = max(1, settings.threads // settings.workers) if cpu else 1
     prepare = partial(compute_threads, 1 if cpu else settings.threads)
-    report = warm(model, life.package, settings.max_batch)
     found = plan(model.forward, golden(life.package)[0], report.rates, threads, prepare, life.package.batch)
     log('capacity', max_batch=found.max_batch, inline=cpu and found.inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in life.package.outputs}
@@ -132,7 +140,7 @@ def publish(
     numbers.put('oldest_pending_seconds', 0 if since is None else time.monotonic() - since)
     numbers.put('pending_limit', b.queue if b else 0)
     for name,value in (('in_flight', life.in_flight), ('pending', b.pending if b else 0), ('open_connections', len(listener.connections)),
-                       ('ready', life.state == 'ready'), ('lost_lines', lost[0])): numbers.put(name, value)
+                       ('ready', life.state == 'ready'), ('lost_lines', lost[0]), ('outside_graphs', getattr(life.model, 'outside', 0))): numbers.put(name, value)
     for p in PHASES: numbers.put('phase_' + p, life.phases.get(p, 0))
 def sign(life, row):
     "One sign of life"
