@@ -19,7 +19,7 @@ from .board import CUT, OPEN, Board, beat
 from .capacity import plan
 from .events import always, keep_stderr, log, lost, trace
 from .fork import guard_forks
-from .gpu_watch import computes, watch_gpu
+from .gpu_watch import computes, free_memory, watch_gpu
 from .head import Token, limits_of
 from .helper import Helper
 from .intake import decode
@@ -76,10 +76,6 @@ def compute_threads(
     if torch := sys.modules.get('torch'): torch.set_num_threads(threads)
 
 # %% ../../nbs/serving/05_worker.ipynb #a41c9696
-def _free_memory():
-    "Give back what torch keeps of a GPU's memory"
-    torch = sys.modules.get('torch')
-    if torch and torch.cuda.is_initialized(): torch.cuda.empty_cache()
 def _warm(package, model, settings, cpu):
     "The model, warm, and on a GPU recorded; what that covers is said"
     report = warm(model, package, settings.max_batch)
@@ -95,7 +91,7 @@ def _batcher(life, model, report, settings, cpu):
     log('capacity', max_batch=found.max_batch, inline=cpu and found.inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in life.package.outputs}
     return Batcher(model.forward, found.max_batch, settings.max_delay_ms, settings.queue, threads, cpu and found.inline,
-        expected, prepare, _free_memory, partial(computes, life.probe), joined=life.package.batch)
+        expected, prepare, free_memory, partial(computes, life.probe), joined=life.package.batch)
 
 # %% ../../nbs/serving/05_worker.ipynb #ada70da0
 def _unforeseen(life, error):
