@@ -35,7 +35,7 @@ class OutOfMemoryError(RuntimeError):
 
 
 class Model:
-    where, placement = "cpu", None
+    where, placement, program = "cpu", None, None  # nothing of torch, which could be recorded
     seen = staticmethod(note(os.environ["FAKE_SEEN"])) if "FAKE_SEEN" in os.environ else None
 
     def predict(self, arrays):
