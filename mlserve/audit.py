@@ -10,7 +10,7 @@ import ast, json, math, os, re, stat, zipfile
 from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from .allowlist import allowed, check_class, check_code, replaced
+from .allowlist import allowed, check_class, check_code, refuse_graph, replaced
 from .archive import check_tensors, entries, fits, open_archive, storages
 from .errors import LocalResource, Refused
 
@@ -169,7 +169,8 @@ _entries = re.compile(r'archive_format|archive_version|byteorder|\.data/(version
 _symbolic = re.compile(r'_operator\.(add|and_|eq|floordiv|ge|getitem|gt|le|lshift|lt|mod|mul|ne|neg|or_|pos|pow|rshift|sub|truediv)|math\.\w+|torch\._?sym_\w+')
 _functions = {'Symbol', 'Integer', 'Float', 'Rational', 'Add', 'Mul', 'Pow', 'Max', 'Min', 'Mod', 'PythonMod', 'FloorDiv', 'CleanDiv', 'CeilDiv',
     'ModularIndexing', 'Where', 'PowByNatural', 'FloatPow', 'FloatTrueDiv', 'IntTrueDiv', 'ToFloat', 'TruncToInt', 'TruncToFloat', 'FloorToInt',
-    'CeilToInt', 'RoundToInt', 'LShift', 'RShift', 'Eq', 'Ne', 'Lt', 'Le', 'Gt', 'Ge', 'And', 'Or', 'Not', 'Identity'}
+    'CeilToInt', 'RoundToInt', 'LShift', 'RShift', 'Eq', 'Ne', 'Lt', 'Le', 'Gt', 'Ge',
+    'Equality', 'Unequality', 'StrictLessThan', 'LessThan', 'StrictGreaterThan', 'GreaterThan', 'And', 'Or', 'Not', 'Identity'}
 _harmless = (ast.Expression, ast.Call, ast.Name, ast.Load, ast.Constant, ast.keyword, ast.BinOp, ast.UnaryOp, ast.Compare, ast.operator, ast.unaryop, ast.cmpop)
 
 # %% ../nbs/04_audit.ipynb #4bf12d74
@@ -243,7 +244,7 @@ def _check_export(file:Path):
             for key,p in json.loads(archive.get_record(f'data/{kind}/model_{kind}_config.json'))['config'].items():
                 if p.get('use_pickle') or not re.fullmatch(r'(weight|tensor)_\d+', p['path_name']): no(f"'{key[:80]}' of its {kind} is a pickle.")
                 _check_weight(file, key, p['tensor_meta'], sizes.get(f"data/{kind}/{p['path_name']}", 0))
-        if not _is_plain('', json.loads(archive.get_record('models/model.json'))): no('Its graph has operators or expressions beyond those of torch.')
+        if not _is_plain('', json.loads(graph := archive.get_record('models/model.json'))): refuse_graph(file.name, graph)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as e: no(f'Its description cannot be read: {str(e)[:100] or type(e).__name__}.')
     if 'data/sample_inputs/model.pt' in sizes and (sample := archive.get_record('data/sample_inputs/model.pt')): _check_sample(file, sample)
 

@@ -6,7 +6,8 @@
 __all__ = ['Place', 'place_of', 'Taint', 'Flow', 'readings']
 
 # %% ../nbs/04_dataflow.ipynb #b818454f
-import linecache, os, sys, warnings
+import linecache, os, re, sys, threading, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,12 @@ class Place:
 def place_of(
     frames, # stack frames, the innermost first
 )->Place: # in the model where it can be
-    "The innermost line outside torch"
-    import torch
-    library,frames = str(Path(torch.__file__).parent),list(frames)
-    lines = [Place(f.f_code.co_filename, f.f_lineno) for f in frames if f.f_code.co_name not in ('__torch_function__', '__torch_dispatch__')]
-    return next((l for l in lines if not l.file.startswith(library)), lines[0])
+    "The innermost line that is the model's own"
+    import mlserve, numpy, torch
+    ours,*libraries = (str(Path(m.__file__).parent) + os.sep for m in (mlserve, torch, numpy))
+    theirs = [f for f in frames if f.f_code.co_name not in ('__torch_function__', '__torch_dispatch__')]
+    lines = [Place(f.f_code.co_filename, f.f_lineno) for f in theirs if not f.f_code.co_filename.startswith(ours)]
+    return next((l for l in lines if not l.file.startswith(tuple(libraries))), lines[0])
 
 # %% ../nbs/04_dataflow.ipynb #6d0776b1
 def _tensors(*nested)->list:
@@ -65,11 +67,16 @@ def _sizes_by_values(func, args)->bool:
 def _sized(tensor)->bool: return getattr(tensor, '_sized_by_values', False)
 
 # %% ../nbs/04_dataflow.ipynb #6b661245
-_no_values = ('is_', 'sym_', '_has_', 'q_', 'qscheme', 'dense_dim', 'sparse_dim')
+_no_values = re.compile(r'_?is_\w+|sym_\w+|_?has_\w+|q_\w+|qscheme|(dense_|sparse_|n|)dim\w*|element_size|get_device|type|storage_offset|stride'
+    r'|size|numel|nelement|__(len|iter|hash|dir|dlpack_device)__|\..*|(result|promote)_types?|can_cast')
+_shapes = re.compile(r'\w+_like|new_\w+|_shape_as_tensor')
 def _reads(func, out)->bool:
     "Whether an operation takes values out of a tensor, or only looks at them and may raise"
     name = func.overloadpacket.__name__
-    return isinstance(out, (bool, int, float, complex)) and not name.startswith(_no_values) or out is None and '_assert' in name
+    return isinstance(out, (bool, int, float, complex)) and not _no_values.fullmatch(name) or out is None and '_assert' in name
+def _holds_values(func, given)->bool:
+    "Whether what an operation gives holds values, or was made from a shape"
+    return not _shapes.fullmatch(func.overloadpacket.__name__) or any(map(_sized, given))
 def _recording()->bool:
     "Whether what happens now is called by the module, and not by an operation that is written down as a whole"
     import torch
@@ -84,17 +91,20 @@ class _Conversions:
         "How many were added since the last question about this value"
         import torch
         value = torch._C._get_value_trace(tensor)
-        now = sum(u.user.kind() in _conversions for u in value.uses())
+        now = sum(bool(u.user.kind() in _conversions and u.user.output().uses()) for u in value.uses())
         before,self.counted[value.unique()] = self.counted.get(value.unique(), 0),now
         return now - before
 
 # %% ../nbs/04_dataflow.ipynb #044e5fc1
-_ways_out = {'tolist', 'numpy', '__array__', '__dlpack__', '__float__', '__format__', 'storage', 'untyped_storage'}
+_callbacks = {'apply_', 'map_', 'map2_'}
 _constants = {'tensor': 0, 'as_tensor': 0, 'asarray': 0, 'new_tensor': 1} # and the place of the values among the arguments
+_pieces = {'unbind': 1, 'split': 2, 'chunk': 2, 'unsafe_split': 2, 'unsafe_chunk': 2} # and the place of the dimension
 _counts = {'size', 'numel', 'nelement', '__len__'}
 class Flow:
     "Follows the values of inputs while a module is traced"
-    def __init__(self, tensors): self.taint,self.places,self.waiting,self.conversions = Taint(tensors),{},[],_Conversions()
+    def __init__(self, tensors):
+        self.taint,self.places,self.waiting,self.conversions = Taint(tensors),{},[],_Conversions()
+        self.thread = threading.get_ident()
     def tainted(self, tensors)->bool: return any(t in self.taint for t in tensors)
     def lose(self, place): self.places[place] = None
     def operation(self, place, func, args, kwargs, out):
@@ -102,7 +112,8 @@ class Flow:
         given,made = _tensors(args, kwargs),_tensors(out)
         if not self.tainted(given): return
         written = _written(func, args)
-        self.taint.add(made + written)
+        if threading.get_ident() != self.thread: self.lose(place()) # where nothing is recorded
+        if _holds_values(func, given): self.taint.add(made + written)
         if not written and (_sizes_by_values(func, args) or any(map(_sized, given))): self.size(made)
         if not made and _recording() and _reads(func, out): self.waiting.append((place(), given[0]))
     def size(self, tensors):
@@ -118,21 +129,32 @@ def _settle(flow:Flow)->bool:
         left[id(tensor)] -= 1
         if left[id(tensor)] < 0: flow.lose(place)
     return any(n >= 0 for n in left.values())
+def _takes_out(flow:Flow, name:str, args:tuple, kwargs:dict, made:list, out)->bool:
+    "Whether a function of torch gave values of what it was given to Python"
+    if name in _constants and not (made and made[0] in Taint(_tensors(args, kwargs))): return flow.tainted(_tensors(args[_constants[name]:], kwargs))
+    taken = not made and out is not None and out is not NotImplemented and not _no_values.fullmatch(name)
+    return (taken or name in _callbacks) and flow.tainted(_tensors(args, kwargs))
 def _called(flow:Flow, place, name:str, args:tuple, kwargs:dict, out):
     "After a function of torch that the module called"
     import torch
     given,made = _tensors(args, kwargs),_tensors(list(out) if isinstance(out, torch.Size) else out)
     if _settle(flow): flow.taint.add(made); flow.size(made)
     if not _recording(): return
+    if name == 'one_hot' and (*args[1:], kwargs.get('num_classes', -1))[0] == -1 and flow.tainted(given): flow.size(made)
     if any(map(_sized, given)):
         if name in _counts or isinstance(out, torch.Size): flow.taint.add(made)
-        if name == 'unbind' and (*args[1:], kwargs.get('dim', 0))[0] == 0: flow.lose(place()) # as many pieces as rows
-    values = _tensors(args[_constants[name]:]) if name in _constants and not (made and made[0] in Taint(given)) else []
-    if name in _ways_out and flow.tainted(given) or flow.tainted(values): flow.lose(place())
+        elif name in ('stride', '.nbytes') or name in _pieces and (*args[_pieces[name]:], kwargs.get('dim', 0))[0] == 0: flow.lose(place())
+        if name == 'pad_sequence': flow.size(made)
+    if _takes_out(flow, name, args, kwargs, made, out): flow.lose(place())
 
 # %% ../nbs/04_dataflow.ipynb #3369417d
+def _name(func)->str:
+    "The name of a function, or `.` and that of an attribute"
+    name = getattr(func, '__name__', '')
+    return f".{getattr(func.__self__, '__name__', '')}" if name == '__get__' else name
 def _modes(flow:Flow)->tuple:
     "The listeners to a trace"
+    import torch
     from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
     def outwards(frame):
@@ -142,14 +164,25 @@ def _modes(flow:Flow)->tuple:
     class Calls(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             frame,out = sys._getframe(1),func(*args, **(kwargs or {}))
-            _called(flow, lambda: place_of(outwards(frame)), getattr(func, '__name__', ''), args, kwargs or {}, out)
+            _called(flow, lambda: place_of(outwards(frame)), _name(func), args, kwargs or {}, out)
             return out
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             frame,out = sys._getframe(1),func(*args, **(kwargs or {}))
-            flow.operation(lambda: place_of(outwards(frame)), func, args, kwargs or {}, out)
+            with torch._C.DisableTorchFunction(): flow.operation(lambda: place_of(outwards(frame)), func, args, kwargs or {}, out)
             return out
     return Calls(),Operations()
+
+# %% ../nbs/04_dataflow.ipynb #5b1f7a21
+@contextmanager
+def _new_threads(flow:Flow):
+    "Listen in the threads that are started meanwhile"
+    def enter(*event):
+        sys.setprofile(None)
+        for mode in _modes(flow): mode.__enter__()
+    threading.setprofile(enter)
+    try: yield
+    finally: threading.setprofile(None)
 def readings(
     module, # a torch module in evaluation mode
     tensors:tuple, # an example of its inputs, in call order
@@ -158,7 +191,7 @@ def readings(
     import torch
     flow = Flow(tensors)
     calls,operations = _modes(flow)
-    with torch.no_grad(), warnings.catch_warnings(), calls, operations:
+    with torch.no_grad(), warnings.catch_warnings(), _new_threads(flow), calls, operations:
         warnings.simplefilter('ignore')
         torch.jit.trace(module, tensors, check_trace=False, strict=False)
         _settle(flow)

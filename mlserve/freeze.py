@@ -225,6 +225,11 @@ def file_program(
     return program,{'takes': _parameters(module), 'weights': _weight_types(module), 'tables': table_sizes(module)}
 
 # %% ../nbs/04_freeze.ipynb #7b94a0cb
+def _computed(module)->dict:
+    "Copies of what a module computed from its weights and keeps beside them, as `weight_norm` does; `deepcopy` refuses it"
+    import torch
+    kept = [t for part in module.modules() for t in vars(part).values() if isinstance(t, torch.Tensor)]
+    return {id(t): t.detach().clone() for t in kept if not t.is_leaf}
 def live_program(
     model, # a torch module, or the path of a model file
     file:str|Path, # where the model's file goes
@@ -239,7 +244,7 @@ def live_program(
     if isinstance(model, torch.jit.ScriptModule) and format == 'torchscript':
         torch.jit.save(model, str(file))
         return read_program(file, format)
-    if isinstance(model, torch.nn.Module): return TorchProgram(copy.deepcopy(model).cpu().eval())
+    if isinstance(model, torch.nn.Module): return TorchProgram(copy.deepcopy(model, _computed(model)).cpu().eval())
     tool = ' (skl2onnx)' if type(model).__module__.startswith('sklearn') else ''
     raise UsageError(f"A model of type {type(model).__name__} was given; a torch module or the path of a model file is allowed.",
         mend=f"Convert it{tool} and give the path of the .onnx file, format='onnx'.")

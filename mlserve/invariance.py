@@ -24,7 +24,7 @@ def _wide(row:np.ndarray)->dict:
 def _whole(row:np.ndarray, example:np.ndarray, ends:tuple)->dict:
     "Rows of whole numbers that are unlike one row"
     limits,fits = np.iinfo(row.dtype),lambda v: np.iinfo(row.dtype).min <= v <= np.iinfo(row.dtype).max
-    values = {'ones': 1, "the example's least value": example.min(), "the example's greatest value": example.max()}
+    values = {'ones': 1} | {f'the number {v}': v for v in (2, 3, 10, 100)} | {"the example's least value": example.min(), "the example's greatest value": example.max()}
     if row.itemsize < 4: values |= {'the largest numbers': limits.max, 'the smallest numbers': limits.min}
     values |= {f'the number {v - 1}': v - 1 for v in ends if fits(v - 1)}
     scaled = row.astype(object) * 1000
@@ -119,7 +119,7 @@ def _inside(row:dict)->bool:
     return all(a.dtype.kind != 'f' or (np.abs(a) < np.finfo(a.dtype).max).all() for a in row.values())
 def _asked(live, pairs:list, rows:int, names:list, nonfinite:bool)->list:
     "What companions are, the batches of them that a live program answers, and its answers"
-    batches = [(what, {n: np.repeat(a, rows, 0) for n,a in row.items()}) for what,row in pairs if _inside(row)]
+    batches = [(what, row if rows == 1 else {n: np.repeat(a, rows, 0) for n,a in row.items()}) for what,row in pairs if _inside(row)]
     answers = [(what, given, _answer(live, given, names, nonfinite)) for what,given in batches]
     return [a for a in answers if a[2] is not None]
 def _rounding(live, given:dict, names:list, wanted:dict, near)->float:
@@ -133,6 +133,7 @@ def _prove_unlike(live, saved, asked:list, names:list, near)->list:
     said = 'The saved program answers otherwise than the live model for'
     mend = 'What Python took from the example stays in the file: write it as operations on tensors, save torch.jit.script(model), or move it into the handler.'
     own = []
+    if saved is live: return asked
     for what,given,wanted in asked:
         try: own.append((what, given, saved.run(given, names)))
         except Refused: raise
@@ -193,6 +194,7 @@ def prove_program(
     asked = _asked(live, pairs, 1 if batch else len(next(iter(arrays.values()))), names, nonfinite)
     own = _prove_unlike(live, saved, asked, names, near)
     for program,known in zip(fresh(), (asked, own)): _prove_forgetful(program, known[1:] + known[:1], arrays, names, expected, near)
-    for program in (live, saved): _prove_forgetful(program, [], arrays, names, expected, near)
-    if batch: _prove_rows(saved, arrays, names, expected, near, [m for m in pairs if _taken(saved, m[1], names, nonfinite)])
+    for program in dict.fromkeys((live, saved)): _prove_forgetful(program, [], arrays, names, expected, near)
+    known = {id(given) for _,given,_ in own}
+    if batch: _prove_rows(saved, arrays, names, expected, near, [m for m in pairs if id(m[1]) in known or _taken(saved, m[1], names, nonfinite)])
     _prove_still(before, _state(saved))

@@ -123,4 +123,5 @@ def verify_lock(
     for name,(size,sha) in lock.items():
         got = files[name].stat().st_size
         if got != size: differ(path, name, f'{size} bytes', f'{got} bytes')
+    for name,(size,sha) in lock.items():
         if (h := file_hash(files[name])) != sha: differ(path, name, f'sha256:{sha}', f'sha256:{h}')

@@ -8,7 +8,7 @@ __all__ = ['DATATYPES', 'WIDTHS', 'dtype_of', 'datatype_of', 'TensorSpec', 'spec
            'compare']
 
 # %% ../nbs/01_tensors.ipynb #9ead8d7f
-import math
+import math, warnings
 import numpy as np
 from array import array
 from dataclasses import dataclass
@@ -155,6 +155,7 @@ def _build_float(flat, shape, spec, dtype):
 # %% ../nbs/01_tensors.ipynb #df1fb75f
 _codes = {k: (c, DATATYPES[k]) for k,c in dict(UINT8='B', UINT16='H', UINT32='I', UINT64='Q', INT8='b', INT16='h', INT32='i', INT64='q',
     FP32='f', FP64='d').items()}
+warnings.filterwarnings('ignore', 'overflow', RuntimeWarning, __name__) # numpy's, of the dot product: it is no news here
 def finite(
     array:np.ndarray, # of floats
 )->bool: # no NaN and no infinity

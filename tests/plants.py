@@ -855,9 +855,8 @@ def values_are_read_unseen(put):
 
 @plant
 def only_the_dispatcher_is_heard(put):
-    "The ways out of a tensor that pass by the dispatcher are not known"
-    put("dataflow._ways_out", set())
-    put("dataflow._constants", {})
+    "What a function of torch takes out of a tensor beside the dispatcher is not known"
+    put("dataflow._takes_out", lambda *args: False)
 
 
 @plant

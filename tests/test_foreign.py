@@ -300,6 +300,18 @@ def test_what_a_lock_names_has_a_limit_before_it_is_hashed(package, tmp_path):
     assert e.value.code == 8
 
 
+def test_sizes_are_compared_before_anything_is_hashed(package, tmp_path, monkeypatch):
+    "Six gigabytes of zeros are hashed for half a minute"
+    folder = rewritten(package, tmp_path)
+    with open(folder / "a", "wb") as large, open(folder / "package.lock", "a") as lock:
+        large.truncate(6 * 2**30)
+        lock.write(f"a {6 * 2**30} {'0' * 64}\nz 1 {'0' * 64}\n")
+    (folder / "z").write_text("zz")
+    monkeypatch.setattr("mlserve.lock.file_hash", lambda file: pytest.fail(f"{file} is hashed"))
+    with pytest.raises(IntegrityError, match="'z' .* expected 1 bytes, got 2 bytes"):
+        load_package(folder)
+
+
 @pytest.mark.parametrize("name", ["MLmodel", "package.lock", "golden.safetensors", "environment.json", "handler.py", "registered_model_meta", "mlmodel", "files/words", "model.onnx"])
 def test_weights_of_an_onnx_file_cannot_take_the_packages_own_names(name, tmp_path):
     from onnx import TensorProto, helper

@@ -257,3 +257,27 @@ def test_A3_what_the_package_says_is_an_answer_is_a_word_on_every_route(tmp_path
     refused = http.post("/predict", json={"inputs": [["NaN", 0]]})  # the rules for inputs stay as they are
     assert refused.status_code == 400, refused.text
     json.loads((package.path / "serving_input_example.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize("number", [2, 3, 10, 100])
+def test_A1_small_whole_numbers_are_asked(number, tmp_path):
+    model = Of(lambda n: n if torch.jit.is_tracing() else n.masked_fill(n == number, 0))  # wrong when traced
+    with pytest.raises(CheckFailed, match=f"for the number {number}"):
+        save_package(model, tmp_path / "bad", "bad", {"n": torch.tensor([[5, 7], [6, 8]])}, ["y"])
+
+
+def test_no_program_is_asked_a_companion_twice(tmp_path, monkeypatch):
+    from mlserve.confined import ConfinedProgram
+    asked = []
+    for kind in (TorchProgram, ConfinedProgram):
+        def run(self, arrays, names, *more, good=kind.run):
+            asked.append((id(self), arrays["x"].tobytes()))
+            programs.append(self)  # so that no number is given away
+            return good(self, arrays, names, *more)
+        monkeypatch.setattr(kind, "run", run)
+    companion, programs = np.zeros((1, 3), np.float32).tobytes(), []
+    save_package(torch.nn.Linear(3, 2), tmp_path / "p", "p", {"x": torch.rand(4, 3)}, ["y"])
+    assert sorted(asked.count(a) for a in {*asked} if a[1] == companion) == [1, 1, 1, 1]  # live and saved, used and unused
+    asked.clear()
+    save_package(tmp_path / "p/model.pt", tmp_path / "q", "q", {"x": torch.rand(4, 3)}, ["y"])
+    assert [asked.count(a) for a in {*asked} if a[1] == companion] == [2]  # before it was loaded again, and after

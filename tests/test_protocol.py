@@ -582,3 +582,9 @@ def test_v7_fuzzed_binary_bodies_in_full(tmp_path):
 def test_the_full_counts():
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__, "-m", "not soak"], env=os.environ | {"MLSERVE_SOAK": "1"}, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_numbers_that_are_large_leave_no_warning_among_the_lines_of_the_log():
+    code = "import numpy as np; from mlserve.tensors import finite; assert finite(np.full(9, 3e38, np.float32)); np.full(9, 3e38, np.float32).dot(np.full(9, 3e38, np.float32))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("RuntimeWarning") == 1, done.stderr  # that of a model is told as ever

@@ -1,5 +1,7 @@
 """The live model is the reference: what depends on values is not frozen, and held-back rows are answered by the model in the notebook."""
+import ctypes
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mlserve.dataflow import readings
 from mlserve.errors import CheckFailed, IntegrityError, Refused
 from mlserve.holdout import beside, read_holdout
 from mlserve.package import load_package, load_program, save_package
@@ -57,16 +60,37 @@ def test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole(tmp_pa
     assert np.allclose(load_program(package).run({"x": UNLIKE}, ["y"])["y"], wanted, rtol=1e-5)
 
 
+def seen(call, *more):
+    values = []
+    call(*more, lambda *given: values.append(given) or given[0])
+    return any(1.25 in given for given in values)
+
+
+def in_a_thread(x):
+    values = []
+    thread = threading.Thread(target=lambda: values.append(x.max().item()))
+    thread.start()
+    thread.join()
+    return values[0]
+
+
 @pytest.mark.parametrize("read", [
     lambda x: x.clamp(max=x.max().item()), lambda x: x * len(torch.nonzero(x > 0.5)), lambda x: x * 2 if torch.equal(x, x.round()) else x,
     lambda x: x * float(np.asarray(x).max()), lambda x: x.roll(x[0, 0].long() + 1, 1), lambda x: x * torch.tensor([x.max(), 1, 1]),
-    lambda x: x[:, x.sum(0).argsort().tolist()],
-], ids=["a number", "a length", "equality", "NumPy", "a shift", "a constant", "an order"])
+    lambda x: x[:, x.sum(0).argsort().tolist()], lambda x: x * 2 if "1.25" in str(x.max()) else x, lambda x: x * 2 if "1.25" in f"{x}" else x,
+    lambda x: x * 2 if seen(x.clone().apply_) else x, lambda x: x * 2 if seen(x.clone().map_, x) else x, lambda x: x * 2 if seen(x.clone().map2_, x, x) else x,
+    lambda x: x + 0 * torch.as_tensor(data=[x[0, 0], x[0, 1], x[0, 2]]), lambda x: x * torch.LongTensor([x.max().long() + 1]),
+    lambda x: x * 2 if ctypes.c_float.from_address(x.data_ptr()).value == 1.25 else x, lambda x: x * 2 if in_a_thread(x) == 1.25 else x,
+    lambda x: x * 2 if len(x[x == 1.25].split(1)) > 1 else x, lambda x: x * 2 if x[x == 1.25].nbytes else x,
+    lambda x: x * 2 if x[(x == 1.25).any(1)].t().contiguous().stride(0) > 1 else x, lambda x: x * 2 if F.one_hot((x == 1.25).long()).shape[-1] > 1 else x,
+    lambda x: x * 2 if torch.nn.utils.rnn.pad_sequence([row[row == 1.25] for row in x.unbind(0)]).shape[0] else x,
+], ids=["a number", "a length", "equality", "NumPy", "a shift", "a constant", "an order", "text", "formatted text", "a function of Python", "of two", "of three",
+        "by keyword", "an old constructor", "an address", "a new thread", "pieces", "bytes", "strides", "classes", "the longest"])
 def test_A1_no_way_out_of_a_tensor_is_missed(tmp_path, read):
     class Model(torch.nn.Module):
         def forward(self, x):
             return read(x)
-    with pytest.raises(Refused, match="lambda x"):
+    with pytest.raises(Refused, match=r"reads values of its inputs in Python: .*test_reference.py:"):
         save_package(Model(), tmp_path / "p", "net", EXAMPLE, ["y"])
 
 
@@ -74,9 +98,9 @@ def packed(x):
     return torch.nn.utils.rnn.pack_padded_sequence(torch.ones(1, 300, 1), x.max().long().reshape(1).clamp(min=1), batch_first=True).batch_sizes
 
 
-UNSEEN = {"a function of Python": lambda x: x.clone().apply_(lambda v: v / 255 if v > 10 else v), "a size of classes": lambda x: x * 2 if F.one_hot(x.long()).size(-1) < 10 else x,
-          "a function of two": lambda x: x.clone().map_(x.clone(), lambda a, b: a / 255 if a > 10 else a), "steps of a sequence": lambda x: x * len(packed(x)),
-          "a thread": lambda x: x * 2 if POOL.submit(lambda: float(x.max())).result() < 10 else x}
+UNSEEN = {"a thread": lambda x: x * 2 if POOL.submit(lambda: float(x.max())).result() < 10 else x,
+          "steps of a sequence": lambda x: x * len(packed(x)),
+          "what a trace is not asked": lambda x: x if torch.jit.is_tracing() else x.masked_fill(x > 10, 0)}
 POOL = ThreadPoolExecutor(1)
 
 
@@ -167,7 +191,43 @@ def bert(kind, **more):
 
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 24}
-SIZED = {"hand-written": Sized, "BERT": lambda: bert("Bert", **SMALL), "RoBERTa": lambda: bert("Roberta", **SMALL),
+class Experts(torch.nn.Module):
+    "Each row goes to the two experts that its gate prefers"
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = torch.nn.Linear(3, 4), torch.nn.ModuleList(torch.nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        out, masks = torch.zeros_like(x), F.one_hot(chosen, 4).permute(2, 1, 0)
+        for mask, expert in zip(masks, self.experts):
+            place, rows = torch.where(mask)
+            out.index_add_(0, rows, expert(x[rows]) * weights[rows, place, None])
+        return out
+
+
+@pytest.mark.parametrize("format", ["torchscript", "export"])
+def test_rows_that_values_pick_inside_the_graph_are_no_refusal(tmp_path, format):
+    torch.manual_seed(0)
+    model, rows = Experts().eval(), np.random.default_rng(0).normal(size=(9, 3)).astype("f4") * 3
+    package = save_package(model, tmp_path / "p", "net", EXAMPLE, ["y"], format=format)
+    assert np.allclose(load_program(package).run({"x": rows}, ["y"])["y"], model(torch.from_numpy(rows)).detach(), atol=1e-5)
+
+
+class Packed(torch.nn.Module):
+    "A recurrent network over sequences of several lengths"
+    def __init__(self):
+        super().__init__()
+        self.words, self.layer = torch.nn.Embedding(50, 6), torch.nn.LSTM(6, 4, batch_first=True, bidirectional=True)
+
+    def forward(self, ids, mask):
+        rows = torch.nn.utils.rnn.pack_padded_sequence(self.words(ids), mask.sum(1), batch_first=True, enforce_sorted=False)
+        steps, (last, _) = self.layer(rows)
+        steps, _ = torch.nn.utils.rnn.pad_packed_sequence(steps, batch_first=True, total_length=ids.shape[1])
+        return steps.amax(1) + torch.cat([last[0], last[1]], 1)
+
+
+SIZED = {"packed": Packed, "hand-written": Sized, "BERT": lambda: bert("Bert", **SMALL), "RoBERTa": lambda: bert("Roberta", **SMALL),
          "DistilBERT": lambda: bert("DistilBert", dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=24)}
 
 
@@ -185,6 +245,29 @@ def test_A1_what_depends_on_sizes_is_no_refusal(tmp_path, name):
         wanted = model(*map(torch.from_numpy, other.values()))
     wanted = wanted if torch.is_tensor(wanted) else wanted["logits"]
     assert np.allclose(load_program(package).run(other, ["logits"])["logits"], wanted.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def masked(x):
+    "Reads what was made from shapes, as models from a hub do"
+    mask = torch.ones_like(x, dtype=torch.int64)
+    if not mask.all() or torch.zeros_like(x).any() or torch.full_like(x, 3).max() < 3:
+        x = x / 2
+    width = int(mask.sum(1)[0]) + int(x.new_ones(x.shape).sum(1)[0]) + int(x.new_full((2,), 3.0).sum()) + len(x.new_tensor([1.0, 2.0]).tolist())
+    kind = f"{x.dtype} {x.device} {x.type()} {tuple(x.new_zeros(2).tolist())}"
+    return x * width if "float32" in kind and torch._shape_as_tensor(x)[1] == 3 and x.stride(1) == 1 else x
+
+
+def test_what_is_made_from_a_shape_holds_no_values(tmp_path):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return masked(x)
+    package = save_package(Model(), tmp_path / "p", "net", EXAMPLE, ["y"])
+    assert np.allclose(load_program(package).run({"x": UNLIKE}, ["y"])["y"], UNLIKE * 14)
+
+
+@pytest.mark.parametrize("read", [lambda x: x * 2 if np.isclose(x, 1.25).any() else x, lambda x: x * 2 if 1.25 in list(x.storage()) else x], ids=["NumPy", "storage"])
+def test_the_line_of_a_refusal_is_the_models(read):
+    assert {place.file for place in readings(read, tuple(EXAMPLE.values()))} == {__file__}
 
 
 class Shortcut(torch.nn.Module):
