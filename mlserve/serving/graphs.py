@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 import numpy as np
 from ..formats import TorchProgram, named
-from ..tensors import compare
+from .batch import out_of_memory
 
 # %% ../../nbs/serving/03_graphs.ipynb #a1bb8869
 class CudaRecorder:
@@ -149,6 +149,7 @@ def record_graphs(
         except Exception as e:
             graphs.left_out[n] = f'{type(e).__name__}: {str(e).strip()[:200]}'
             program.run(batches[n], names)
+            if out_of_memory(e): continue
             break
         below = max(((m, s) for m,s in eager.items() if m < n), default=None)
         bucket.least = _least(bucket.seconds, eager[n], below, pad)
