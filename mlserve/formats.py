@@ -80,6 +80,11 @@ def _set_torch(device:str, threads:int|None):
     except RuntimeError: pass # the pool is in use already
 
 # %% ../nbs/04_formats.ipynb #9dff93b3
+def _move_constants(functions, device:str):
+    "Let what a program makes on the CPU be made on a device"
+    for function in functions:
+        for node in function.graph.findAllNodes('prim::Constant'):
+            if str(node.output().type()) == 'Device' and node.s('value') == 'cpu': node.s_('value', device)
 def read_module(
     file:str|Path, # a TorchScript file that was audited
     device:str='cpu', # 'cpu' or 'cuda:0'
@@ -89,6 +94,7 @@ def read_module(
     unit = torch._C.CompilationUnit() # of its own, so that it has the functions of this file and no others
     module = torch._C.import_ir_module(unit, str(file), torch.device(device), {}, False)
     check_graphs(Path(file).name, unit.get_functions())
+    if device != 'cpu': _move_constants(unit.get_functions(), device)
     return torch.jit._recursive.wrap_cpp_module(module).eval()
 
 # %% ../nbs/04_formats.ipynb #d4276641
