@@ -101,6 +101,7 @@ REFUSALS = [  # what the library is told, what is asked, the reason, words of th
     ("cuInit=805", {}, "mps", "MPS daemon.*nvidia-cuda-mps-control"),
     ("cuDevicePrimaryCtxRetain=807", {}, "mps", "no clients just now"),
     ("cuDevicePrimaryCtxRetain=46", {}, "busy", "exclusive mode.*nvidia-smi -c DEFAULT"),
+    ("cuDevicePrimaryCtxRetain=2", {}, "allocation_failed", "out of memory.*who else"),
     ("cuMemAlloc_v2=2", {}, "allocation_failed", "cuMemAlloc_v2 answered 2 .out of memory.*who else"),
     ("cuModuleLoadData=209", {}, "no_kernel_image", "no code for this architecture"),
     ("cuModuleLoadData=221", {}, "no_kernel_image", "ptxjitcompiler.*compute"),

@@ -51,7 +51,7 @@ def library(
     except OSError as e: raise _no_library(look() if seen is None else seen, str(e)) from None
 
 # %% ../../nbs/serving/00_driver.ipynb #0dfd6952
-_codes = {34: ('no_driver_library', "the library is the CUDA toolkit's stub, not the driver's"), 35: ('driver_too_old', 'the driver is older than the call'),
+_codes = {2: ('allocation_failed', 'out of memory'), 34: ('no_driver_library', "the library is the CUDA toolkit's stub, not the driver's"), 35: ('driver_too_old', 'the driver is older than the call'),
     36: ('driver_too_old', 'the driver is older than the call'), 46: ('busy', 'another process has the GPU in exclusive mode'),
     100: ('too_few_gpus', 'no GPU is visible'), 101: ('too_few_gpus', 'no such GPU'), 209: ('no_kernel_image', 'no code for this architecture'),
     214: ('driver_refused', 'uncorrectable error of the memory'), 218: ('no_kernel_image', 'the code cannot be compiled here'),
@@ -79,7 +79,7 @@ def answered(
 )->GpuRefused: # with its reason
     "The refusal that an answer of the driver amounts to"
     by_kind = next((r for start,r in _kinds.items() if function.startswith(start)), 'driver_refused')
-    reason,meaning = _codes.get(code, (by_kind, 'out of memory' if code == 2 else 'see CUresult'))
+    reason,meaning = _codes.get(code, (by_kind, 'see CUresult'))
     return GpuRefused(f'A GPU was asked for, but the driver refused: {function} answered {code} ({meaning}).', mend=_mends.get(reason, TOOLKIT), reason=reason)
 def ask(
     lib, # the library
