@@ -8,10 +8,10 @@ __all__ = ['Model', 'load_model']
 # %% ../../nbs/serving/02_model.ipynb #28217476
 from dataclasses import dataclass
 import numpy as np
-from ..errors import InvalidInput, MlserveError, ModelFailed
+from ..errors import GpuRefused, InvalidInput, MlserveError, ModelFailed
 from ..package import Package, golden, load_package, load_program
 from .device import torch_name
-from .framework import check_framework
+from .framework import check_framework, reason_of
 from ..tensors import DATATYPES, TensorSpec, check_tensors
 
 # %% ../../nbs/serving/02_model.ipynb #491f4f79
@@ -79,7 +79,13 @@ def load_model(
 def _placed(package, program)->dict:
     "Where the program is, seen in one pass over the golden rows"
     inputs,_ = golden(package)
-    return program.placement({s.name: inputs[s.name] for s in package.inputs}, [s.name for s in package.outputs])
+    try: return program.placement({s.name: inputs[s.name] for s in package.inputs}, [s.name for s in package.outputs])
+    except MlserveError: raise
+    except Exception as e:
+        told,reason = f'The model cannot run on {program.device}: {str(e).strip()[:500] or type(e).__name__}',reason_of(e)
+        if reason == 'kernel_failed': raise ModelFailed(told) from e
+        raise GpuRefused(told, mend='See with nvidia-smi who else is on the GPU, or use a smaller model.',
+            reason=reason) from e
 
 # %% ../../nbs/serving/02_model.ipynb #f6b1a54c
 def _column(data, spec)->np.ndarray:
