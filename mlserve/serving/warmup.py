@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import CheckFailed, ModelFailed
 from ..formats import TorchProgram
 from ..package import golden
+from .batch import out_of_memory
 from .graphs import record_graphs
 from ..tensors import Comparison, compare
 
@@ -81,7 +82,8 @@ def warm(
     for n in sorted({rows, *batch_sizes(max_batch)}):
         wanted = n / (1.05 * best) if best else float('inf') # seconds
         try: seconds[n] = took = _undisturbed(model, tile(inputs, n), budget, wanted)
-        except ModelFailed:
+        except ModelFailed as e:
+            if seconds and n > rows and out_of_memory(e): break
             if package.batch or n == rows: raise
             continue
         flat,best = flat + 1 if took > wanted else 0,max(best, n / took)
