@@ -6,7 +6,7 @@
 __all__ = ['CudaRecorder', 'Bucket', 'record_bucket', 'GraphProgram', 'record_graphs']
 
 # %% ../../nbs/serving/03_graphs.ipynb #22e99b2e
-import time
+import contextlib, time
 from dataclasses import dataclass
 import numpy as np
 from ..formats import TorchProgram, named
@@ -19,22 +19,30 @@ class CudaRecorder:
         device:str, # such as 'cuda:0'
     ):
         import torch
-        self.torch,self.device,self.pool = torch,device,torch.cuda.graph_pool_handle()
+        self.torch,self.device,self.pool,self.stream = torch,device,torch.cuda.graph_pool_handle(),torch.cuda.Stream(device)
     def __call__(self,
         call, # without arguments; works on tensors that stay where they are
     )->tuple: # what replays the call, and what the call gave: the same tensors at each replay
         "Record one call"
         cuda,graph = self.torch.cuda,self.torch.cuda.CUDAGraph()
         with cuda.device(self.device):
-            side = cuda.Stream()
-            side.wait_stream(cuda.current_stream())
-            with cuda.stream(side):
+            self.stream.wait_stream(cuda.current_stream())
+            with cuda.stream(self.stream):
                 for _ in range(3): call()
-            cuda.current_stream().wait_stream(side)
-            with cuda.graph(graph, pool=self.pool): result = call()
+            cuda.current_stream().wait_stream(self.stream)
+            with self.unwound(), cuda.graph(graph, pool=self.pool, stream=self.stream): result = call()
         def replay():
             with cuda.device(self.device): graph.replay()
         return replay,result
+    @contextlib.contextmanager
+    def unwound(self):
+        "After a recording that failed: the stream of before, and an allocator that records no more"
+        before = self.torch.cuda.current_stream()
+        try: yield
+        except BaseException:
+            self.torch.cuda.set_stream(before)
+            with contextlib.suppress(RuntimeError): self.torch._C._cuda_endAllocateToPool(before.device.index, self.pool)
+            raise
 
 # %% ../../nbs/serving/03_graphs.ipynb #1cb052a2
 @dataclass
@@ -99,6 +107,9 @@ def _batch(inputs, rows, first=0):
 def _right(bucket, program, other, names, near)->bool:
     "Whether a recording answers what it was not recorded with"
     return near(program.run(other, names), bucket.run(other, bucket.rows)).passed
+def _first(error):
+    "Why a recording failed; how it then ended is another error, raised while this one was handled"
+    return error.__context__ or error
 def _least(took:float, own:float, below:tuple|None, pad:bool)->int|None:
     "From how many rows on a bucket pays, or nothing; `below` has the rows and the eager seconds of the bucket below"
     if pad and took <= (below[1] if below else own): return below[0] + 1 if below else 1
@@ -147,9 +158,9 @@ def record_graphs(
             bucket = record_bucket(program, batches[n], names, recorder)
             bucket.seconds = _seconds(lambda: bucket.run(batches[n], n), program.sync)
         except Exception as e:
-            graphs.left_out[n] = f'{type(e).__name__}: {str(e).strip()[:200]}'
+            graphs.left_out[n] = f'{type(_first(e)).__name__}: {str(_first(e)).strip()[:200]}'
             program.run(batches[n], names)
-            if out_of_memory(e): continue
+            if out_of_memory(_first(e)): continue
             break
         below = max(((m, s) for m,s in eager.items() if m < n), default=None)
         bucket.least = _least(bucket.seconds, eager[n], below, pad)
