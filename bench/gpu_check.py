@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = {"machine": 30, "proof": 100, "refusals": 100, "warmup": 90, "graphs": 60, "benchmark": 120, "half": 40, "differences": 60, "watch": 90,
-            "compiled": 120}  # in this order; the most seconds of each
+SECTIONS = {"machine": 60, "proof": 120, "graphs": 75, "half": 45, "differences": 45, "benchmark": 120, "warmup": 100, "watch": 75, "refusals": 90,
+            "compiled": 120}  # in this order, the short ones and those that hang on most first; the most seconds of each
 WHOLE = 465  # seconds; what comes after has so much less
 TARGETS = [  # name, what it is, how it is compared, with what
     ("refused", "refusals that end with 9, of those provoked", ">=", 1.0),

@@ -13,3 +13,5 @@ try:
 except BaseException:
     record.fail(traceback.format_exc())
     raise
+if record.error:
+    sys.exit(record.error)

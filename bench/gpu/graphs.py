@@ -75,8 +75,10 @@ def reads_values(r):
 
 
 def run(r):
-    for kind, name in ((CNN, "cnn"), (encoder(r), "encoder")):
-        alone(r, kind, name)
-        as_served(r, kind, "torchscript")
-    as_served(r, CNN, "export")
-    reads_values(r)
+    kinds = {"cnn": CNN, "encoder": encoder(r)}
+    for name, kind in kinds.items():
+        r.tried(alone, r, kind, name)
+    for kind in kinds.values():
+        r.tried(as_served, r, kind, "torchscript")
+    r.tried(as_served, r, CNN, "export")
+    r.tried(reads_values, r)

@@ -2,6 +2,7 @@
 import json
 import threading
 import time
+import traceback
 
 
 class Record:
@@ -35,6 +36,13 @@ class Record:
     def fail(self, error):
         self.error = error
         self._write()
+
+    def tried(self, call, *args):
+        "What a call gives, or nothing and its error: one failure does not cost the rest of a section"
+        try:
+            return call(*args)
+        except Exception:
+            self.fail("\n".join(filter(None, [self.error, traceback.format_exc()])))
 
     def rehearsed(self, why):
         "Whether this is the CPU, where the inner call is left out; a note says why"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from gpu.models import CNN
 from gpu.serving import Server
@@ -86,6 +87,17 @@ def onnx(r):
     return done == 9, seconds
 
 
+def foreign(r):
+    "A framework whose kernels are not for this GPU"
+    return refused(r, FOREIGN[0], CNN.package(r.work), *FOREIGN[1:])
+
+
+def crowded(r, leave):
+    "A GPU whose memory another process holds, but for so many MiB"
+    with Holder(r, leave) as holder:
+        return refused(r, f"another process left {holder.free} MiB", CNN.package(r.work), {}, {}, may_serve=r.gpu and leave > 1000)
+
+
 def newer_kernel(r):
     "What the driver itself answers to a kernel for a newer architecture"
     if r.rehearsed("the driver's library is not here: a kernel of a newer architecture"):
@@ -103,14 +115,9 @@ def run(r):
     if not r.gpu:
         r.note("rehearsed: there is no driver here, so each case is refused for that")
     with ThreadPoolExecutor(r.several(len(MASKS), 1)) as pool:
-        seen += pool.map(lambda case: refused(r, case[0], package, *case[1:]), MASKS)
-    seen.append(onnx(r))
-    for leave in (150, 1200):
-        with Holder(r, leave) as holder:
-            what = f"another process left {holder.free} MiB"
-            seen.append(refused(r, what, package, {}, {}, may_serve=r.gpu and leave > 1000))
-    newer_kernel(r)
-    seen.append(refused(r, FOREIGN[0], package, *FOREIGN[1:]))
-    seen = [s for s in seen if s]
-    r.target("refused", sum(ok for ok, _ in seen) / len(seen))
-    r.target("refused_seconds", max(s for _, s in seen))
+        seen += pool.map(lambda case: r.tried(refused, r, case[0], package, *case[1:]), MASKS)
+    for case in (onnx, foreign, partial(crowded, leave=150), partial(crowded, leave=1200), newer_kernel):
+        seen.append(r.tried(case, r))
+        if known := [s for s in seen if s]:
+            r.target("refused", sum(ok for ok, _ in known) / len(known))
+            r.target("refused_seconds", max(s for _, s in known))

@@ -89,13 +89,9 @@ def kept_answers(r):
 
 
 def run(r):
-    kind, right = encoder(r), []
-    for case in (halved, crowded, lost_kernel):
-        try:
-            right.append(case(r, kind))
-            free(r)
-        except Exception as e:
-            right.append(False)
-            r.note(f"{case.__name__}: {type(e).__name__}: {str(e)[:500]}")
-    kept_answers(r)
-    r.target("mended", sum(map(bool, right)) / len(right))
+    kind, right, cases = encoder(r), 0, (lost_kernel, crowded, halved)
+    for case in cases:
+        right += bool(r.tried(case, r, kind))
+        free(r)
+        r.target("mended", right / len(cases))
+    r.tried(kept_answers, r)
