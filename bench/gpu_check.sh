@@ -10,4 +10,5 @@ trap 'rm -rf "$site"' EXIT
 wheels=(state/gpu-wheels/*.whl)
 # unpacked, not installed: no pip is needed, and one wheel that does not fit this Python spoils only its own import
 [ ! -e "${wheels[0]}" ] || python3 -c 'import sys, zipfile; [zipfile.ZipFile(w).extractall(sys.argv[1]) for w in sys.argv[2:]]' "$site" "${wheels[@]}"
+python3 -m compileall -q -j 0 "$site" mlserve bench > "$site/compiled.log" || true # once, and not in each of thirty processes
 PYTHONPATH="$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" python3 bench/gpu_check.py --out "$out" "$@"

@@ -74,7 +74,8 @@ def _causes(error):
     while error is not None:
         yield error
         error = error.__cause__
-_memory = re.compile(r'out of memory|not enough memory|(can.t|failed to) allocate memory|STATUS_ALLOC_FAILED|smaller than requested bytes', re.I)
+_memory = re.compile(r'out of memory|not enough memory|(can.t|failed to) allocate memory|STATUS_ALLOC_FAILED|'
+    r'smaller than requested bytes|NVML_SUCCESS == .*CUDACachingAllocator', re.I)
 _device = re.compile(r'CUDA (driver )?(error|failure)|Triton Error .CUDA|CUDNN_STATUS_(EXECUTION|INTERNAL)|device-side assert')
 def out_of_memory(
     error:BaseException, # raised by the model

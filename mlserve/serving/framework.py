@@ -69,7 +69,7 @@ def check_architecture(
 
 # %% ../../nbs/serving/01_framework.ipynb #18fde21d
 _words = {'no kernel image': 'no_kernel_image', 'driver on your system is too old': 'driver_too_old', 'out of memory': 'too_little_memory',
-    'STATUS_ALLOC_FAILED': 'too_little_memory'}
+    'STATUS_ALLOC_FAILED': 'too_little_memory', 'NVML_SUCCESS == ': 'too_little_memory'}
 def reason_of(
     error:BaseException, # of torch, on a GPU
 )->str: # a key of `gpu_reasons`
