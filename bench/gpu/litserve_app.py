@@ -33,5 +33,5 @@ class API(ls.LitAPI):
 
 
 if __name__ == "__main__":
-    server = ls.LitServer(API(max_batch_size=32, batch_timeout=0.002), accelerator=os.environ["LIT_DEVICE"], workers_per_device=1)
+    server = ls.LitServer(API(max_batch_size=32, batch_timeout=0.002), accelerator=os.environ["LIT_DEVICE"], devices=1, workers_per_device=1)
     server.run(host="127.0.0.1", port=int(os.environ["LIT_PORT"]), num_api_servers=1, generate_client_file=False, log_level="warning", access_log=False)
