@@ -94,7 +94,7 @@ gpu-check: setup ## refusals, proof, speed and faults on a GPU, in state/gpu-che
 
 # what a machine lacks that has only torch: by name, at the versions of constraints.txt; LitServe is what it is compared with
 GPU_WHEELS := fastapi starlette uvicorn uvloop httptools orjson safetensors pydantic pydantic-core annotated-types annotated-doc typing-inspection \
-	typing-extensions prometheus-client httpx httpcore h11 anyio idna certifi click litserve==0.2.19 pyzmq
+	typing-extensions opentelemetry-api prometheus-client httpx httpcore h11 anyio idna certifi click litserve==0.2.19 pyzmq
 gpu-wheels: setup ## what `bench/gpu_check.sh` brings to a GPU machine without network (Python 3.12), in state/gpu-wheels
 	@rm -rf state/gpu-wheels
 	@$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

@@ -1,8 +1,13 @@
 """The check that runs on a GPU, rehearsed without one: every section reports, whatever becomes of the others."""
+import contextlib
+import importlib.metadata
 import json
+import re
 import sys
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from conftest import ROOT, run
 
@@ -45,6 +50,18 @@ def test_a_section_that_raises_is_reported_with_its_error(tmp_path):
     with open(tmp_path / "log.txt", "w") as log:
         found = gpu_check.run_section("absent", 30, True, tmp_path, log)
     assert found["state"].startswith("failed") and "No module named 'gpu.absent'" in found["error"]
+
+
+def test_what_is_carried_to_a_machine_with_torch_alone_is_whole():
+    "A wheel that needs another one brings it: there is no index where it is unpacked"
+    listed = re.search(r"^GPU_WHEELS := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.M)[1].replace("\\", " ").split()
+    carried, needed = {canonicalize_name(name.partition("==")[0]) for name in listed}, {}
+    for name in carried:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = [Requirement(line) for line in importlib.metadata.requires(name) or []]
+            env = {"extra": "", "python_version": "3.12", "python_full_version": "3.12.3"}
+            needed |= {canonicalize_name(r.name): name for r in found if not r.marker or r.marker.evaluate(env)}
+    assert not {n: by for n, by in needed.items() if n not in carried}
 
 
 def test_a_target_is_met_missed_or_not_run_and_never_met_by_a_rehearsal():
