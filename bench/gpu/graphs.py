@@ -1,4 +1,5 @@
 """CUDA graphs: recorded calls, replayed, beside eager ones; on the device alone, and as the server calls them."""
+import time
 from dataclasses import replace
 
 import torch
@@ -43,6 +44,14 @@ def alone(r, kind, name):
     free(r)
 
 
+def once(model, rows):
+    "Seconds of one finished call"
+    start = time.perf_counter()
+    model.forward(rows)
+    model.sync()
+    return time.perf_counter() - start
+
+
 def as_served(r, kind, format):
     "The package's program as the server calls it, arrays in and out: with buckets and without"
     package = kind.package(r.work, format)
@@ -57,6 +66,8 @@ def as_served(r, kind, format):
         bucket = graphs.program.buckets.get(n)
         r.row("as served, arrays in and out", model=kind.name, format=format, rows=n, bucket=bucket.rows if bucket else "none", eager_us=1e6 * slow,
               recorded_us=1e6 * fast, times_as_fast=slow / fast, differs=far)
+    first, *more = [once(eager, kind.rows(27, i)) for i in range(6)]
+    r.row("27 rows, a size that was not warmed, eager", model=kind.name, format=format, first_ms=1000 * first, usual_ms=1000 * min(more))
     r.note(f"{kind.name} as {format}: recorded {told.graphs}, left out {told.left_out}")
     free(r)
 

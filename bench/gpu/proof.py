@@ -56,9 +56,28 @@ def by_server(r, kind):
     return near and health["golden"]["passed"] and health["model_devices"] == [r.device]
 
 
+class Counts(torch.nn.Module):
+    "Makes a tensor on its way, on the device of its input; a trace on the CPU writes down the CPU"
+
+    def forward(self, image):
+        return image.flatten(1) + torch.arange(64, device=image.device)
+
+
+def made_on_the_way(r, format):
+    "A tensor that is made on the way is made on the device"
+    from mlserve.package import save_package
+    rows = CNN.rows(3)
+    package = save_package(Counts().eval(), r.work / f"counts-{format}", "counts", CNN.rows(4), ["y"], format=format)
+    far = float(abs(loaded(package, r.device).predict(rows)["y"] - rows["image"].reshape(3, 64) - range(64)).max())
+    r.row("a tensor made on the way", format=format, max_abs=far)
+    return far < 1e-4
+
+
 def run(r):
     kinds, right = (CNN, encoder(r)), 0
-    cases = [(in_process, kind, format) for kind in kinds for format in ("torchscript", "export")] + [(by_server, kind) for kind in kinds]
+    formats = "torchscript", "export"
+    cases = [(in_process, kind, format) for kind in kinds for format in formats] + [(by_server, kind) for kind in kinds]
+    cases += [(made_on_the_way, format) for format in formats]
     for case, *what in cases:
         right += bool(r.tried(case, r, *what))
         r.target("proved", right / len(cases))
