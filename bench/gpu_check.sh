@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # gpu_check.sh DIR [arguments of gpu_check.py]: the check on a machine with torch and no network, from a copy of this tree that has the wheels of
-# `make gpu-wheels` with it in state/gpu-wheels. Results are in DIR, at most eight minutes later. On a lent machine the one command is
-# `bash bench/gpu_check.sh "$OUT"`, and what it must bring beside the tree is state/gpu-wheels.
+# `make gpu-wheels` with it in state/gpu-wheels. Results are in DIR, at most eight minutes later.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1; shift
