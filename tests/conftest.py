@@ -15,9 +15,10 @@ EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
 ENGINE = {"attest", "debug", "hardened", "memory", "refusals", "release", "cuda_image"}  # read one release of the example, and run its containers
 IMAGES = {"image", "matrix"}  # build images of their own
 SERVERS = {"conformance", "fuzz", "gpu_check", "handler"}  # ask servers, whenever they answer
-SERVING = {"batcher", "clients", "controls", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
+CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
+SERVING = {"batcher", "clients", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
            "tracing"}  # ask servers, with a clock
-LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "serving": SERVING}
+LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING}
 
 
 def pytest_addoption(parser):
