@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 import typer
-from .errors import Interrupted, MlserveError, UsageError, hidden, last_line
+from .errors import CheckFailed, Interrupted, MlserveError, UsageError, by_code, hidden, last_line
 from .settings import port_variable, refuse_unknown, without_platforms
 
 # %% ../nbs/11_cli.ipynb #220b12ee
@@ -122,7 +122,6 @@ Asked = Annotated[str|None, typer.Option('--device', help='cpu, cuda or cuda:N; 
 def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=False):
     "Run a recorded image by its digest, and prove that it infers."
     from mlserve.release.check import check as run
-    from mlserve.release.container import by_code
     from mlserve.release.gates import Gates, told_metrics
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
@@ -138,7 +137,7 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
         f'on the golden rows and {result.rows} held-back rows{": " + measured if measured else ""}.', file=sys.stderr)
     if full or result.passed: show(asdict(result), 'passed', full)
     if not result.passed:
-        error = by_code(result.code)(result.reason)
+        error = by_code(result.code, CheckFailed)(result.reason)
         error.step = 'check'
         raise error
 @app.command()

@@ -6,7 +6,7 @@
 __all__ = ['exit_codes', 'gpu_reasons', 'MlserveError', 'InvalidInput', 'NotFound', 'TooLarge', 'UnsupportedMedia', 'Unavailable',
            'DeadlinePassed', 'ModelFailed', 'NotebookFailed', 'Interrupted', 'UsageError', 'CheckFailed', 'Conflict',
            'IntegrityError', 'RemoteUnavailable', 'LocalResource', 'Refused', 'GpuRefused', 'error_body', 'hidden',
-           'last_line']
+           'last_line', 'read_last_line', 'by_code']
 
 # %% ../nbs/00_errors.ipynb #f403a808
 import json, re
@@ -19,9 +19,10 @@ class MlserveError(Exception):
     def __init__(self,
         message:str, # what was asked, what was found, what is allowed
         mend:str='', # what the operator can do about it
+        reason:str='', # one word for machines, where a code has many causes: a key of `gpu_reasons`
     ):
         super().__init__(message)
-        self.message,self.mend = message,mend
+        self.message,self.mend,self.reason = message,mend,reason
     def __str__(self): return f'{self.message} {self.mend}'.strip()
 
 # %% ../nbs/00_errors.ipynb #346f8656
@@ -80,14 +81,7 @@ class Refused(MlserveError):
     code = 8
 class GpuRefused(MlserveError):
     "The GPU that was asked for cannot serve; there is no fall-back to the CPU"
-    code,reason = 9,''
-    def __init__(self,
-        message:str, # what was asked, what was found, what is allowed
-        mend:str='', # what the operator can do about it
-        reason:str='', # a key of `gpu_reasons`
-    ):
-        super().__init__(message, mend)
-        self.reason = reason
+    code = 9
 
 # %% ../nbs/00_errors.ipynb #53f39952
 exit_codes = {0: 'done', 1: 'a notebook of the user raised', 2: 'usage', 3: 'a check failed', 4: 'conflict',
@@ -128,5 +122,21 @@ def last_line(
     resume:str='', # the command that goes on from here
 )->str: # one line of JSON
     "What a failed process says last, for machines"
-    reason = {'reason': error.reason} if getattr(error, 'reason', '') else {}
+    reason = {'reason': error.reason} if error.reason else {}
     return json.dumps({'code': error.code} | reason | {'step': step, 'error': str(error), 'resume': resume})
+
+# %% ../nbs/00_errors.ipynb #e1a5be02
+def read_last_line(
+    text:str, # all that a process printed
+)->dict: # of `last_line`; empty where the last line is none
+    "What a process said last"
+    try: said = json.loads(text.strip().splitlines()[-1])
+    except (ValueError, IndexError): return {}
+    return said if isinstance(said, dict) and isinstance(said.get('error'), str) else {}
+_by_code = {c.code: c for c in (UsageError, CheckFailed, Conflict, IntegrityError, RemoteUnavailable, LocalResource, Refused, GpuRefused)}
+def by_code(
+    code:int, # an exit code
+    otherwise:type=MlserveError, # for a code that no class of a command or a start has
+)->type: # a class of the family
+    "The failure that an exit code names"
+    return _by_code.get(code, otherwise)

@@ -6,9 +6,8 @@
 __all__ = ['raise_open_files', 'run', 'main', 'error_from', 'free_port', 'start_process', 'serve_local']
 
 # %% ../../nbs/serving/06_server.ipynb #daa140f3
-import contextlib, gc, importlib, json, os, resource, signal, socket, subprocess, sys, tempfile
-from mlserve.errors import (CheckFailed, GpuRefused, IntegrityError, LocalResource, MlserveError, RemoteUnavailable, Refused,
-    UsageError)
+import contextlib, gc, importlib, os, resource, signal, socket, subprocess, sys, tempfile
+from ..errors import LocalResource, MlserveError, RemoteUnavailable, UsageError, by_code, read_last_line
 from .board import Board
 from .events import log
 from .watchdog import SIGNALS, finish, leave, listen, watch
@@ -59,16 +58,13 @@ def main():
     leave(run(settings, port_variable(os.environ)))
 
 # %% ../../nbs/serving/06_server.ipynb #d6a747b2
-_classes = {c.code: c for c in (UsageError, CheckFailed, IntegrityError, RemoteUnavailable, LocalResource, Refused, GpuRefused)}
 def error_from(
     text:str, # what the process wrote to stderr
     code:int, # how it ended
 )->MlserveError: # with the sentence of the last line
     "The failure a server reported, as the class it was"
-    try: said = json.loads(text.strip().splitlines()[-1]); message = said['error']
-    except (ValueError, LookupError, TypeError): said,message = {},f'The server ended with code {code}: {text[-400:]}'
-    reason = {'reason': said.get('reason', '')} if code == GpuRefused.code else {}
-    return _classes.get(code, MlserveError)(message, **reason)
+    said = read_last_line(text) or {'error': f'The server ended with code {code}: {text[-400:]}'}
+    return by_code(code)(said['error'], reason=said.get('reason', ''))
 
 # %% ../../nbs/serving/06_server.ipynb #119c2501
 def free_port()->int: # a port that was free a moment ago
