@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from gpu.models import CNN, encoder, free, synced, tensors
-from gpu.proof import loaded
+from gpu.proof import forward_seconds, loaded
 from gpu.record import timed
-from gpu.serving import Server, body_of, load, packed
+from gpu.serving import Server, body_of, load, packed, stop
 from mlserve.serving.server import free_port
 
 
@@ -38,8 +38,7 @@ def latencies(r, kind):
     cpu, gpu = loaded(package, "cpu"), loaded(package, r.device)
     for n in (1, 8, 32):
         rows = kind.rows(n)
-        call = lambda m: timed(lambda: m.forward({k: v.copy() for k, v in rows.items()}), m.sync)
-        slow, fast = call(cpu), call(gpu)
+        slow, fast = forward_seconds(cpu, rows), forward_seconds(gpu, rows)
         r.row("CPU and GPU, arrays in and out", model=kind.name, rows=n, cpu_ms=1000 * slow, gpu_ms=1000 * fast, times_as_fast=slow / fast)
     free(r)
 
@@ -47,7 +46,7 @@ def latencies(r, kind):
 def own_loop(r, kind, batch):
     "Rows a second of the model alone: arrays in and out, and with everything on the device"
     model, rows, inputs = loaded(kind.package(r.work), r.device), kind.rows(batch), tensors(kind, batch, r.device)
-    arrays = batch / timed(lambda: model.forward({k: v.copy() for k, v in rows.items()}), model.sync, r.several(1.0, 0.3))
+    arrays = batch / forward_seconds(model, rows, r.several(1.0, 0.3))
     with torch.inference_mode():
         device = batch / timed(lambda: model.program.module(*inputs), synced(r), r.several(1.0, 0.3))
     free(r)
@@ -116,11 +115,7 @@ def litserve(r, kind, connections):
         r.row("LitServe at saturation", model=kind.name, differs=differs, **found)
         return found["requests_a_second"]
     finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        stop(process)
 
 
 def run(r):

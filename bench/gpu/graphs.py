@@ -1,14 +1,14 @@
 """CUDA graphs: recorded calls, replayed, beside eager ones; on the device alone, and as the server calls them."""
-import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from gpu.models import CNN, encoder, free, synced, tensors
-from gpu.proof import loaded
+from gpu.proof import forward_seconds, loaded
 from gpu.record import timed
-from mlserve.serving.graphs import CudaRecorder
-from mlserve.serving.warmup import recorded, warm
+from mlserve.serving.graphs import CudaRecorder, recorded
+from mlserve.serving.warmup import seconds_of, warm
 
 
 def stand_in(call):
@@ -44,14 +44,6 @@ def alone(r, kind, name):
     free(r)
 
 
-def once(model, rows):
-    "Seconds of one finished call"
-    start = time.perf_counter()
-    model.forward(rows)
-    model.sync()
-    return time.perf_counter() - start
-
-
 def as_served(r, kind, format):
     "The package's program as the server calls it, arrays in and out: with buckets and without"
     package = kind.package(r.work, format)
@@ -61,12 +53,11 @@ def as_served(r, kind, format):
     for n in (1, 3, 8, 20, 32):
         rows = kind.rows(n, n)
         far = float(abs(graphs.forward({k: v.copy() for k, v in rows.items()})[kind.output] - eager.predict(rows)[kind.output]).max())
-        call = lambda m: timed(lambda: m.forward({k: v.copy() for k, v in rows.items()}), m.sync)
-        slow, fast = call(eager), call(graphs)
+        slow, fast = forward_seconds(eager, rows), forward_seconds(graphs, rows)
         bucket = graphs.program.buckets.get(n)
         r.row("as served, arrays in and out", model=kind.name, format=format, rows=n, bucket=bucket.rows if bucket else "none", eager_us=1e6 * slow,
               recorded_us=1e6 * fast, times_as_fast=slow / fast, differs=far)
-    first, *more = [once(eager, kind.rows(27, i)) for i in range(6)]
+    first, *more = [seconds_of(partial(eager.forward, kind.rows(27, i)), eager.sync) for i in range(6)]
     r.row("27 rows, a size that was not warmed, eager", model=kind.name, format=format, first_ms=1000 * first, usual_ms=1000 * min(more))
     r.note(f"{kind.name} as {format}: recorded {told.graphs}, left out {told.left_out}")
     free(r)

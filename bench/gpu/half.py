@@ -4,7 +4,7 @@ import torch
 from gpu.differences import TOLERANCES, needed, set_tf32
 from gpu.graphs import recorder
 from gpu.models import encoder, free, synced, tensors
-from gpu.proof import loaded
+from gpu.proof import forward_seconds, loaded
 from gpu.record import timed
 from mlserve.serving.warmup import prove
 
@@ -17,9 +17,9 @@ def packaged(r, kind):
         model = loaded(package, r.device)
         got = model.predict(rows)[kind.output]
         reference = got if reference is None else reference
-        seconds = timed(lambda: model.forward({k: v.copy() for k, v in rows.items()}), model.sync)
+        seconds = forward_seconds(model, rows)
         golden = prove(model, package)
-        part = float((abs(got - reference) / (package.tolerance["atol"] + package.tolerance["rtol"] * abs(reference))).max())
+        part = needed(reference, got, **package.tolerance)
         r.row("packages, 32 rows, arrays in and out", dtype=package.dtype or "float32", milliseconds=1000 * seconds, golden=bool(golden.passed),
               golden_max_abs=golden.max_abs, part_of_tolerance=part)
 

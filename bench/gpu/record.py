@@ -4,6 +4,8 @@ import threading
 import time
 import traceback
 
+from mlserve.serving.warmup import seconds_of
+
 
 class Record:
     "Tables, notes and targets of one section"
@@ -66,8 +68,5 @@ def timed(call, sync, seconds=0.3, least=5):
     sync()
     taken, end = [], time.perf_counter() + seconds
     while len(taken) < least or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        sync()
-        taken.append(time.perf_counter() - start)
+        taken.append(seconds_of(call, sync))
     return median(taken)

@@ -13,14 +13,12 @@ import numpy as np
 from mlserve.client import Client
 from mlserve.errors import RemoteUnavailable
 from mlserve.serving.server import free_port
-
-DATATYPES = {"float32": "FP32", "int64": "INT64"}
-
+from mlserve.tensors import datatype_of
 
 def body_of(kind, rows):
     "A V2 request whose tensors are binary, and so are those of its answer: headers and body"
     parts = [np.ascontiguousarray(a).tobytes() for a in rows.values()]
-    inputs = [{"name": n, "shape": list(a.shape), "datatype": DATATYPES[str(a.dtype)], "parameters": {"binary_data_size": len(p)}}
+    inputs = [{"name": n, "shape": list(a.shape), "datatype": datatype_of(a), "parameters": {"binary_data_size": len(p)}}
               for (n, a), p in zip(rows.items(), parts, strict=True)]
     head = json.dumps({"inputs": inputs, "outputs": [{"name": kind.output, "parameters": {"binary_data": True}}]}).encode()
     headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
@@ -127,13 +125,17 @@ class Server:
         return self
 
     def __exit__(self, *a):
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        stop(self.process)
+
+
+def stop(process, seconds=20):
+    "Ask a process to end, then make it"
+    process.terminate()  # nothing, where it has ended
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def load(r, port, request, connections, seconds):

@@ -19,6 +19,7 @@ from .board import CUT, OPEN, Board, beat
 from .capacity import plan
 from .events import always, keep_stderr, log, lost, trace
 from .fork import guard_forks
+from .graphs import recorded
 from .gpu_watch import computes, free_memory, watch_gpu
 from .head import Token, limits_of
 from .helper import Helper
@@ -32,7 +33,7 @@ from .rehearsal import rehearse
 from .routes import ROUTES, Inference, own_route, paths
 from .source import open_package
 from .tracing import open_spans
-from .warmup import prove, recorded, tile, warm
+from .warmup import prove, tile, warm
 from .watchdog import cut_error, finish, leave
 
 # %% ../../nbs/serving/05_worker.ipynb #f2e33f8f
