@@ -129,23 +129,26 @@ def _settle(flow:Flow)->bool:
         left[id(tensor)] -= 1
         if left[id(tensor)] < 0: flow.lose(place)
     return any(n >= 0 for n in left.values())
-def _takes_out(flow:Flow, name:str, args:tuple, kwargs:dict, made:list, out)->bool:
+def _argument(args:tuple, kwargs:dict, place:int, name:str, default):
+    "An argument by its place or by its name"
+    return args[place] if len(args) > place else kwargs.get(name, default)
+def _takes_out(flow:Flow, name:str, args:tuple, kwargs:dict, given:list, made:list, out)->bool:
     "Whether a function of torch gave values of what it was given to Python"
-    if name in _constants and not (made and made[0] in Taint(_tensors(args, kwargs))): return flow.tainted(_tensors(args[_constants[name]:], kwargs))
+    if name in _constants and not (made and made[0] in Taint(given)): return flow.tainted(_tensors(args[_constants[name]:], kwargs))
     taken = not made and out is not None and out is not NotImplemented and not _no_values.fullmatch(name)
-    return (taken or name in _callbacks) and flow.tainted(_tensors(args, kwargs))
+    return (taken or name in _callbacks) and flow.tainted(given)
 def _called(flow:Flow, place, name:str, args:tuple, kwargs:dict, out):
     "After a function of torch that the module called"
     import torch
     given,made = _tensors(args, kwargs),_tensors(list(out) if isinstance(out, torch.Size) else out)
     if _settle(flow): flow.taint.add(made); flow.size(made)
     if not _recording(): return
-    if name == 'one_hot' and (*args[1:], kwargs.get('num_classes', -1))[0] == -1 and flow.tainted(given): flow.size(made)
+    if name == 'one_hot' and _argument(args, kwargs, 1, 'num_classes', -1) == -1 and flow.tainted(given): flow.size(made)
     if any(map(_sized, given)):
         if name in _counts or isinstance(out, torch.Size): flow.taint.add(made)
-        elif name in ('stride', '.nbytes') or name in _pieces and (*args[_pieces[name]:], kwargs.get('dim', 0))[0] == 0: flow.lose(place())
+        elif name in ('stride', '.nbytes') or name in _pieces and _argument(args, kwargs, _pieces[name], 'dim', 0) == 0: flow.lose(place())
         if name == 'pad_sequence': flow.size(made)
-    if _takes_out(flow, name, args, kwargs, made, out): flow.lose(place())
+    if _takes_out(flow, name, args, kwargs, given, made, out): flow.lose(place())
 
 # %% ../nbs/04_dataflow.ipynb #3369417d
 def _name(func)->str:

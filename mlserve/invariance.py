@@ -195,6 +195,6 @@ def prove_program(
     own = _prove_unlike(live, saved, asked, names, near)
     for program,known in zip(fresh(), (asked, own)): _prove_forgetful(program, known[1:] + known[:1], arrays, names, expected, near)
     for program in dict.fromkeys((live, saved)): _prove_forgetful(program, [], arrays, names, expected, near)
-    known = {id(given) for _,given,_ in own}
-    if batch: _prove_rows(saved, arrays, names, expected, near, [m for m in pairs if id(m[1]) in known or _taken(saved, m[1], names, nonfinite)])
+    answered = {id(given) for _,given,_ in own}
+    if batch: _prove_rows(saved, arrays, names, expected, near, [m for m in pairs if id(m[1]) in answered or _taken(saved, m[1], names, nonfinite)])
     _prove_still(before, _state(saved))

@@ -150,8 +150,8 @@ def _specs(arrays:dict, rows:int|None=None)->tuple:
 # %% ../nbs/04_package.ipynb #d7e1a0b2
 def _halve(origin, ours:dict, arrays:dict, names:list, expected:dict)->tuple:
     "The program in half precision and its answers, which are near those in single"
-    batch,nonfinite,single = ours.get('batch', True),bool(ours.get('nonfinite')),_tolerance(_specs(expected))
-    prove_program(unused(origin), unused(origin), arrays, names, expected, single, batch, nonfinite)
+    batch,nonfinite,single = ours.get('batch', True),bool(ours.get('nonfinite')),unused(origin)
+    prove_program(single, single, arrays, names, expected, _tolerance(_specs(expected)), batch, nonfinite)
     half = halved(origin, ours['dtype'], names)
     own = unused(half).run(arrays, names)
     check_half(expected, own, ours['dtype'], ours['tolerance'], nonfinite)
@@ -173,7 +173,7 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     outputs = _specs(expected, len(next(iter(arrays.values()))))
     ours['tolerance'] = ours['tolerance'] or HALVES.get(ours.get('dtype')) or _tolerance(outputs)
     check_width(ours['tolerance'], expected)
-    single,own = live,expected
+    reference,own = live,expected # in half precision the program is another, and the reference stays
     if ours.get('dtype'):
         origin,own = _halve(origin, ours, arrays, names, expected)
         live = unused(origin)
@@ -183,7 +183,7 @@ def _fill(temp:Path, ours:dict, model, arrays:dict, names:list, handler, files, 
     program = live if foreign else load_program(saved)
     fresh = lambda: [unused(origin)] if foreign else [unused(origin), load_program(saved)]
     prove_program(live, program, arrays, names, own, ours['tolerance'], batch, bool(nonfinite), fresh)
-    held = live_answers(single if ours.get('dtype') else live, program, holdout, saved, 32 if batch else len(next(iter(arrays.values()))), bool(nonfinite))
+    held = live_answers(reference, program, holdout, saved, 32 if batch else len(next(iter(arrays.values()))), bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=arrays, outputs=expected)
     texts = example_files(arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs), 'environment.json': json.dumps(environment(), indent=1, sort_keys=True) + '\n'}
     for name,text in texts.items(): (temp/name).write_text(text)
