@@ -10,7 +10,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release test test-fast soak cuda-image export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images gpu-check gpu-wheels test-tools clean
+.PHONY: help setup release check test test-fast soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images gpu-check gpu-wheels test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -26,8 +26,13 @@ setup: .venv/.installed ## the environment, in .venv
 release: setup engine-start ## the main job: train, build, record, check and promote the example
 	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote --json
 
-test: setup engine-start test-tools ## every test, with real releases in containers
-	@$(WITH_ENGINE) bash .ci/test
+check: setup ## ruff and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+
+LANES ?=
+test: setup engine-start test-tools ## every test, with real releases in containers; LANES='pages serving' for some
+	@$(WITH_ENGINE) bash .ci/test $(LANES)
 
 test-fast: setup ## pages and units, without an engine
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m pages
@@ -37,7 +42,7 @@ test-tools: setup # what the tests trace, emulate, proxy, load, build and ask wi
 	missing=$${missing:-}; missing=$${missing/nginx/nginx-light}; missing=$${missing/javac/openjdk-17-jdk-headless}; missing=$${missing/%cc/gcc libc6-dev}; \
 	[ -z "$$missing" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $$missing >&2; }
 	@[ -x state/tools/checkov/bin/checkov ] || bash .ci/install state/tools/checkov checkov==3.3.30
-	@for client in kserve mlserver; do pins=tests/clients/$$client.txt; folder=state/tools/$$client; \
+	@for client in kserve mlserver kubernetes-validate; do pins=tests/clients/$$client.txt; folder=state/tools/$$client; \
 	cmp -s $$pins $$folder/.installed || { rm -rf $$folder; $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $$folder -r $$pins 2> >(grep -v '^WARNING: Location' >&2); cp $$pins $$folder/.installed; }; done
 
 soak: setup engine-start test-tools ## the tests' full counts: hours of load, faults and fuzzing
@@ -45,6 +50,10 @@ soak: setup engine-start test-tools ## the tests' full counts: hours of load, fa
 
 cuda-image: setup engine-start ## build the GPU flavour for real (2.5 GB of wheels), and see it refuse a host without a GPU
 	@$(WITH_ENGINE) pytest -q -s -m cuda_image
+
+dist: setup ## sdist and wheel, in dist/
+	@rm -rf dist build
+	@bash .ci/dist $(BIN)/python dist
 
 export: setup ## package, README and Dockerfile from the notebooks
 	@$(BIN)/nbdev_clean
@@ -59,18 +68,14 @@ dockerfile: setup
 	@env -u MLSERVE_BASE -u MLSERVE_REGISTRY $(BIN)/mlserve dockerfile $(EXAMPLE) --device cuda > docker/Dockerfile.cuda
 
 docs: setup ## the documentation site, in _docs
-	@rm -rf _proc _docs
-	@$(BIN)/python -c 'from nbdev.serve import proc_nbs; proc_nbs()'
-	@sed -i 's#](nbs/#](#g' _proc/index.ipynb # the README is read from the root, the site from nbs/
-	@$(BIN)/smalldocs render -q _proc 2> >(grep -v output-file >&2)
-	@mv _proc/_docs _docs
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python .ci/docs.py _docs
 	@echo 'docs: _docs/index.html' >&2
 
 docs-serve: docs ## the site on http://127.0.0.1:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 
 lab: setup ## JupyterLab on the notebooks
-	@$(WITH_ENGINE) jupyter lab --notebook-dir nbs
+	@$(WITH_ENGINE) jupyter lab --notebook-dir nbs $$([ $$(id -u) != 0 ] || echo --allow-root)
 
 BENCH ?=
 bench: setup ## mlserve beside other model servers; BENCH='--servers mlserve,fastapi' for some of them

@@ -45,7 +45,7 @@ def upload(folder, megabytes):
     "A package with a large weights file, made from a small one; its digest"
     import torch
 
-    from mlserve.lock import write_lock
+    from mlserve.package.lock import write_lock
     from mlserve.package import save_package
     package = save_package(torch.nn.Linear(4, 2), folder, "large", {"x": torch.rand(3, 4)}, ["y"])
     with open(package.path / "weights.bin", "wb") as f:
@@ -64,17 +64,17 @@ def plain(client, size, to):
 
 def fetched(size, to):
     "mlserve's parallel ranged reads; MB/s"
-    from mlserve.serving.cache import Partial
-    from mlserve.serving.fetch import Budget, fetch, run
-    from mlserve.serving.remote import ObjectStore
+    from mlserve.serving.delivery.cache import Partial
+    from mlserve.serving.delivery.download import TimeBudget, fetch, run_coroutine
+    from mlserve.serving.delivery.object_store import ObjectStore
     start = time.perf_counter()
-    run(fetch(ObjectStore("s3://models/large"), Partial(to / "package", {"weights.bin": size}), Budget(600), lambda *a, **k: None))
+    run_coroutine(fetch(ObjectStore("s3://models/large"), Partial(to / "package", {"weights.bin": size}), TimeBudget(600), lambda *a, **k: None))
     return size / 1e6 / (time.perf_counter() - start)
 
 
 def opened(place, digest, cache):
     "Seconds until a package is on this machine and verified"
-    from mlserve.serving.source import open_package
+    from mlserve.serving.delivery.resolver import open_package
     from mlserve.settings import read_settings
     start = time.perf_counter()
     open_package(read_settings({"MLSERVE_PACKAGE": str(place), "MLSERVE_PACKAGE_DIGEST": digest, "MLSERVE_CACHE": str(cache)}))

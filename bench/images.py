@@ -23,13 +23,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from mlserve.package import load_package
-from mlserve.release import context, dependencies, distribution, image, inputs
-from mlserve.release.dockerfile import ImageSpec, render
+from mlserve.release.image import built_image as image
+from mlserve.release.image.engine import engine, find_builder, run_build
+from mlserve.release.plan import build_image, prepare
+from mlserve.release.registry import client as distribution
+from mlserve.release.spec import ReleaseSpec
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = """FROM {base} AS builder
@@ -71,7 +74,7 @@ def built(b, cache=True):
     began, iid = time.monotonic(), b.folder.with_suffix(".iid")
     if b.make:
         return b.make(cache), time.monotonic() - began
-    image.run_build(image.find_builder(), ["--progress", "plain", "--network", "none", "--iidfile", str(iid), *([] if cache else ["--no-cache"]), str(b.folder)])
+    run_build(find_builder(), ["--progress", "plain", "--network", "none", "--iidfile", str(iid), *([] if cache else ["--no-cache"]), str(b.folder)])
     return image.BuiltImage(iid.read_text(), 0, 0), time.monotonic() - began
 
 
@@ -80,7 +83,7 @@ def pushed(b, made):
     began = time.monotonic()
     if b.make:
         return image.push(made, b.repository), time.monotonic() - began
-    client = image.engine().api
+    client = engine().api
     client.tag(made.id, b.repository, "latest")
     digest = image.pushed_digest(client.push(b.repository, "latest", stream=True, decode=True))
     return f"{b.repository}@{digest}", time.monotonic() - began
@@ -119,15 +122,9 @@ def ours(name, package, work, state, registry, extra=()):
     shutil.copytree(ROOT / "mlserve", place / "mlserve", ignore=shutil.ignore_patterns("__pycache__"))
 
     def make(cache=True):
-        model = load_package(place / "package")
-        base = image.resolve_base(os.environ["MLSERVE_BASE"])
-        target = context.known_target(base, state / "targets", lambda: image.base_target(base))
-        lock, wheels = dependencies.resolve(model, target, state, extra=extra)
-        with context.kept_place(state / "contexts" if cache else place / "again", lock) as folder:
-            text = render(ImageSpec(base))
-            labels = inputs.read_inputs(ROOT / "nbs/examples/digits.ipynb", model, lock, wheels, text).labels("digits", model.digest, lock, base)
-            context.stage(folder, text, lock, wheels, model.path, place / "mlserve")
-            return image.build(folder, base, model.digest, labels, cache=cache)
+        spec = ReleaseSpec(name="digits", notebook=ROOT / "nbs/examples/digits.ipynb", base=os.environ["MLSERVE_BASE"], requirements=list(extra), state=state)
+        plan = replace(prepare(spec, load_package(place / "package")), code=place / "mlserve")
+        return build_image(plan, None if cache else place / "again", cache)
     return Build(name, place, f"{registry}/bench/{name}", make)
 
 
@@ -170,7 +167,7 @@ def measured(b, runs, change_code, change_weights, log):
     iid, _ = built(b)  # from the cache, so that the kept context is known to the engine
     first, push_seconds = pushed(b, iid)
     layers, _ = manifest(first)
-    attributes = image.engine().images.get(iid.id).attrs
+    attributes = engine().images.get(iid.id).attrs
     row = {"name": b.name, "mb": attributes["Size"] / 1e6, "compressed_mb": sum(layers.values()) / 1e6, "layers": len(layers), "cold_s": min(cold), "first_push_s": push_seconds}
     before = first
     for what, change in (("code", change_code), ("weights", change_weights)):
@@ -198,7 +195,7 @@ def whole_command(package, env, runs, log):
         shutil.copytree(ROOT / "nbs/pipelines", source / "pipelines")
         times, before, after = [], None, None
         for n in range(runs + 1):
-            with open(source / "serving/app.py", "a") as f:
+            with open(source / "serving/http/app.py", "a") as f:
                 f.write(f"\n# change {n} {time.time()}\n")
             began = time.monotonic()
             done = subprocess.run([Path(sys.executable).parent / "mlserve", "build", ROOT / "nbs/examples/digits.ipynb", "--package", package.path, "--json"],
@@ -233,7 +230,7 @@ def change_package(folder):
     program = change_program(folder / "model.pt")
 
     def change(n):
-        from mlserve.lock import write_lock
+        from mlserve.package.lock import write_lock
         program(n)
         write_lock(folder)
     return change
@@ -256,7 +253,7 @@ def main():
         more = wheels_for(state / "bench-wheels/mlflow", "gunicorn[gevent]", f"mlflow=={version('mlflow')}", "torch==2.13.0", f"numpy=={version('numpy')}",
                           *(f"{n}=={version(n)}" for n in ("pip", "setuptools", "wheel")))  # its image sets these three to training's
         torch, edge = ours("ours-torch", package, work, state, registry), ours("ours-onnx", as_onnx(package, work), work, state, registry)
-        code = lambda b: change_file(b.folder / "mlserve/serving/app.py", "\n# change {n}\n")
+        code = lambda b: change_file(b.folder / "mlserve/serving/http/app.py", "\n# change {n}\n")
         plain, generated = tutorial(package, work, wheels, registry), mlflow(package, work, more, registry)
         rows.append(measured(plain, o.runs, change_file(plain.folder / "main.py", "\n# change {n}\n"), change_program(plain.folder / "model.pt"), log))
         rows.append(measured(torch, o.runs, code(torch), change_package(torch.folder / "package"), log))
@@ -271,7 +268,7 @@ def main():
     finally:
         for row in rows:
             try:
-                image.engine().images.remove(row["iid"], force=True)
+                engine().images.remove(row["iid"], force=True)
             except Exception as e:
                 log(f"{row['name']}: {e}")
         shutil.rmtree(work, ignore_errors=True)
@@ -301,7 +298,7 @@ def dependency(package, row, work, state, registry):
     made, seconds = built(more)
     more.repository = row["repository"]
     after, _ = pushed(more, made)
-    image.engine().images.remove(made.id, force=True)
+    engine().images.remove(made.id, force=True)
     old, new = manifest(row["first"])[0], manifest(after)[0]
     return {"build_s": seconds, "mb": sum(s for d, s in new.items() if d not in old) / 1e6, "moved": [n for n, d in zip(("runtime", "wheels", "weights", "ground", "code"), new) if d not in old]}
 
@@ -316,7 +313,7 @@ def table(rows, runs):
     tutorial, names = rows[0], {"tutorial": "two-stage Dockerfile of the tutorials", "ours-torch": "mlserve, torch", "ours-onnx": "mlserve, ONNX (edge)", "mlflow": "MLflow's generated Dockerfile"}
     lines = [f"# Images side by side, {time.strftime('%Y-%m-%d')}", "",
              f"One run of `make bench-images` on {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, {platform.system()}, engine "
-             f"{image.engine().version()['Version']}, a registry on loopback, load {os.getloadavg()[0]:.1f} at its end; the least of {runs} runs each (MLflow: 1). MB are 10**6 bytes.", "",
+             f"{engine().version()['Version']}, a registry on loopback, load {os.getloadavg()[0]:.1f} at its end; the least of {runs} runs each (MLflow: 1). MB are 10**6 bytes.", "",
              "| image | MB | of the tutorials' | compressed MB | layers | cold build s | code: build s | code: push s | code: kB moved | weights: build + push s | weights: kB moved |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
     for r in rows:

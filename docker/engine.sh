@@ -23,12 +23,11 @@ alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
 free_port() { python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])'; }
 answers() { timeout 10 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
 
-install_packages() {
-  local missing=()
-  [ -x /usr/sbin/dockerd ] || missing+=(docker.io)
-  [ -x /usr/bin/docker-registry ] || missing+=(docker-registry)
-  [ -x /usr/bin/mmdebstrap ] || missing+=(mmdebstrap)
+install_packages() { # COMMAND:PACKAGE …, for commands that are not here
+  local missing=() pair
+  for pair in "$@"; do PATH=$PATH:/usr/sbin command -v "${pair%%:*}" >/dev/null || missing+=("${pair#*:}"); done
   [ ${#missing[@]} -eq 0 ] && return
+  [ "$(id -u)" = 0 ] || fail "${missing[*]} is not installed here, and installing it needs root." "Run apt-get install ${missing[*]} as root."
   say "installing ${missing[*]} with apt-get"
   apt-get update -qq >"$dir/apt.log" 2>&1 || fail "apt-get update failed." "Read $dir/apt.log."
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >>"$dir/apt.log" 2>&1 \
@@ -79,6 +78,7 @@ start_base() { # the official slim image where a registry can be reached, else o
     "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$official" >"$dir/base"; return
   fi
   say "no registry serves it here; making a base image from Debian's packages"
+  install_packages mmdebstrap:mmdebstrap
   SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$dir/base.tar" \
     >"$dir/base.log" 2>&1 || fail "mmdebstrap failed." "Read $dir/base.log."
   ref=$registry/mlserve/base
@@ -94,7 +94,7 @@ debug_base() { # made like the base, with the tools of somebody who looks into a
   [ -S "$run/docker.sock" ] && docker=("$(client)" -H "unix://$run/docker.sock")
   if [ -s "$dir/debug-base" ] && "${docker[@]}" inspect "$(cat "$dir/debug-base")" >/dev/null 2>&1; then cat "$dir/debug-base"; return; fi
   [ "$registry" != 127.0.0.1: ] || fail "No registry is there to hold the debug base." "Run make engine-start, or set MLSERVE_REGISTRY."
-  install_packages
+  install_packages mmdebstrap:mmdebstrap
   say "making the debug base from Debian's packages"
   SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,strace,gdb,curl,procps,iproute2 bookworm "$dir/debug.tar" \
     >"$dir/debug.log" 2>&1 || fail "mmdebstrap failed." "Read $dir/debug.log."
@@ -115,8 +115,15 @@ start() {
   fi
   if [ -z "$theirs" ] || [ -z "${MLSERVE_REGISTRY:-}" ]; then
     [ -f /etc/debian_version ] || fail "No Docker Engine answers, and this is not Debian or Ubuntu." "Install Docker Engine, start it, and set DOCKER_HOST or a docker context."
-    [ "$(id -u)" = 0 ] || fail "No Docker Engine answers, and installing one needs root." "Start Docker Engine and add yourself to the docker group, or run make as root."
-    install_packages
+    local needed=(docker-registry:docker-registry mmdebstrap:mmdebstrap)
+    if [ -z "$theirs" ]; then
+      [ "$(id -u)" = 0 ] || fail "No Docker Engine answers, and installing one needs root." "Start Docker Engine and add yourself to the docker group, or run make as root."
+      needed+=(dockerd:docker.io)
+    elif [ "$(id -u)" != 0 ] && ! command -v docker-registry >/dev/null; then
+      fail "An engine answers, but no registry to push to is named, and installing one needs root." \
+        "Start one with docker run -d -p 127.0.0.1:5000:5000 registry:2, and set MLSERVE_REGISTRY=127.0.0.1:5000."
+    fi
+    install_packages "${needed[@]}"
     [ -n "$theirs" ] || { start_dockerd; docker=("$(client)" -H "unix://$run/docker.sock"); }
     start_registry
   fi

@@ -1,22 +1,20 @@
-"""What the tests share: the project's folder, and one real release that many of them read."""
+"""What the tests share: their lanes, a tracking server, and one real release that many of them read."""
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from stores import az, gs, package, registry, s3, settings, store  # noqa: F401 (fixtures, one of each for all modules)
+from commands import EXAMPLE, mlserve
+from containers import downloaded, engine, start  # noqa: F401 (fixtures, one of each for all modules)
+from linters import checkov, kubernetes_validate  # noqa: F401
+from emulators import az, gs, registry, s3, settings, store, stored_package  # noqa: F401
 
-ROOT = Path(__file__).parent.parent
-EXAMPLE = ROOT / "nbs/examples/digits.ipynb"
-
-
-ENGINE = {"attest", "debug", "hardened", "memory", "refusals", "release", "cuda_image"}  # read one release of the example, and run its containers
+ENGINE = {"supply_chain", "debug", "hardened", "memory", "refusals", "release", "cuda_image"}  # read one release of the example, and run its containers
 IMAGES = {"image", "matrix"}  # build images of their own
 SERVERS = {"conformance", "fuzz", "gpu_check", "handler"}  # ask servers, whenever they answer
 CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
-SERVING = {"batcher", "clients", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
+SERVING = {"scheduler", "clients", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
            "tracing"}  # ask servers, with a clock
 LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING}
 
@@ -32,22 +30,6 @@ def pytest_collection_modifyitems(items):
         item.add_marker(next((lane for lane, modules in LANES.items() if name in modules), "pages"))
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(4 * 3600))
-
-
-def run(*command, env=None, timeout=600, cwd=ROOT):
-    "Run a command; its exit code, stdout and stderr"
-    values = {k: v for k, v in {**os.environ, **(env or {})}.items() if v is not None}
-    return subprocess.run([str(c) for c in command], env=values, cwd=cwd, timeout=timeout, capture_output=True, text=True)
-
-
-def mlserve(*arguments, **kwargs):
-    "Run the command line as a user does"
-    return run(Path(sys.executable).parent / "mlserve", *arguments, **kwargs)
-
-
-def last_json(stderr):
-    "The object on the last line of stderr"
-    return json.loads(stderr.strip().splitlines()[-1])
 
 
 @pytest.fixture(scope="session")
@@ -66,12 +48,12 @@ def tracking(state):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    store = state / "mlflow"
-    store.mkdir()
+    home = state / "mlflow"
+    home.mkdir()
     log = open(state / "mlflow.log", "w")
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{store}/mlflow.db", "--artifacts-destination", str(store / "artifacts")]
-    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=store, start_new_session=True,
+               "--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts")]
+    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=home, start_new_session=True,
                                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})  # without its six task workers
     url = f"http://127.0.0.1:{port}"
     try:
@@ -124,3 +106,12 @@ def double(tmp_path_factory):
     folder = tmp_path_factory.mktemp("double") / "double"
     save_package(Double().eval(), folder, "double", {"x": torch.zeros(4, 2)}, ["y"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def released(release, tracking, tmp_path_factory):
+    "The recorded package, on a folder that is mounted as the volume of weights"
+    from mlserve.package import load_package
+    folder = tmp_path_factory.mktemp("weights")
+    folder.chmod(0o755)
+    return load_package(downloaded(release, tracking, folder), digest=release["package"])

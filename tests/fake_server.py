@@ -1,6 +1,6 @@
 """The real server with a model made for tests: the second number of a row says what the model does with it.
 
-Only `mlserve.serving.model` is replaced, before the workers are forked; parser, routes, batcher, watchdog and signals are the real ones."""
+Only `mlserve.serving.model` is replaced, before the workers are forked; connection, endpoints, scheduler, supervisor and signals are the real ones."""
 import ctypes
 import os
 import signal
@@ -21,7 +21,7 @@ def note(path):
 
 def accepted(write):
     "Have the id of each request noted when its work begins"
-    from mlserve.serving.routes import Inference
+    from mlserve.serving.http.inference import Inference
     start = Inference.start
 
     def noted(self, route, headers, body, done, id=b"", *more):
@@ -75,7 +75,7 @@ class Model:
         pass
 
 
-def load_model(package, device, threads=None):
+def load_model(package, device, threads=None, cache="", max_batch=32):
     global np
     import numpy as np  # in the worker, as the real one: its library reads the number of threads when it is loaded
     time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", 0)))
@@ -86,17 +86,19 @@ def load_model(package, device, threads=None):
     if path := os.environ.get("FAKE_HANDLER"):
         from pathlib import Path
 
-        from mlserve import handler
+        from mlserve.package import handler
         model.handler = handler._handler(handler._import(Path(path), Path(path).read_bytes()))
     return model
 
 
 if __name__ == "__main__":
-    sys.modules["mlserve.serving.model"] = types.SimpleNamespace(load_model=load_model)
+    import mlserve.serving
+    stand_in = sys.modules["mlserve.serving.model"] = types.ModuleType("mlserve.serving.model")
+    stand_in.load_model, stand_in.__path__ = load_model, [f"{mlserve.serving.__path__[0]}/model"]  # its other rooms are the real ones
     if "FAKE_ACCEPTED" in os.environ:
         accepted(note(os.environ["FAKE_ACCEPTED"]))
     if plant := os.environ.get("FAKE_PLANT"):
-        import plants
-        plants.sow(plant)
+        import mutations
+        mutations.sow(plant)
     from mlserve.serving.server import main
     main()

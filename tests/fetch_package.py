@@ -5,7 +5,7 @@ import signal
 import sys
 
 from mlserve.errors import MlserveError
-from mlserve.serving import source
+from mlserve.serving.delivery import resolver as source
 from mlserve.settings import read_settings
 
 

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of the binary decoder: any body is refused by our own classes, or gives arrays that meet the contract.
 
-Run by `test_protocol.py`; alone: `python tests/fuzz_binary.py -runs=1000000 FOLDER`. The first byte picks the contract, the next two the header's length.
+Run by `test_protocols.py`; alone: `python tests/fuzz_binary.py -runs=1000000 FOLDER`. The first byte picks the contract, the next two the header's length.
 """
 import os
 import sys
@@ -8,13 +8,14 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["mlserve"]):
-    from mlserve import binary, body, plain, protocol, tensors
+    from mlserve.wire import v2 as protocol
+    from mlserve import tensors
 
 from mlserve.errors import InvalidInput, TooLarge
 
 if plant := os.environ.get("FAKE_PLANT"):  # a control: the fuzzer must find the bug
-    import plants
-    plants.sow(plant)
+    import mutations
+    mutations.sow(plant)
 
 SPECS = [(tensors.TensorSpec("x", "FP32", (-1, 2)),), (tensors.TensorSpec("t", "BYTES", (-1,)),), (tensors.TensorSpec("b", "BOOL", (-1, -1)),),
          (tensors.TensorSpec("x", "FP16", (-1, 2)), tensors.TensorSpec("t", "BYTES", (-1, 1)))]

@@ -1,6 +1,6 @@
 """Negative controls: with its bug planted, the test of each row of the table of faults must fail, and for that bug.
 
-A row of `CONTROLS` names a test, a plant of `plants.py`, and words of the failure. The test runs as it is, with shorter waits; the server it asks,
+A row of `CONTROLS` names a test, a plant of `mutations.py`, and words of the failure. The test runs as it is, with shorter waits; the server it asks,
 and this process, have the bug. Controls that need more than a plant stand beside their tests, named `…_control_…`."""
 import concurrent.futures
 import contextlib
@@ -13,10 +13,10 @@ import uuid
 from pathlib import Path
 
 import httpx
-import plants
+import mutations
 import pytest
-import serving
-import test_batcher
+import servers
+import test_scheduler
 import test_conformance
 import test_decoding
 import test_endurance
@@ -27,13 +27,14 @@ import test_invariance
 import test_isolation
 import test_pipelining
 import test_platforms
-import test_protocol
+import test_protocols
 import test_reference
 import test_server
 import torch
 
-HERE = Path(__file__).parent
-H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocol, test_batcher, test_server, test_endurance, test_invariance
+from commands import TESTS
+
+H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocols, test_scheduler, test_server, test_endurance, test_invariance
 T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
 Y, K, G = test_decoding, test_pipelining, test_gpu
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
@@ -77,6 +78,9 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N11", Y.test_N11_compressed_bodies_that_inflate_a_thousandfold_are_413_and_disturb_nobody, {}, "the_path_is_chosen_by_what_travels", "liveness took|None|" + HELD),
     ("N11", Y.test_N11_one_body_of_json_over_its_limit_is_413_before_it_is_read, {}, "json_has_no_limit_of_its_own", HELD),
     ("N11", Y.test_N11_what_is_long_to_read_disturbs_nobody, {}, "everything_is_read_in_this_process", "liveness took|gibibyte|None|" + HELD),
+    ("N11", Y.test_N11_24_at_once_of_each_kind_disturb_nobody, {"kind": "long numbers", "packed": False}, "bodies_are_read_as_fast_as_they_come", "liveness took"),
+    ("N11", Y.test_N11_no_socket_is_read_twice_in_a_turn_of_the_loop, {}, "bodies_are_read_as_fast_as_they_come", "a socket was read on"),
+    ("N11", Y.test_N11_a_long_body_is_kept_as_it_came, {}, "a_long_body_is_one_array", "no attribute 'pieces'"),
     ("N11", Y.test_N11_all_requests_share_one_budget, {}, "what_is_decoded_is_not_counted", r"\{200\} == \{200, 503\}|\[200"),
     ("N12", K.test_N12_whatever_comes_in_whatever_pieces_each_is_answered_in_order, {}, "two_waiting_requests_stop_the_reading", "never goes on|nothing is read"),
     ("N12", K.test_N12_a_client_that_leaves_at_any_point_leaves_nothing, {}, "what_waits_outlives_its_client", "waiting|receiving|answer to nobody"),
@@ -190,15 +194,15 @@ def planted(monkeypatch):
     mark = uuid.uuid4().hex
 
     def put(where, value):
-        owner, attribute, _ = plants.find(where)
+        owner, attribute, _ = mutations.find(where)
         monkeypatch.setattr(owner, attribute, value)
 
     def plant(name):
-        monkeypatch.setattr(serving, "PLANTED", {"FAKE_PLANT": name, "FAKE_RUN": mark})
-        monkeypatch.setattr(serving, "HASTE", [5])
+        monkeypatch.setattr(servers, "PLANTED", {"FAKE_PLANT": name, "FAKE_RUN": mark})
+        monkeypatch.setattr(servers, "HASTE", [5])
         monkeypatch.setenv("FAKE_PLANT", name)
         monkeypatch.setenv("FAKE_RUN", mark)
-        plants.PLANTS[name](put)
+        mutations.MUTATIONS[name](put)
     yield plant
     end_all(mark)
 
@@ -207,14 +211,14 @@ def failure(test, stack, double, tmp_path, monkeypatch, given):
     "Run a test with what its fixtures would give it: how it failed, and the lines of the test that did"
     ready = {"double": lambda: double, "tmp_path": lambda: tmp_path, "monkeypatch": lambda: monkeypatch,
              "pool": lambda: stack.enter_context(concurrent.futures.ThreadPoolExecutor(64)),
-             "server": lambda: stack.enter_context(serving.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
+             "server": lambda: stack.enter_context(servers.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
              "http": lambda: stack.enter_context(httpx.Client(base_url=ready["conformance"]().url, timeout=30, trust_env=False)),
              "lib": lambda: G.load(G.build(tmp_path), monkeypatch), "on_gpu": lambda: stack.enter_context(G.serving_on(G.build(tmp_path), double, tmp_path)),
-             "conformance": lambda: stack.enter_context(serving.Server(double, tmp_path, **C.SETTINGS))}
+             "conformance": lambda: stack.enter_context(servers.Server(double, tmp_path, **C.SETTINGS))}
     wanted = {n: given[n] if n in given else ready[n]() for n in inspect.signature(test).parameters}
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:
         test(**wanted)
-    lines = [f.line for f in traceback.extract_tb(caught.tb) if Path(f.filename).parent == HERE]
+    lines = [f.line for f in traceback.extract_tb(caught.tb) if TESTS in Path(f.filename).parents]
     return f"{caught.typename}: {caught.value}\n" + "\n".join(lines[1:])
 
 
@@ -231,5 +235,5 @@ def test_with_its_bug_planted_the_test_fails(row, test, given, plant, words, pla
 
 
 def test_every_plant_is_used():
-    text = "".join(p.read_text() for p in HERE.glob("test_*.py"))
-    assert not [p for p in plants.PLANTS if f'"{p}"' not in text]
+    text = "".join(p.read_text() for p in TESTS.rglob("test_*.py"))
+    assert not [p for p in mutations.MUTATIONS if f'"{p}"' not in text]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import EXAMPLE, ROOT, mlserve, run
+from commands import EXAMPLE, ROOT, mlserve, run
 
 BIN = Path(sys.executable).parent
 
@@ -70,7 +70,7 @@ def test_dockerfile_is_the_generated_one(name, device):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("delivery", ["baked", "volume", "store"])
 def test_hadolint_has_no_finding(device, delivery, tmp_path):
-    from mlserve.release.dockerfile import ImageSpec, render
+    from mlserve.release.image.dockerfile import ImageSpec, render
     (tmp_path / "Dockerfile").write_text(render(ImageSpec("python:3.11-slim-bookworm", device, delivery)))
     done = run(BIN / "hadolint", tmp_path / "Dockerfile")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,16 +87,32 @@ def words(text):
     return set(re.findall(r"[A-Za-z]{4,}", text))
 
 
-def test_every_page_renders_with_all_its_prose(copy):
-    code = "from nbdev.serve import proc_nbs; proc_nbs()"
-    assert run(sys.executable, "-c", code, cwd=copy).returncode == 0
-    done = run(BIN / "smalldocs", "render", "-q", "_proc", cwd=copy)
-    assert done.returncode == 0, done.stderr
-    pages = {p.stem: p for p in (copy / "_proc/_docs").rglob("*.html")}
-    for notebook in (copy / "nbs").rglob("*.ipynb"):
-        page = pages.get(notebook.stem) or pages.get(notebook.stem.split("_", 1)[-1])
-        assert page, f"no page for {notebook.stem}; there are {sorted(pages)}"
+@pytest.fixture(scope="module")
+def site(copy):
+    "The documentation site of these notebooks"
+    done = run(sys.executable, ROOT / ".ci/docs.py", "_docs", cwd=copy)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return copy / "_docs"
+
+
+def test_every_page_renders_with_all_its_prose_and_stands_in_the_navigation(site):
+    start = (site / "index.html").read_text() + (site / "llms.txt").read_text()
+    for notebook in (ROOT / "nbs").rglob("*.ipynb"):
+        place = notebook.relative_to(ROOT / "nbs").with_name(re.sub(r"^\d\d_", "", notebook.stem) + ".html")
         cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "markdown"]
         prose = words(re.sub(r"\]\([^)]*\)|<[^>]+>|^#.* -$", "]", "\n".join("".join(c["source"]) for c in cells), flags=re.M))
-        lost = prose - words(html.unescape(re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", page.read_text(), flags=re.S)))
+        lost = prose - words(html.unescape(re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", (site / place).read_text(), flags=re.S)))
         assert len(lost) <= len(prose) / 50, f"{notebook.name} loses {len(lost)} of {len(prose)} words on its page: {sorted(lost)[:20]}"
+        assert str(place) in start, f"nothing leads to {place}"
+
+
+def test_no_page_of_the_site_asks_for_anything_from_elsewhere_and_every_anchor_is_there(site):
+    text = {p: p.read_text() for p in site.rglob("*.html")}
+    ids = {p: set(re.findall(r' id="?([^"\s>]+)', t)) for p, t in text.items()}
+    for page, t in text.items():
+        assets = re.findall(r"<(?:script|img|iframe|source)[^>]*? src=\"?([^\"\s>]+)", t)
+        assets += re.findall(r"<link[^>]*?rel=\"?(?:stylesheet|icon|preload|preconnect)\"?[^>]*?href=\"?([^\"\s>]+)", t)
+        assert not [a for a in assets if re.match(r"(https?:)?//", a)], page
+        for target, anchor in re.findall(r'href="?([^":\s>#]*)#([^"\s>]+)', t):
+            there = (page.parent / target).resolve() if target else page
+            assert there not in ids or anchor in ids[there], f"{page.relative_to(site)} points to {target}#{anchor}"

@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from conftest import ROOT, run
+from commands import ROOT, run
 
 sys.path.insert(0, str(ROOT / "bench"))
 import gpu_check  # noqa: E402

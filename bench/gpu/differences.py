@@ -2,7 +2,7 @@
 import torch
 
 from gpu.models import CNN, encoder, free, tensors
-from mlserve.half import HALVES
+from mlserve.package.programs.half import HALVES
 
 CASES = [("float32", False), ("float32", True), ("float16", False), ("bfloat16", False)]
 TOLERANCES = {"float32": (1e-4, 1e-5)} | {name: tuple(t.values()) for name, t in HALVES.items()}

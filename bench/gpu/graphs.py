@@ -7,8 +7,8 @@ import torch
 from gpu.models import CNN, encoder, free, synced, tensors
 from gpu.proof import forward_seconds, loaded
 from gpu.record import timed
-from mlserve.serving.graphs import CudaRecorder, recorded
-from mlserve.serving.warmup import seconds_of, warm
+from mlserve.serving.model.graphs import CudaRecorder, recorded
+from mlserve.serving.model.warmup import seconds_of, warm
 
 
 def stand_in(call):
@@ -68,8 +68,8 @@ def reads_values(r):
     class Reads(torch.nn.Module):
         def forward(self, image):
             return image.flatten(1) * float(image.sum() > 0)
-    from mlserve.formats import TorchProgram
-    from mlserve.serving.warmup import WarmupReport
+    from mlserve.package.programs.torch_program import TorchProgram
+    from mlserve.serving.model.warmup import WarmupReport
     package = CNN.package(r.work)
     model = replace(loaded(package, r.device), program=TorchProgram(Reads().eval(), r.device))
     same, told = recorded(model, package, WarmupReport(0, {1: 1, 2: 1}), recorder(r))

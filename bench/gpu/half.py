@@ -6,7 +6,7 @@ from gpu.graphs import recorder
 from gpu.models import encoder, free, synced, tensors
 from gpu.proof import forward_seconds, loaded
 from gpu.record import timed
-from mlserve.serving.warmup import prove
+from mlserve.serving.model.warmup import prove
 
 
 def packaged(r, kind):

@@ -10,7 +10,7 @@ from mlserve.tensors import compare
 
 
 def loaded(package, device):
-    from mlserve.serving.device import claim
+    from mlserve.serving.model.device import claim
     from mlserve.serving.model import load_model
     return load_model(package, claim("cuda" if device != "cpu" else "cpu"))
 

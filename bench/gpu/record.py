@@ -4,7 +4,7 @@ import threading
 import time
 import traceback
 
-from mlserve.serving.warmup import seconds_of
+from mlserve.serving.model.warmup import seconds_of
 
 
 class Record:

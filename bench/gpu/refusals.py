@@ -75,7 +75,7 @@ def onnx(r):
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         return r.note("ONNX without CUDA: not run, this onnxruntime has CUDA")
     from mlserve.errors import GpuRefused
-    from mlserve.formats import read_program
+    from mlserve.package.programs import read_program
     package, start = CNN.package(r.work, "onnx"), time.perf_counter()
     try:
         read_program(package.path / package.file, "onnx", "cuda:0")

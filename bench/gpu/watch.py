@@ -1,5 +1,7 @@
 """What goes wrong while serving: memory that runs out, and a kernel that takes the device with it."""
+import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -12,33 +14,33 @@ from gpu.serving import Server, Wire, body_of, packed, tensor_of
 
 def halved(r, kind):
     "A batch that does not fit is run in halves: the answers are those of the CPU"
-    from mlserve.serving.batch import Job, Runner
-    from mlserve.serving.batch import run as run_jobs
+    from mlserve.serving.batching.execution import Job, Runner
+    from mlserve.serving.batching.execution import run_jobs
     package = kind.package(r.work)
     model, reference = loaded(package, r.device), loaded(package, "cpu")
-    jobs = [Job(kind.rows(1, i), 1) for i in range(64)]
+    jobs = [Job(kind.rows(1, i), 1) for i in range(256)]
     want = [reference.predict(j.arrays)[kind.output] for j in jobs]
     whole = {k: np.concatenate([j.arrays[k] for j in jobs]) for k in jobs[0].arrays}
     if r.rehearsed("a GPU's memory cannot be limited here: the model itself says that it is out of memory"):
         def predict(arrays):
-            if len(next(iter(arrays.values()))) > 40:
+            if len(next(iter(arrays.values()))) > 160:
                 raise torch.OutOfMemoryError("rehearsed")
             return model.forward(arrays)
     else:
         peaks, total = [], torch.cuda.get_device_properties(0).total_memory
-        for n in (32, 64):
+        for n, peak in ((128, torch.cuda.max_memory_reserved), (256, torch.cuda.max_memory_allocated)):  # what suffices, and what is needed
             free(r)
             torch.cuda.reset_peak_memory_stats()
             model.forward({k: v[:n].copy() for k, v in whole.items()})
-            peaks.append(torch.cuda.max_memory_reserved())
+            peaks.append(peak())
         free(r)
         torch.cuda.set_per_process_memory_fraction((peaks[0] + peaks[1]) / 2 / total)
-        r.note(f"peak of 32 and of 64 rows: {peaks[0] >> 20} and {peaks[1] >> 20} MiB; allowed is the middle")
+        r.note(f"128 rows took {peaks[0] >> 20} MiB, 256 need {peaks[1] >> 20}; allowed is the middle")
         predict = model.forward
-    runner = Runner(predict, 64, free_memory=lambda: free(r))
+    runner = Runner(predict, 256, free_memory=lambda: free(r))
     fault = run_jobs(runner, jobs)
     right = all(j.error is None and np.allclose(j.result[kind.output], w, **package.tolerance) for j, w in zip(jobs, want, strict=True))
-    r.row("out of memory, in process", rows=64, calls=runner.calls, out_of_memory=runner.out_of_memory, fault=str(fault), answers_right=right)
+    r.row("out of memory, in process", rows=256, calls=runner.calls, out_of_memory=runner.out_of_memory, fault=str(fault), answers_right=right)
     if r.gpu:
         torch.cuda.set_per_process_memory_fraction(1.0)
     return right and runner.out_of_memory == 1
@@ -77,15 +79,22 @@ def lost_kernel(r, kind):
 
 
 def kept_answers(r):
-    "Two hundred answers of a server, one after the other and each its own"
-    want = loaded(CNN.package(r.work), "cpu")
-    with Server(r, CNN.package(r.work).path) as server:
+    "Many clients at once, each with rows of its own, so that batches go out behind each other: whose answer is whose"
+    reference, clients, each = loaded(CNN.package(r.work), "cpu"), r.several(48, 8), r.several(60, 5)
+    asked = [[CNN.rows(1 + (i + c) % 5, 1000 * c + i) for i in range(each)] for c in range(clients)]
+    want = [[reference.predict(rows)["logits"] for rows in mine] for mine in asked]
+    with Server(r, CNN.package(r.work).path, max_batch=32) as server:
         server.ready(90)
-        wire, far = Wire(server.port), 0.0
-        for i in range(r.several(200, 20)):
-            rows = CNN.rows(1 + i % 5, i)
-            far = max(far, float(abs(tensor_of(wire.ask(packed(*body_of(CNN, rows)))) - want.predict(rows)["logits"]).max()))
-        r.row("different inputs", answers=r.several(200, 20), max_abs=far)
+
+        def client(mine, right):
+            wire = Wire(server.port)
+            found = [tensor_of(wire.ask(packed(*body_of(CNN, rows)))) for rows in mine]
+            return max(float(abs(f - w).max()) for f, w in zip(found, right, strict=True))
+        with ThreadPoolExecutor(clients) as threads:
+            far = max(threads.map(client, asked, want))
+        total, count = (float(re.search(rf"^mlserve_batch_rows_{n}\S* (\S+)", server.get("/metrics"), re.M)[1]) for n in ("sum", "count"))
+        r.row("answers of many clients", clients=clients, answers=clients * each, rows_of_a_batch=total / count, max_abs=far)
+        return far < 1e-5
 
 
 def run(r):
@@ -94,4 +103,5 @@ def run(r):
         right += bool(r.tried(case, r, kind))
         free(r)
         r.target("mended", right / len(cases))
-    r.tried(kept_answers, r)
+    if (own := r.tried(kept_answers, r)) is not None:
+        r.target("own_answers", float(own))
