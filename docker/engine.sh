@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Docker Engine, a registry on loopback and a base image, for a machine that has none of them.
+# A Docker Engine, a registry on loopback, a base image, a proxy and Docker Compose, for a machine that has none of them.
 #   engine.sh start   use the engine that answers (DOCKER_HOST, context), else install and start a private one
 #   engine.sh stop    end what `start` started, by pid
 #   engine.sh debug-base   make the base that `mlserve debug` adds to an image: a shell, strace, gdb, curl
@@ -105,13 +105,45 @@ debug_base() { # made like the base, with the tools of somebody who looks into a
   "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" | tee "$dir/debug-base"
 }
 
+start_proxy() { # a small image with Debian's haproxy, for `mlserve deploy` and `mlserve render`
+  [ -z "${MLSERVE_PROXY_IMAGE:-}" ] && [ ! -s "$dir/proxy" ] || return 0
+  local registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)} ref
+  ref=$registry/mlserve/proxy
+  [ -f /etc/debian_version ] || { say "no image of a proxy is made here; name one by its digest: proxy = in [deploy], or MLSERVE_PROXY_IMAGE"; return 0; }
+  install_packages mmdebstrap:mmdebstrap
+  say "making the image of a proxy from Debian's haproxy"
+  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include=haproxy bookworm "$dir/proxy.tar" >"$dir/proxy.log" 2>&1 \
+    || fail "mmdebstrap failed." "Read $dir/proxy.log."
+  "${docker[@]}" import "$dir/proxy.tar" "$ref:bookworm" >/dev/null
+  "${docker[@]}" push -q "$ref:bookworm" >/dev/null || fail "The image of the proxy could not be pushed to $registry." "See that it runs."
+  rm -f "$dir/proxy.tar"
+  "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" >"$dir/proxy"
+}
+
+composes() { "$@" version --short 2>/dev/null | grep -qE '^v?([3-9]|[1-9][0-9]|2\.([2-9][0-9]))\b'; } # the oldest that was tried is 2.26
+start_compose() { # Docker Compose, unpacked beside the engine where none is installed; nothing else needs it
+  [ -n "${MLSERVE_COMPOSE:-}" ] || [ -x "$dir/docker-compose" ] || composes docker compose || composes docker-compose && return
+  local apt=$dir/apt options deb version=2.26.1-4 keys=/usr/share/keyrings/debian-archive-keyring.gpg
+  mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
+  echo "deb [signed-by=$keys] http://deb.debian.org/debian trixie main" >"$apt/sources.list"
+  options=(-qq -o "Dir::Etc::sourcelist=$apt/sources.list" -o Dir::Etc::sourceparts=- -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt/cache"
+    -o Acquire::Languages=none -o APT::Sandbox::User=root)
+  say "fetching Docker Compose $version of Debian 13"
+  # Debian 12 has 1.29 only; the newer program needs nothing but the C library
+  if apt-get "${options[@]}" update >"$apt/log" 2>&1 && (cd "$apt" && apt-get "${options[@]}" download "docker-compose=$version") >>"$apt/log" 2>&1 \
+    && deb=$(ls "$apt"/docker-compose_*.deb) && dpkg -x "$deb" "$apt/unpacked" 2>>"$apt/log" \
+    && composes "$apt/unpacked/usr/libexec/docker/cli-plugins/docker-compose"; then
+    mv "$apt/unpacked/usr/libexec/docker/cli-plugins/docker-compose" "$dir/docker-compose"; rm -rf "$apt"
+  else say "Docker Compose could not be had (read $apt/log); all but mlserve deploy compose works without it"; fi
+}
+
 start() {
   mkdir -p "$dir"
   docker=(docker)
   local theirs=
   if [ -z "${MLSERVE_PRIVATE_ENGINE:-}" ] && ! alive "$dir/dockerd.pid" && answers; then
     theirs=yes; say "using the Docker Engine that answers"
-    [ -n "${MLSERVE_REGISTRY:-}" ] && [ -n "${MLSERVE_BASE:-}" ] && return
+    [ -n "${MLSERVE_REGISTRY:-}" ] && [ -n "${MLSERVE_BASE:-}" ] && { start_compose; return; }
   fi
   if [ -z "$theirs" ] || [ -z "${MLSERVE_REGISTRY:-}" ]; then
     [ -f /etc/debian_version ] || fail "No Docker Engine answers, and this is not Debian or Ubuntu." "Install Docker Engine, start it, and set DOCKER_HOST or a docker context."
@@ -128,6 +160,8 @@ start() {
     start_registry
   fi
   start_base
+  start_proxy
+  start_compose
   say "ready: $(cat "$dir/base")"
 }
 
@@ -149,6 +183,8 @@ env_lines() {
     || { [ -s "$dir/registry.port" ] && echo "MLSERVE_REGISTRY=127.0.0.1:$(cat "$dir/registry.port")"; }
   [ -n "${MLSERVE_BASE:-}" ] && echo "MLSERVE_BASE=$MLSERVE_BASE" || { [ -s "$dir/base" ] && echo "MLSERVE_BASE=$(cat "$dir/base")"; }
   [ -n "${MLSERVE_DEBUG_BASE:-}" ] && echo "MLSERVE_DEBUG_BASE=$MLSERVE_DEBUG_BASE" || { [ -s "$dir/debug-base" ] && echo "MLSERVE_DEBUG_BASE=$(cat "$dir/debug-base")"; }
+  [ -n "${MLSERVE_PROXY_IMAGE:-}" ] && echo "MLSERVE_PROXY_IMAGE=$MLSERVE_PROXY_IMAGE" || { [ -s "$dir/proxy" ] && echo "MLSERVE_PROXY_IMAGE=$(cat "$dir/proxy")"; }
+  [ -n "${MLSERVE_COMPOSE:-}" ] && echo "MLSERVE_COMPOSE=$MLSERVE_COMPOSE" || { [ -x "$dir/docker-compose" ] && echo "MLSERVE_COMPOSE=$dir/docker-compose"; }
   echo "MLSERVE_STATE=$state"
   echo "MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$state/mlflow/mlflow.db}"
 }
