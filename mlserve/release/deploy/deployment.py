@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'Resources', 'memory_for', 'resources_for', 'dns_label', 'Deployment', 'environment_of',
-           'deployment_labels', 'checked_engine', 'require_checked', 'plan']
+           'deployment_labels', 'checked_engine', 'require_checked', 'checked_target', 'plan']
 
 # %% ../../../nbs/release/deploy/03_deployment.ipynb #2d0d4471
 import hashlib, re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from ...errors import CheckFailed, LocalResource, UsageError
+from ...errors import CheckFailed, LocalResource, Refused, UsageError
 from .measured import Measured, read_measured
 from .options import DeployOptions, checked_proxy, in_bytes
 from .times import Times, allowed_times
@@ -77,11 +77,12 @@ class Deployment:
     together: float = 4 # requests at once that one container is good for
     place: str = '' # where a package comes from that is neither baked nor mounted
     proxy: str = '' # image of haproxy by its digest, for Docker's engines
+    named: str = '' # the target, where somebody gave it a name
 
     @property
     def name(self)->str: return dns_label(self.model)
     @property
-    def target(self)->str: return f'{self.engine}-{self.name}'
+    def target(self)->str: return self.named or f'{self.engine}-{self.name}'
     @property
     def most(self)->int: return self.options.max_replicas or 3 * self.options.replicas
     @property
@@ -141,12 +142,22 @@ def _claimed(engine, options):
     raise UsageError(f'The volume is the folder {options.volume}; {engine} takes the name of a volume.',
         mend='Set volume in [deploy] of mlserve.toml.')
 
+# %% ../../../nbs/release/deploy/03_deployment.ipynb #f9f7076e
+def checked_target(
+    name:str, # that somebody gave; may be empty
+)->str: # the same
+    "A name of a target that every engine takes, or a refusal"
+    if not name or re.fullmatch('[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?', name): return name
+    raise Refused(f'{name!r} is not a name for a target: up to 63 small letters, digits and dashes, '
+        'none of them at an end.')
+
 # %% ../../../nbs/release/deploy/03_deployment.ipynb #a9e4a17d
 def plan(
     engine:str, # one of `ENGINES`
     pair:Pair, # read back from the record
     spec:ReleaseSpec, # what its release had decided
     proxy:str='', # where the spec names none
+    target:str='', # its name; `ENGINE-MODEL` by default
 )->Deployment: # for `engine`
     "Plan the deployment of a recorded version"
     checked_engine(engine)
@@ -154,4 +165,5 @@ def plan(
     _claimed(engine, options)
     return Deployment(engine, pair.name, pair.version, pair.image, pair.package, spec.device, spec.delivery,
         resources_for(options, measured, spec.device), allowed_times(measured, spec.delivery, spec.ready_seconds),
-        options, measured.together, pair.tags.get('mlserve.place', ''), _proxied(engine, options.proxy or proxy))
+        options, measured.together, pair.tags.get('mlserve.place', ''), _proxied(engine, options.proxy or proxy),
+        checked_target(target))

@@ -31,8 +31,9 @@ def planned(
     name:str, # of the registered model
     version:str|int='production', # a version, or an alias
     proxy:str='', # image of haproxy, where the spec names none
+    target:str='', # its name; `ENGINE-MODEL` by default
 )->Deployment: # of that version
     "Plan the deployment of a version by its name"
     checked_engine(engine)
     pair = read_pair(name, version)
-    return plan(engine, pair, recorded_spec(pair), proxy)
+    return plan(engine, pair, recorded_spec(pair), proxy, target)
