@@ -1,0 +1,274 @@
+"""Deploying for real: Docker Compose, haproxy and containers of one released image, under steady load; versions differ in a label."""
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import socket
+import tarfile
+import threading
+import time
+
+import docker
+import httpx
+import pytest
+from commands import last_json
+from load import Load
+from servers import free_port
+
+from mlserve.cli import run_command
+from mlserve.release.deploy.live import replacement
+from mlserve.release.deploy.live.engines import find_engine
+from mlserve.release.deploy.live.proxy import slots_of
+from mlserve.release.deploy.live.history import read_history
+
+GOOD, BAD = {"passed": True, "seconds": 15}, {"passed": True, "seconds": 1}  # 60 and 20 s to become ready
+HANG = ["ENTRYPOINT [\"/opt/venv/bin/python\", \"-c\", \"import time; time.sleep(600)\"]", "CMD []"]
+WRONG, GONE, AWAY = "sha256:" + "0" * 64, "@sha256:" + "1" * 64, "127.0.0.1:9/double@sha256:" + "1" * 63
+TARGET = "compose-double"
+
+
+@pytest.fixture(scope="module")
+def images(engine, release, double):
+    "Images by digest: the released one with another package and a label; one that hangs; one of a wrong package"
+    from mlserve.package import load_package
+    digest, repository, made = load_package(double).digest, release["image"].split("@")[0] + "-deployed", {}
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        tar.add(double, "double")
+    box = engine.containers.create(release["image"])
+    box.put_archive("/models", file.getvalue())
+    variants = {"one": [], "two": [], "hangs": HANG, "wrong": [f"LABEL io.mlserve.package={WRONG}"], "other": ["LABEL io.mlserve.package=sha256:" + "3" * 64]}
+    for tag, changes in variants.items():
+        own = ["ENV MLSERVE_PACKAGE=/models/double", f"ENV MLSERVE_PACKAGE_DIGEST={digest}", f"LABEL io.mlserve.package={digest}", f"LABEL test={tag}"]
+        box.commit(repository, tag, changes=own + changes)
+        for line in engine.images.push(repository, tag, stream=True, decode=True):
+            made[tag] = line.get("aux", {}).get("Digest") or made.get(tag)
+    box.remove()
+    return {tag: f"{repository}@{made[tag]}" for tag in made}
+
+
+@pytest.fixture(scope="module")
+def record(environment, images, double):
+    "Versions of `double` on a real tracking server, by name, with a port of their own"
+    from mlserve.release.record import log_package, mark, record
+    from mlserve.release.record.mlflow_store import client
+    from mlserve.release.spec import ReleaseSpec
+    with pytest.MonkeyPatch.context() as monkey:
+        for name, value in environment.items():
+            monkey.setenv(name, value)
+        monkey.delenv("MLFLOW_RUN_ID", raising=False)
+        port, versions = free_port(), {}
+
+        logged = {}
+        for device in ("cpu", "cuda"):
+            logged[device] = log_package(double)
+            spec = ReleaseSpec(name="double", notebook="double.ipynb", device=device, deploy={"port": port, "memory": "1g"})
+            client().set_tag(logged[device].run_id, "mlserve.spec", spec.model_dump_json())
+
+        def made(name, image, finding=GOOD, model="double", package="", device="cpu"):
+            pair = record(model, dataclasses.replace(logged[device], digest=package or logged[device].digest), image, {"mlserve.device": device})
+            if finding:
+                mark(pair, device, finding)
+            versions[name] = pair.version
+        repository = images["one"].split("@")[0]
+        for name, image, more in (("one", images["one"], {}), ("two", images["two"], {}), ("wrong", images["wrong"], dict(package=WRONG)), ("other", images["other"], {}),
+                                  ("hangs", images["hangs"], dict(finding=BAD)), ("gone", repository + GONE, {}), ("unchecked", AWAY + "2", dict(finding=None)),
+                                  ("away", AWAY + "1", {}), ("gpu", images["one"], dict(device="cuda")), ("sums", images["one"], dict(model="sums"))):
+            made(name, image, **more)
+        yield versions, port
+        for container in docker.from_env().containers.list(all=True, filters={"label": "io.mlserve.target"}):
+            container.remove(force=True)
+        for network in docker.from_env().networks.list(names=[TARGET]):
+            network.remove()
+
+
+def answered(port):
+    "The version that answers"
+    body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 0]}]}
+    return httpx.post(f"http://127.0.0.1:{port}/v2/models/double/infer", json=body, trust_env=False, timeout=30).json()["model_version"]
+
+
+def deploy(version, *more, model="double"):
+    "The exit code of the command, what it printed and its last line"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_command(["deploy", "compose", model, "--version", version, "--json", *more])
+    return code, json.loads(out.getvalue()) if code == 0 else {}, last_json(err.getvalue()) if code else err.getvalue()
+
+
+class Counted:
+    "What the servers ran, read from their own metrics while they are there"
+
+    def __init__(self):
+        self.counts, self.going, self.thread = {}, True, threading.Thread(target=self._watch)
+
+    def _watch(self):
+        client = docker.from_env()
+        while self.going:
+            for container in client.containers.list(filters={"label": [f"io.mlserve.target={TARGET}", "com.docker.compose.service=model"]}, ignore_removed=True):
+                with contextlib.suppress(Exception):  # not there yet, or no more
+                    text = httpx.get(f"http://127.0.0.1:{container.ports['8080/tcp'][0]['HostPort']}/metrics", trust_env=False, timeout=5).text
+                    self.counts[container.id] = float(re.search(r"^mlserve_request_seconds_count (\S+)", text, re.M)[1])
+            time.sleep(0.3)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *a):
+        time.sleep(1)
+        self.going = False
+        self.thread.join()
+
+
+def clean(port, version, count=1):
+    "Nothing is left of what went before: one version, and every slot of the proxy open"
+    engine = find_engine()
+    assert answered(port) == version
+    assert [(c.labels["io.mlserve.version"], c.status) for c in engine.containers(TARGET)] == [(version, "running")] * count
+    assert {slot.route for slot in slots_of(engine.proxy(TARGET))} == {"open"}
+
+
+def test_L6_R9_versions_replace_each_other_bad_ones_are_taken_back_and_no_request_is_lost_or_run_twice(record):
+    versions, port = record
+    one, two = versions["one"], versions["two"]
+    code, first, told = deploy(one)
+    assert code == 0, told
+    assert (first["target"], first["url"], first["version"]) == (TARGET, f"http://127.0.0.1:{port}", one)
+    assert [s["name"] for s in first["steps"]] == ["pull", "start", "healthy", "identity", "switch", "drain", "stop", "record"]
+    with Counted() as counted, Load(port, 3, pause=0.05) as load:
+        code, result, told = deploy(two)
+        switched = time.monotonic()
+        assert code == 0, told
+        print({s["name"]: s["seconds"] for s in result["steps"]})
+        for name, expected, step in (("wrong", 5, "healthy"), ("hangs", 3, "healthy"), ("gone", 5, "pull"), ("other", 5, "pull"), ("away", 6, "pull")):
+            code, _, told = deploy(versions[name])
+            assert (code, told["step"]) == (expected, step), told
+            assert f"Version {two} keeps serving" in told["error"]
+            clean(port, two)
+        back = len(load.answers)
+        assert run_command(["rollback", "double"]) == 0
+        clean(port, one)
+        code, _, told = deploy(two)
+        assert code == 0, told
+        time.sleep(0.5)
+    clean(port, two)
+    print(f"{len(load.answers)} requests, {back} of them before the rollback; the servers ran {sum(counted.counts.values()):.0f}")
+    assert not load.failures and len(load.answers) > 100, load.failures[:3]
+    assert {v for v, _ in load.answers.values()} == {one, two}
+    middle = sorted(load.answers)[:back]
+    assert {load.answers[n][0] for n in middle if load.answers[n][1] > switched} == {two}
+    assert sum(counted.counts.values()) - 6 <= len(load.answers) <= sum(counted.counts.values()), "of the servers' requests six are those of `clean`"
+    history = {e.version: (e.outcome, e.code) for e in read_history("double", TARGET)}
+    assert history == {one: ("ok", 0), two: ("ok", 0), versions["wrong"]: ("failed", 5), versions["hangs"]: ("failed", 3),
+                       versions["gone"]: ("failed", 5), versions["other"]: ("failed", 5), versions["away"]: ("failed", 6)}
+
+
+def cut(version, after):
+    "Run the command in a process of its own, and kill it when it has told of a step"
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(into, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(run_command(["deploy", "compose", "double", "--version", version]))
+    os.close(into)
+    with open(out) as lines:
+        for line in lines:
+            if line.startswith(after):
+                os.kill(child, signal.SIGKILL)
+                break
+    os.waitpid(child, 0)
+
+
+def test_R9_a_command_that_is_killed_leaves_one_version_and_the_same_command_ends_well(record):
+    "At six moments: in the start, before it is healthy, before it is asked who it is, at the switch, in the drain, in the stop"
+    versions, port = record
+    current = versions["two"]
+    assert deploy(current)[0] == 0
+    with Load(port, 2, pause=0.05) as load:
+        for after in ("pull", "start", "healthy", "identity", "switch", "drain"):
+            wanted = versions["one"] if current == versions["two"] else versions["two"]
+            cut(wanted, after)
+            time.sleep(1)  # what the proxy was told before it is done by it
+            serving = {answered(port) for _ in range(8)}
+            assert len(serving) == 1 and serving <= ({current, wanted} if after == "identity" else {current} if after in ("pull", "start", "healthy") else {wanted})
+            code, result, told = deploy(wanted)
+            assert code == 0, (after, told)
+            clean(port, wanted)
+            current = wanted
+    assert not load.failures, load.failures[:3]
+
+
+def test_what_cannot_be_deployed_is_refused_before_anything_is_touched(record, monkeypatch):
+    versions, port = record
+    before = sorted(c.id for c in find_engine().containers())
+    assert before
+
+    def refused(version, code, sentence, *more, **kw):
+        got, _, told = deploy(versions[version], *more, **kw)
+        assert got == code and sentence in told["error"], told
+        assert sorted(c.id for c in find_engine().containers()) == before
+    refused("unchecked", 3, "its check has not passed on cpu")
+    refused("sums", 4, "The target compose-double runs the model double, not sums", "--target", TARGET, model="sums")
+    refused("sums", 7, f"port {port} is taken by the target {TARGET}", model="sums")
+    refused("gpu", 9, "The engine cannot give a GPU")
+    refused("one", 8, "is not a name for a target", "--target", "$(touch x)")
+    refused("one", 8, "is not a name for a model", model="dou{{ble")
+    with monkeypatch.context() as m:
+        m.setenv("MLSERVE_COMPOSE", "/nowhere/docker-compose")
+        refused("one", 7, "Docker Compose from version 2.20 on is needed")
+    with monkeypatch.context() as m:
+        m.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+        code, _, told = deploy(versions["one"])
+        assert code == 6 and "No Docker Engine answers" in told["error"]
+    with replacement.alone(TARGET):
+        monkeypatch.setattr(replacement, "alone", lambda target, good=replacement.alone: good(target, 0.1))
+        refused("one", 4, "Another command deploys to compose-double just now")
+
+
+def test_a_port_that_a_stranger_has_is_refused(record, monkeypatch):
+    versions, port = record
+    engine = find_engine()
+    monkeypatch.setattr(type(engine), "containers", lambda *a, **k: [])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        plan = replacement.planned("compose", "double", versions["one"], os.environ["MLSERVE_PROXY_IMAGE"])
+        options = plan.options.model_copy(update={"port": taken.getsockname()[1]})
+        with pytest.raises(replacement.LocalResource, match="is taken: address already in use"):
+            replacement.refuse_taken(engine, dataclasses.replace(plan, options=options))
+
+
+def test_status_and_releases_say_what_runs_and_where_it_is_not_what_was_wanted(record, capsys):
+    versions, port = record
+    running = answered(port)
+    other = versions["one"] if running == versions["two"] else versions["two"]
+    assert run_command(["promote", "double", "--version", other]) == 0
+    capsys.readouterr()
+    assert run_command(["status", "double", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert set(row) == {"target", "version", "image", "package", "healthy", "since", "finding"}
+    assert (row["version"], row["healthy"]) == (running, True)
+    assert row["finding"] == f"Version {running} runs, and production is version {other}. mlserve deploy compose double brings it here."
+    assert run_command(["promote", "double", "--version", running]) == 0
+    capsys.readouterr()
+    assert run_command(["status", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["finding"] == ""
+    assert run_command(["releases", "double", "--json"]) == 0
+    rows = {r["version"]: r for r in json.loads(capsys.readouterr().out)}
+    assert rows[running]["aliases"] == ["production"] and rows[running]["deployed"][TARGET]["outcome"] == "ok"
+    assert rows[versions["hangs"]]["deployed"][TARGET]["outcome"] == "failed" and rows[versions["unchecked"]]["status"] == "recorded"
+    assert run_command(["logs", "double"]) == 0
+    assert '"event"' in capsys.readouterr().out
+
+
+def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(record, monkeypatch):
+    versions, port = record
+    running = answered(port)
+    monkeypatch.setattr(replacement.Replacement, "do_identity", lambda self: self.engine.withdraw([s.id for s in self.scene.old]))
+    with Load(port, 4, pause=0.02) as load:
+        deploy(versions["one"] if running == versions["two"] else versions["two"])
+        time.sleep(0.5)
+    assert load.failures
