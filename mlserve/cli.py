@@ -8,11 +8,11 @@ __all__ = ['app', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Built', 'S
            'vendor', 'check', 'promote', 'debug', 'verify', 'diff', 'fail', 'run_command', 'main']
 
 # %% ../nbs/06_cli.ipynb #105e7ce7
-import json, os, signal, sys, traceback
+import os, signal, sys, traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 import typer
 from . import __version__
 from .errors import CheckFailed, Interrupted, MlserveError, UsageError, by_code, hidden, last_line

@@ -272,3 +272,17 @@ def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(
         deploy(versions["one"] if running == versions["two"] else versions["two"])
         time.sleep(0.5)
     assert load.failures
+
+
+def test_R9_control_a_new_one_that_nobody_asks_takes_over(record, monkeypatch):
+    "An image that is ready, and says that it is another version than the one that was recorded"
+    versions, port = record
+    from mlserve.release.deploy.render import service
+    running, good = answered(port), service.environment_of
+    wanted = versions["one"] if running == versions["two"] else versions["two"]
+    monkeypatch.setattr(service, "environment_of", lambda deployment: good(deployment) | {"MLSERVE_MODEL_VERSION": "99"})
+    code, _, told = deploy(wanted)
+    assert (code, told["step"]) == (5, "identity") and "says that it serves version 99" in told["error"]
+    assert answered(port) == running
+    monkeypatch.setattr(replacement.Replacement, "do_identity", lambda self: None)
+    assert deploy(wanted)[0] == 0 and answered(port) == "99"

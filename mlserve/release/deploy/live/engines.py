@@ -19,7 +19,7 @@ from .proxy import slots_of
 from .rollout import Seen
 from ..render.compose import compose_file
 from ..render.yaml_text import to_yaml
-from ...image.engine import engine, reason, remote, start_engine
+from ...image.engine import engine, remote, start_engine
 if TYPE_CHECKING:
     from docker import DockerClient
     from docker.models.containers import Container

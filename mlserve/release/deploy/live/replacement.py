@@ -15,7 +15,7 @@ from ....errors import Conflict, LocalResource, MlserveError, UsageError
 from ....patch import patch
 from ..deployment import Deployment, checked_target, dns_label, require_checked
 from .engines import Engine, address_of, find_engine
-from .history import Entry, entry_for, ran_before, read_history, write_entry
+from .history import entry_for, ran_before, read_history, write_entry
 from .proxy import reopen, set_routes, slots_for, slots_of, wait_idle
 from .rollout import Rollout, Scene, Seen, advance, sort_out
 from ..recorded import planned, recorded_spec
