@@ -61,7 +61,7 @@ def refuse_taken(
         if other.status == 'running' and (host, str(port)) in _bindings(other):
             raise LocalResource(f'{host} port {port} is taken by the target {other.labels["io.mlserve.target"]}.',
                 mend='Release with another port in [deploy].')
-    if 'unix' not in engine.client.api.base_url and 'localunixsocket' not in engine.client.api.base_url: return
+    if not engine.client.api.base_url.startswith('http+docker://local'): return # another machine's port
     with socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind((host, port))
