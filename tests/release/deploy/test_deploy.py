@@ -266,6 +266,7 @@ def test_status_and_releases_say_what_runs_and_where_it_is_not_what_was_wanted(r
 
 def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(record, monkeypatch):
     versions, port = record
+    assert deploy(versions["one"])[0] == 0
     running = answered(port)
     monkeypatch.setattr(replacement.Replacement, "do_identity", lambda self: self.engine.withdraw([s.id for s in self.scene.old]))
     with Load(port, 4, pause=0.02) as load:
@@ -278,6 +279,7 @@ def test_R9_control_a_new_one_that_nobody_asks_takes_over(record, monkeypatch):
     "An image that is ready, and says that it is another version than the one that was recorded"
     versions, port = record
     from mlserve.release.deploy.render import service
+    assert deploy(versions["one"])[0] == 0
     running, good = answered(port), service.environment_of
     wanted = versions["one"] if running == versions["two"] else versions["two"]
     monkeypatch.setattr(service, "environment_of", lambda deployment: good(deployment) | {"MLSERVE_MODEL_VERSION": "99"})
