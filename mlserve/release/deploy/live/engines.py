@@ -16,7 +16,7 @@ from ....patch import patch
 from ...check.container import exit_error
 from ..deployment import Deployment
 from .proxy import slots_of
-from .rollout import Seen
+from .rollout import Running
 from ..render.compose import compose_file
 from ..render.yaml_text import to_yaml
 from ...image.engine import engine, remote, start_engine
@@ -117,7 +117,7 @@ def health_of(
 @patch
 def running(self:Engine,
     target:str, # its name
-)->list[Seen]: # one each
+)->list[Running]: # one each
     "The containers of a target as they are now"
     front = self.proxy(target)
     routes = {slot.address: slot for slot in slots_of(front) if slot.address} if front else {}
@@ -127,7 +127,7 @@ def running(self:Engine,
         if health == 'ended' and container.status == 'running' and slot and slot.up: health = 'healthy'
         if health == 'starting' and self.ready(container): health = 'healthy'
         route = slot.route if slot else 'closed' if front else ''
-        found.append(Seen(container.id, labels.get('io.mlserve.model', ''), labels.get('io.mlserve.version', ''),
+        found.append(Running(container.id, labels.get('io.mlserve.model', ''), labels.get('io.mlserve.version', ''),
             labels.get('io.mlserve.package', ''), container.attrs['Config']['Image'], health, route,
             container.attrs['State'].get('StartedAt', '')))
     return found
@@ -232,7 +232,7 @@ def identify(self:Engine,
         wrong = [f'{key} {told.get(key, "none")}' for key,value in wanted.items() if told.get(key) != value]
         if wrong:
             raise IntegrityError(f'The new container says that it serves {", ".join(wrong)}; recorded for '
-                f'{deployment.model} version {deployment.version}: {", ".join(map(wanted.get, wanted))}.')
+                f'{deployment.model} version {deployment.version}: {", ".join(wanted.values())}.')
 
 # %% ../../../../nbs/release/deploy/live/02_engines.ipynb #d2e25cb2
 @patch

@@ -17,7 +17,7 @@ from ..deployment import Deployment, checked_target, dns_label, require_checked
 from .engines import Engine, address_of, find_engine
 from .history import entry_for, ran_before, read_history, write_entry
 from .proxy import reopen, set_routes, slots_for, slots_of, wait_idle, wait_up
-from .rollout import Rollout, Scene, Seen, advance, sort_out
+from .rollout import Rollout, Scene, Running, advance, sort_out
 from ..recorded import planned, recorded_spec
 from ...record import promote, read_pair
 from ...record.mlflow_store import make_folder, state_folder
@@ -71,7 +71,7 @@ def refuse_taken(
 
 # %% ../../../../nbs/release/deploy/live/04_replacement.ipynb #b9e59444
 def refuse_other_model(
-    found:list[Seen], # the containers of a target
+    found:list[Running], # the containers of a target
     deployment:Deployment, # planned for it
 )->None: # or Conflict
     "Refuse a target that runs another model"

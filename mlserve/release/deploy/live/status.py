@@ -12,13 +12,13 @@ from ....errors import NotFound
 from ..deployment import checked_target, dns_label
 from .engines import TARGET, find_engine
 from .history import TAG, read_history
-from .rollout import Seen
+from .rollout import Running
 from ...record import read_pair
 from ...record.mlflow_store import client, unrecorded
 
 # %% ../../../../nbs/release/deploy/live/05_status.ipynb #ac932f74
 def finding_of(
-    found:Sequence[Seen], # the containers of one target
+    found:Sequence[Running], # the containers of one target
     wish:str='', # version of the alias `production`, where there is one
 )->str: # a sentence; empty where all is well
     "Say what is wrong with a target, and what mends it"
@@ -67,7 +67,7 @@ def as_lines(
 # %% ../../../../nbs/release/deploy/live/05_status.ipynb #04a206da
 def _accuracies(pair):
     "The metrics of a container that was checked, by name"
-    found = next(iter(pair.checks.values()), {}).get('metrics') or {}
+    found = next((check.get('metrics') or {} for check in pair.checks.values()), {})
     return {name: told.get('container') for name,told in found.items() if isinstance(told, dict)}
 def releases(
     model:str, # its registered name
