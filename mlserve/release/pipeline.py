@@ -6,7 +6,7 @@
 __all__ = ['reach', 'train_model', 'build_record_check', 'commands', 'write_attempt', 'release', 'write_result', 'summary']
 
 # %% ../../nbs/release/08_pipeline.ipynb #88a40fa7
-import json, os, sys
+import json, os, shlex, sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -98,14 +98,14 @@ def _remote(env, delivery):
     given = credentials(env)
     if delivery != 'registry': given = {name: value for name,value in given.items() if not name.startswith('MLFLOW_')}
     files = sorted({value for value in given.values() if os.path.isfile(value)})
-    options = [f'-e {name} ' for name in sorted(given)] + [f'-v {file}:{file}:ro ' for file in files]
+    options = [f'-e {name} ' for name in sorted(given)] + [f'-v {shlex.quote(f"{file}:{file}:ro")} ' for file in files]
     return ''.join(options) + f'-v {_cache} '
 def _options(package, delivery, device):
     "What an image needs beside itself: a GPU, and its package"
     gpu = '--gpus all --shm-size 1g -v mlserve-cuda:/var/cache/cuda ' if device == 'cuda' else ''
     if gpu and 'tensorrt' in package.providers and delivery in ('baked', 'volume'): gpu += f'-v {_cache} '
     if delivery == 'baked': return gpu
-    if delivery == 'volume': return f'{gpu}-v {Path(package.path).absolute()}:/models/package:ro '
+    if delivery == 'volume': return f'{gpu}-v {shlex.quote(f"{Path(package.path).absolute()}:/models/package:ro")} '
     return gpu + _remote(os.environ, delivery)
 
 # %% ../../nbs/release/08_pipeline.ipynb #aa9fe8de
@@ -121,13 +121,14 @@ def commands(
     body,rows = Path(folder)/'query.json',slice(1 if package.batch else None)
     body.write_bytes(encode_predict_request({name: array[rows] for name,array in golden(package)[0].items()}))
     who = f'-e MLSERVE_MODEL_VERSION={version} -e MLSERVE_IMAGE={image} '
-    host = f"DOCKER_HOST={os.environ['DOCKER_HOST']} " if 'DOCKER_HOST' in os.environ else ''
+    host = f"DOCKER_HOST={shlex.quote(os.environ['DOCKER_HOST'])} " if 'DOCKER_HOST' in os.environ else ''
     uri = mlflow_store.tracking_uri()
-    own = f'{Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
+    program,kept = shlex.quote(f'{Path(sys.executable).parent}/mlflow'),shlex.quote(uri)
+    own = f'{program} ui --backend-store-uri {kept} --host 127.0.0.1 --port 5000'
     return {'serve': f'{host}docker run --rm --network host --stop-timeout 30 -e MLSERVE_HOST=127.0.0.1 '
             f'{who}{_options(package, delivery, device)}{image}',
         'query': "curl -s http://127.0.0.1:8080/predict -H 'content-type: application/json' "
-            f'-d @{body}', 'mlflow_ui': uri if uri.startswith('http') else own}
+            f'-d {shlex.quote(f"@{body}")}', 'mlflow_ui': uri if uri.startswith('http') else own}
 
 # %% ../../nbs/release/08_pipeline.ipynb #e74af3a1
 def write_attempt(

@@ -157,11 +157,19 @@ def read_file(
 )->dict[str, Any]: # its keys and values
     "What the file beside the notebook says"
     if not path.exists(): return {}
+    if not path.is_file(): raise UsageError(f'{path} is not a file.', mend='Take it away, or write a file of TOML there.')
     try: values = tomllib.loads(path.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise UsageError(f'{path} is not TOML: {e}.') from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UsageError(f'{path} is not TOML: {e}.') from None
+    except OSError as e: raise UsageError(f'{path} cannot be read: {e.strerror}.') from None
     check_keys(values, str(path))
     if 'state' in values: values['state'] = path.parent / str(values['state'])
     return values
+def _same_notebook(named, notebook):
+    "Refuse a file that names another notebook than the command"
+    if named is None or notebook.parent / str(named) == notebook: return
+    raise UsageError(f'mlserve.toml has notebook = {named!r}; the command was given {notebook.name}.',
+        mend='Give the command the notebook, and take the key out of the file.')
 
 # %% ../../nbs/release/01_spec.ipynb #810107cf
 def default_name(
@@ -208,6 +216,8 @@ def read_spec(
         raise UsageError(f'{notebook} is not a notebook: its name does not end with .ipynb.', mend=mend)
     given = {key: value for key,value in overrides.items() if value is not None}
     check_keys(given, 'The command')
-    values = {'name': default_name(notebook)} | read_file(notebook.parent/'mlserve.toml') | given
+    said = read_file(notebook.parent/'mlserve.toml')
+    _same_notebook(said.get('notebook'), notebook)
+    values = {'name': default_name(notebook)} | said | given
     try: return ReleaseSpec(**values | {'notebook': notebook})
     except ValidationError as e: raise _refusal(e.errors()[0]) from None

@@ -60,7 +60,8 @@ def test_a_missing_part_is_told_before_anything_is_recorded(environment, trackin
     ("README.md", "# mine", ["README.md", ".ipynb"]),
     ("mine.ipynb", "# mine", ["mine.ipynb", "not a notebook"]),
     ("mine.ipynb", json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), ["mine.ipynb", "'package_dir'"]),
-], ids=["another file", "no JSON", "no parameter"])
+    ("mine.ipynb", '{"cells": [null]}', ["mine.ipynb", "entry 1 of its cells is null"]),
+], ids=["another file", "no JSON", "no parameter", "no cell"])
 def test_what_is_no_model_notebook_is_told_before_anything_is_asked_or_made(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     state = tmp_path / "state"

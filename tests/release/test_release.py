@@ -117,6 +117,16 @@ def for_gpu(release, tracking, double, monkeypatch):
     client.delete_registered_model("double")  # whoever looks for the image by its digest finds the release
 
 
+def test_two_versions_that_share_an_image_are_each_named_by_the_diff(for_gpu, double, release, environment):
+    "The same digest stands in both; it named the newest twice"
+    from mlserve.release import record
+    again = record.record("double", record.log_package(double), release["image"])
+    done = mlserve("diff", "double", for_gpu.version, again.version, "--json", env=environment)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["same"]
+    assert [found[side]["version"] for side in "ab"] == [for_gpu.version, again.version]
+
+
 @pytest.fixture
 def pretended(for_gpu, double, tmp_path, monkeypatch):
     "Check that version in real containers, on a GPU that is pretended: milliseconds of the model there and on the CPU → what was found"
