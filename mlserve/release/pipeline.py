@@ -11,30 +11,41 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from ..errors import Interrupted, MlserveError, UsageError
+from ..errors import Interrupted, MlserveError, NotFound, UsageError
 from ..package import Package, golden, load_package
 from ..wire.predict import encode_predict_request
 from . import record
 from .check.assessment import foresee_run
 from .check.container import credentials
 from .gates import Gates, told_metrics
-from .image.engine import engine
-from .notebook import check_parameters
+from .git_source import commit_of
+from .image.engine import engine, reach_base
+from .notebook import check_parameters, experiment_of
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
-from .run import Run, close_run, environment, open_run, pipelines, say, step, under_name, write_json
-from .spec import ReleaseSpec
+from .run import (Run, close_run, environment, open_run, pipelines, reach_disk, say, step,
+    under_name, write_json)
+from .spec import ReleaseSpec, default_name, default_repository
 
 # %% ../../nbs/release/08_pipeline.ipynb #987dba32
+def _reach_registry(spec):
+    "Ask whether images can be pushed, as far as their repository is known before the package has a name"
+    named = spec.name != default_name(Path(spec.notebook)) or spec.repository != default_repository(spec.name)
+    try: reach_registry(spec.repository, ca=spec.ca)
+    except NotFound:
+        if named: raise
 def reach(
     spec:ReleaseSpec, # of the release
 )->None: # or a refusal
-    "Ask whether the notebook can be released, and whether the engine, the registry and the store answer"
+    "Ask whether all that a release needs is there, and lets it in, before the notebook is run"
     check_parameters(spec.notebook, {'package_dir': 'package'})
+    commit_of(spec.notebook)
+    reach_disk(spec.state)
     engine(seconds=10).close()
-    reach_registry(spec.repository)
-    mlflow_store.experiment(mlflow_store.client())
+    _reach_registry(spec)
+    reach_base(spec.base, spec.builder, spec.state)
+    mlflow_store.reach_record(experiment_of(spec.notebook))
     if spec.delivery == 'store' and spec.store: reach_store(spec.store)
     if spec.delivery == 'registry' and not mlflow_store.tracking_uri().startswith('http'):
         raise UsageError("Delivery 'registry' needs a tracking server that containers reach by http; "
@@ -152,7 +163,8 @@ def release(
     steps: list[dict[str, Any]] = []
     state = Path(spec.state).absolute()
     uri = mlflow_store.tracking_uri(state)
-    with environment(MLSERVE_STATE=str(state), MLFLOW_TRACKING_URI=uri):
+    told = {'MLSERVE_STATE': str(state), 'MLFLOW_TRACKING_URI': uri, 'MLSERVE_INSECURE': ' '.join(spec.insecure)}
+    with environment(**told):
         with step('reach', steps, progress): reach(spec)
         run,status = open_run(spec),'FAILED'
         try:

@@ -11,7 +11,7 @@ __all__ = ['Delivery', 'default_repository', 'ReleaseSpec', 'checked_device', 'c
 import difflib, os, re, tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ..errors import Refused, UsageError
@@ -27,6 +27,7 @@ def default_repository(
     return f'{registry}/{name}' if registry else name
 def _repository(given): return default_repository(given.get('name', ''))
 def _base(): return os.environ.get('MLSERVE_BASE') or 'python:3.11-slim-bookworm'
+def _insecure(): return os.environ.get('MLSERVE_INSECURE', '').replace(',', ' ').split()
 def _state(): return Path(os.environ.get('MLSERVE_STATE') or 'state')
 Delivery = Literal['baked','volume','store','registry']
 
@@ -39,6 +40,9 @@ class ReleaseSpec(BaseModel):
     repository: str = Field(default_factory=_repository, description='where images go: `MLSERVE_REGISTRY`/name')
     base: str = Field(default_factory=_base,
         description='image to build on: `MLSERVE_BASE`, or python:3.11-slim-bookworm; resolved to a digest')
+    insecure: list[Annotated[str, Field(pattern=r'^[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?$')]] = Field(
+        default_factory=_insecure,
+        description='registries on other machines that are asked over plain HTTP, as `host:port`: `MLSERVE_INSECURE`')
     device: Literal['cpu','cuda'] = Field('cpu', description='what the image serves on')
     delivery: Delivery = Field('baked', description='how the weights reach the server')
     store: str|None = Field(None,
@@ -180,6 +184,7 @@ def default_name(
 
 # %% ../../nbs/release/01_spec.ipynb #0f84e419
 _name = 'allowed: small letters and digits, with single dots, dashes or underscores between them'
+_host = 'allowed: the name of a host, and a port behind it, such as registry.lan:5000'
 _tables: dict[str, type[BaseModel]] = {'gates': Gates, 'deploy': DeployOptions}
 def _no_key(table, key):
     "What to say of a key that a table of the spec does not have"
@@ -190,7 +195,7 @@ def told_error(
     error:Mapping[str, Any], # one of pydantic's
 )->str: # without a full stop
     "What is wrong with a value"
-    if error['type'] == 'string_pattern_mismatch': return _name
+    if error['type'] == 'string_pattern_mismatch': return _host if 'insecure' in error['loc'] else _name
     if error['type'] == 'extra_forbidden': return _no_key(*map(str, error['loc']))
     if error['type'] == 'literal_error':
         return 'allowed: ' + error['ctx']['expected'].replace("'", '').replace(' or ', ', ')

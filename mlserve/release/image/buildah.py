@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavailable, Refused
 from ...patch import patch
+from ..registry.reference import plain_http
 
 # %% ../../../nbs/release/image/05_buildah.ipynb #30585231
 @contextmanager
@@ -99,7 +100,7 @@ def run(self:Buildah,
 def _verify(reference): # option of every command that talks to a registry
     name = reference.partition('/')[0]
     host = name.rpartition(':')[0] or name
-    return f"--tls-verify={'false' if host in ('localhost','127.0.0.1','[::1]') else 'true'}"
+    return f"--tls-verify={'false' if host == '[::1]' or plain_http(name) else 'true'}"
 
 # %% ../../../nbs/release/image/05_buildah.ipynb #292c8a0a
 @patch

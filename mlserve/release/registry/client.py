@@ -211,7 +211,7 @@ def reach_registry(
     remote = Remote(read_reference(repository), seconds, ca)
     try: place = remote.ask('POST', 'blobs/uploads/', ok=(202,)).headers.get('Location', '')
     except NotFound:
-        raise RemoteUnavailable(f'The registry {remote.reference.host} has no repository {repository!r}, and makes none.',
+        raise NotFound(f'The registry {remote.reference.host} has no repository {repository!r}, and makes none.',
             mend='Make it there, or name another in mlserve.toml.') from None
     except RemoteUnavailable as e:
         if 'did not answer' not in e.message: raise
