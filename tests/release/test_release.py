@@ -163,6 +163,17 @@ def test_without_a_gpu_the_job_fails_with_nine_and_its_reason_and_the_version_st
             record.promote("double", for_gpu.version, device)
 
 
+def test_a_container_that_cannot_be_reached_is_no_failed_check(for_gpu, monkeypatch):
+    "Its port leads nowhere, as beside a remote engine, and it is ready for itself: 6, and the version stays recorded"
+    from mlserve.errors import RemoteUnavailable
+    from mlserve.release import check, record
+    own = {"environment": {"MLSERVE_HOST": "127.0.0.1", "MLSERVE_PACKAGE_DIGEST": for_gpu.package}}
+    monkeypatch.setattr(check, "gpu_options", lambda device: own)
+    with pytest.raises(RemoteUnavailable, match="is ready, and cannot be reached at http://127.0.0.1:"):
+        check.check(for_gpu, "cpu")
+    assert record.read_pair("double", for_gpu.version) == for_gpu and for_gpu.status == "recorded"
+
+
 def test_an_image_for_a_gpu_is_held_against_the_cpu_of_the_same_machine(for_gpu, pretended, tracking):
     "Two real containers; the driver's library and the model are stand-ins"
     from mlflow import MlflowClient

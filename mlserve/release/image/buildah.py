@@ -64,7 +64,7 @@ def find_buildah(
 
 # %% ../../../nbs/release/image/05_buildah.ipynb #07c60834
 _no_registry = re.compile('pinging container registry|dial tcp|connection refused|manifest unknown|'
-    'unauthorized|denied: |i/o timeout')
+    'unauthorized|denied: |i/o timeout|uploading manifest|writing blob')
 def buildah_failure(
     lines:Sequence[str], # the last lines it printed
 )->MlserveError: # what to raise
@@ -72,7 +72,7 @@ def buildah_failure(
     text = '\n'.join(lines)
     errors = [l for l in lines if re.match(r'(?i)error', l)]
     last = (errors or lines or ['it printed nothing'])[-1]
-    sentence = last[:300].rstrip('. ') + '.'
+    sentence = (last if len(last) <= 300 else f'{last[:100]} … {last[-200:]}').rstrip('. ') + '.' # the cause ends it
     if 'no space left' in text:
         return LocalResource(f'The disk is full: {sentence}', mend='Free some space and repeat.')
     if re.search(r'HASHES|do not match the hashes', text):
