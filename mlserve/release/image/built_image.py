@@ -126,17 +126,17 @@ def pushed_digest(
 
 # %% ../../../nbs/release/image/07_built_image.ipynb #4a01b04e
 _mend = 'Check that the registry runs and that `docker login` was done, then repeat.'
-_busy = re.compile(r'too ?many ?requests|\b429\b|status: 50[0-4]', re.I)
-def _sent(client, repository, tag, progress): # the digest that a push ended with
-    try: return pushed_digest(client.api.push(repository, tag, stream=True, decode=True), progress)
+_busy = re.compile(r'too ?many ?requests|status: (429|50[0-4])|(?<!manifest )(?<!name )(?<!blob )unknown: ', re.I)
+def _repeated(send): # what it returns; once more where a registry was busy
+    try: return send()
     except RemoteUnavailable as e:
         if not _busy.search(e.message): raise
     time.sleep(3)
-    return pushed_digest(client.api.push(repository, tag, stream=True, decode=True), progress)
+    return send()
 def _push_docker(client, image, repository, tag, progress): # the digest, confirmed
     with remote(f'Pushing to {repository}', _mend):
         client.images.get(image).tag(repository, tag)
-        digest = _sent(client, repository, tag, progress)
+        digest = pushed_digest(client.api.push(repository, tag, stream=True, decode=True), progress)
         held = client.api.inspect_distribution(f'{repository}@{digest}')['Descriptor']['digest']
     if held == digest: return digest
     raise IntegrityError(f'The registry holds {held} where the push gave {digest}.',
@@ -161,8 +161,10 @@ def push(
     id = image.id if isinstance(image, BuiltImage) else image
     own = f"{tag}-{id.removeprefix('sha256:')[:12]}"
     tool = find_buildah(image.state) if isinstance(image, BuiltImage) and image.builder == 'buildah' else None
-    try: digest = tool.push(id, repository, own, progress) if tool else _push_docker(engine(), id, repository, own,
-        progress)
+    def send()->str:
+        if tool: return tool.push(id, repository, own, progress)
+        return _push_docker(engine(), id, repository, own, progress)
+    try: digest = _repeated(send)
     except RemoteUnavailable:
         digest = _kept(repository, own, id, ca)
         if not digest: raise
