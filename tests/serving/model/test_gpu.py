@@ -189,6 +189,27 @@ def test_E14_onnxruntime_without_its_provider_is_refused(monkeypatch, tmp_path):
     assert e.value.reason == "provider_inactive"
 
 
+@pytest.mark.parametrize("said, reason", [
+    ("CUDA out of memory. Tried to allocate 2.00 GiB.", "too_little_memory"),
+    ("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "too_little_memory"),
+    ("Available memory of 1048576 is smaller than requested bytes of 4194304", "too_little_memory"),
+    ("CUDA error: no kernel image is available for execution on the device", "no_kernel_image"),
+    ("Missing key(s) in state_dict", None)], ids=["torch", "cuBLAS", "onnxruntime", "architecture", "the model's own"])
+def test_E14_a_gpu_that_cannot_hold_the_model_while_it_is_loaded_is_refused(double, monkeypatch, said, reason):
+    "In the words of whichever library met it; what is the model's own is told as that, and names the file"
+    from mlserve.errors import ModelFailed
+    from mlserve.package import load_package, programs
+    from mlserve.serving import model
+
+    def full(*args):
+        raise RuntimeError(said)
+    monkeypatch.setattr(programs, "read_torch", full)
+    monkeypatch.setattr(model, "check_framework", lambda *args: None)
+    with pytest.raises(GpuRefused if reason else ModelFailed, match=re.escape(said) if reason else "model.pt cannot be loaded on cuda:0") as e:
+        model.load_model(load_package(double), Device("cuda", name="small"))
+    assert not reason or (e.value.reason == reason and e.value.mend)
+
+
 @pytest.mark.parametrize("ran, fell_back, reason", [({"CUDAExecutionProvider": ["Gemm", "Relu"], "CPUExecutionProvider": ["Shape"]}, ["Shape"], ""),
                                                    ({"CPUExecutionProvider": ["Gemm", "Shape"]}, [], "provider_inactive")], ids=["some nodes", "all nodes"])
 def test_E14_nodes_of_onnxruntime_that_fell_back_are_named(tmp_path, ran, fell_back, reason):
