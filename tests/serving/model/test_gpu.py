@@ -139,6 +139,14 @@ def test_E14_control_a_gpu_that_is_only_listed_is_taken_for_one_that_computes(li
         assert prove(lib)
 
 
+def starved(seconds=0.2):
+    "How many times as long as alone a process takes just now, since others have the cores"
+    began, used = time.monotonic(), time.process_time()
+    while time.process_time() - used < seconds:
+        pass
+    return max(1, (time.monotonic() - began) / seconds)
+
+
 def serve(stand_in, package, words="", **settings):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MLSERVE_", "NVIDIA_", "CUDA_"))}
     env |= {"LD_LIBRARY_PATH": str(stand_in), "FAKE_CUDA": words, "MLSERVE_PACKAGE": str(package), "MLSERVE_PORT": "0", "MLSERVE_HOST": "127.0.0.1", "MLSERVE_DEVICE": "cuda"}
@@ -161,12 +169,12 @@ def serve(stand_in, package, words="", **settings):
 ], ids=lambda v: v if isinstance(v, str) and v in gpu_reasons else "")
 def test_E14_the_server_is_refused_a_gpu_with_nine_and_a_reason(stand_in, double, words, settings, reason, said):
     "In less than five seconds, before the model is loaded; torch is not even imported, but for its own refusal"
-    for _ in range(3):  # a neighbour takes time of one start, and hardly of three
+    for _ in range(3):
         done, last, seconds = serve(stand_in, double, words, **settings)
-        if seconds < 5:
+        if in_time := seconds < 5 * starved():
             break
     assert (done.returncode, last["code"], last["reason"]) == (9, 9, reason), done.stderr
-    assert re.search(said, last["error"]) and seconds < 5
+    assert re.search(said, last["error"]) and in_time, f"{seconds:.1f} s"
     events = [json.loads(line) for line in done.stderr.splitlines() if '"event": "gpu_refused"' in line]
     assert [(e["level"], e["reason"]) for e in events] == [("error", reason)]
 
