@@ -19,7 +19,7 @@ from .check.assessment import foresee_run
 from .check.container import credentials
 from .gates import Gates, told_metrics
 from .image.engine import engine
-from .notebook import check_parameters
+from .notebook import check_parameters, shared_kernel
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
@@ -156,7 +156,8 @@ def release(
         run,status = open_run(spec),'FAILED'
         try:
             with environment(MLFLOW_RUN_ID=run.id), step('train', steps, progress): run,place = train_model(run)
-            built,pair,checked = build_record_check(run, place, steps, progress)
+            with shared_kernel() as kernel:
+                built,pair,checked = build_record_check(replace(run, kernel=kernel), place, steps, progress)
             if promote:
                 with step('promote', steps, progress):
                     record.promote(pair['name'], pair['version'], device=spec.device)
