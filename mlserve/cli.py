@@ -9,7 +9,7 @@ __all__ = ['app', 'Json', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Bu
            'verify', 'diff', 'fail', 'run_command', 'main']
 
 # %% ../nbs/05_cli.ipynb #105e7ce7
-import json, os, signal, sys, traceback
+import json, os, shlex, signal, sys, traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -258,7 +258,7 @@ def fail(
     "Print a failure for people and for machines"
     print(f'mlserve: {error}', file=sys.stderr)
     step = getattr(error, 'step', None) or (args[0] if args else 'mlserve')
-    resume = '' if error.code == 2 else hidden(' '.join(['mlserve', *args]))
+    resume = '' if error.code == 2 else hidden(shlex.join(['mlserve', *args]))
     print(last_line(error, step, resume), file=sys.stderr, flush=True)
     return error.code
 

@@ -11,7 +11,7 @@ __all__ = ['Delivery', 'default_repository', 'ReleaseSpec', 'checked_device', 'c
 import difflib, os, re, tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ..errors import Refused, UsageError
@@ -27,6 +27,7 @@ def default_repository(
     return f'{registry}/{name}' if registry else name
 def _repository(given): return default_repository(given.get('name', ''))
 def _base(): return os.environ.get('MLSERVE_BASE') or 'python:3.11-slim-bookworm'
+def _insecure(): return os.environ.get('MLSERVE_INSECURE', '').replace(',', ' ').split()
 def _state(): return Path(os.environ.get('MLSERVE_STATE') or 'state')
 Delivery = Literal['baked','volume','store','registry']
 
@@ -39,6 +40,9 @@ class ReleaseSpec(BaseModel):
     repository: str = Field(default_factory=_repository, description='where images go: `MLSERVE_REGISTRY`/name')
     base: str = Field(default_factory=_base,
         description='image to build on: `MLSERVE_BASE`, or python:3.11-slim-bookworm; resolved to a digest')
+    insecure: list[Annotated[str, Field(pattern=r'^[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?$')]] = Field(
+        default_factory=_insecure,
+        description='registries on other machines that are asked over plain HTTP, as `host:port`: `MLSERVE_INSECURE`')
     device: Literal['cpu','cuda'] = Field('cpu', description='what the image serves on')
     delivery: Delivery = Field('baked', description='how the weights reach the server')
     store: str|None = Field(None,
@@ -157,11 +161,19 @@ def read_file(
 )->dict[str, Any]: # its keys and values
     "What the file beside the notebook says"
     if not path.exists(): return {}
+    if not path.is_file(): raise UsageError(f'{path} is not a file.', mend='Take it away, or write a file of TOML there.')
     try: values = tomllib.loads(path.read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise UsageError(f'{path} is not TOML: {e}.') from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UsageError(f'{path} is not TOML: {e}.') from None
+    except OSError as e: raise UsageError(f'{path} cannot be read: {e.strerror}.') from None
     check_keys(values, str(path))
     if 'state' in values: values['state'] = path.parent / str(values['state'])
     return values
+def _same_notebook(named, notebook):
+    "Refuse a file that names another notebook than the command"
+    if named is None or notebook.parent / str(named) == notebook: return
+    raise UsageError(f'mlserve.toml has notebook = {named!r}; the command was given {notebook.name}.',
+        mend='Give the command the notebook, and take the key out of the file.')
 
 # %% ../../nbs/release/01_spec.ipynb #810107cf
 def default_name(
@@ -172,6 +184,7 @@ def default_name(
 
 # %% ../../nbs/release/01_spec.ipynb #0f84e419
 _name = 'allowed: small letters and digits, with single dots, dashes or underscores between them'
+_host = 'allowed: the name of a host, and a port behind it, such as registry.lan:5000'
 _tables: dict[str, type[BaseModel]] = {'gates': Gates, 'deploy': DeployOptions}
 def _no_key(table, key):
     "What to say of a key that a table of the spec does not have"
@@ -182,7 +195,7 @@ def told_error(
     error:Mapping[str, Any], # one of pydantic's
 )->str: # without a full stop
     "What is wrong with a value"
-    if error['type'] == 'string_pattern_mismatch': return _name
+    if error['type'] == 'string_pattern_mismatch': return _host if 'insecure' in error['loc'] else _name
     if error['type'] == 'extra_forbidden': return _no_key(*map(str, error['loc']))
     if error['type'] == 'literal_error':
         return 'allowed: ' + error['ctx']['expected'].replace("'", '').replace(' or ', ', ')
@@ -208,6 +221,8 @@ def read_spec(
         raise UsageError(f'{notebook} is not a notebook: its name does not end with .ipynb.', mend=mend)
     given = {key: value for key,value in overrides.items() if value is not None}
     check_keys(given, 'The command')
-    values = {'name': default_name(notebook)} | read_file(notebook.parent/'mlserve.toml') | given
+    said = read_file(notebook.parent/'mlserve.toml')
+    _same_notebook(said.get('notebook'), notebook)
+    values = {'name': default_name(notebook)} | said | given
     try: return ReleaseSpec(**values | {'notebook': notebook})
     except ValidationError as e: raise _refusal(e.errors()[0]) from None

@@ -22,7 +22,7 @@ from ...package.holdout import SAVED, read_holdout
 from .assessment import foresee, held_digest, in_production
 from .comparison import compare_server
 from .container import (Limits, alive, blamed, container_options, ended, gpu_options,
-    merge_options, remote_options, started)
+    healthy, merge_options, remote_options, started)
 from .speed import Speed, beside_cpu, log_speed, measure_speed, sizes_of, timed
 from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
@@ -45,11 +45,21 @@ def _address(container, options, seconds=10):
     raise LocalResource('The engine published no port for the container.')
 
 # %% ../../../nbs/release/check/04_check.ipynb #75b63ae8
+_cut_off = ('A remote engine, or one around the container in which this runs, publishes ports on another machine: '
+    'run the check where they are.')
 def _wait(container, client, seconds):
-    "Wait until a container is ready, for as long as it lives"
-    try: client.wait_ready(seconds, alive=lambda: alive(container))
+    "Wait until a container is ready, for as long as it lives and can be reached"
+    again = [time.monotonic() + 10] # when to look inside, next
+    def reached()->bool:
+        if time.monotonic() < again[0] or client.live(): return True
+        again[0] += 10
+        return not healthy(container)
+    try: client.wait_ready(seconds, alive=lambda: alive(container) and reached())
     except MlserveError as e:
         if not alive(container): raise ended(container) from None
+        if not client.live() and healthy(container):
+            raise RemoteUnavailable(f'The container is ready, and cannot be reached at {client.url} from here.',
+                mend=_cut_off) from None
         raise CheckFailed(f'The container was not ready within {seconds:g} s: {e.message}') from None
 
 # %% ../../../nbs/release/check/04_check.ipynb #82d4b25f
