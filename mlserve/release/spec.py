@@ -160,7 +160,8 @@ def read_file(
 )->dict[str, Any]: # its keys and values
     "What the file beside the notebook says"
     if not path.exists(): return {}
-    if not path.is_file(): raise UsageError(f'{path} is not a file.', mend='Take it away, or write a file of TOML there.')
+    if not path.is_file():
+        raise UsageError(f'{path} is not a file.', mend='Take it away, or write a file of TOML there.')
     try: values = tomllib.loads(path.read_text(encoding='utf-8'))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UsageError(f'{path} is not TOML: {e}.') from None
