@@ -45,7 +45,8 @@ class ReleaseSpec(BaseModel):
         description='registries elsewhere that speak plain HTTP, as `host:port`: `MLSERVE_INSECURE`')
     device: Literal['cpu','cuda'] = Field('cpu', description='what the image serves on')
     delivery: Delivery = Field('baked', description='how the weights reach the server')
-    store: str|None = Field(None, description='where `store` keeps packages: `s3://bucket/prefix`, `gs://…` or `az://…`')
+    store: str|None = Field(None,
+        description='where `store` keeps packages: `s3://bucket/prefix`, `gs://…` or `az://…`')
     builder: Literal['docker','buildah'] = Field('docker', description='what builds the image')
     index: str|None = Field(None, description='package index to take wheels from, '
         "such as `https://pypi.example/simple`; pip's own configuration by default")
@@ -54,8 +55,7 @@ class ReleaseSpec(BaseModel):
     requirements: list[str] = Field([], description='further packages of the model, as pip names them')
     allow: list[str] = Field([], description='numeric packages whose version may differ from training')
     platform: Literal['linux/amd64'] = Field('linux/amd64', description='of the image')
-    gates: Gates = Field(Gates(),
-        description='table of what held-back answers must reach: `min`, `max`, `drop`, `target`')
+    gates: Gates = Field(Gates(), description='table of what held-back answers must reach: `min`, `max`, `drop`, `target`')
     deploy: DeployOptions = Field(DeployOptions(),
         description='table of how it is deployed: `replicas`, `port`, `memory` and a few more')
     max_image_mb: float|None = Field(None, gt=0, le=10**6, description='megabytes (10**6 bytes) of an image, at most')
