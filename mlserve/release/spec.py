@@ -55,7 +55,8 @@ class ReleaseSpec(BaseModel):
     requirements: list[str] = Field([], description='further packages of the model, as pip names them')
     allow: list[str] = Field([], description='numeric packages whose version may differ from training')
     platform: Literal['linux/amd64'] = Field('linux/amd64', description='of the image')
-    gates: Gates = Field(Gates(), description='table of what held-back answers must reach: `min`, `max`, `drop`, `target`')
+    gates: Gates = Field(Gates(),
+        description='table of what held-back answers must reach: `min`, `max`, `drop`, `target`')
     deploy: DeployOptions = Field(DeployOptions(),
         description='table of how it is deployed: `replicas`, `port`, `memory` and a few more')
     max_image_mb: float|None = Field(None, gt=0, le=10**6, description='megabytes (10**6 bytes) of an image, at most')
@@ -64,8 +65,7 @@ class ReleaseSpec(BaseModel):
 
     @field_validator('requirements')
     @classmethod
-    def _named(cls, values):
-        return [checked_requirement(value) for value in values]
+    def _named(cls, values): return [checked_requirement(value) for value in values]
 
     @model_validator(mode='after')
     def _placed(self):
