@@ -171,9 +171,9 @@ def release(
             with environment(MLFLOW_RUN_ID=run.id), step('train', steps, progress): run,place = train_model(run)
             with shared_kernel() as kernel:
                 built,pair,checked = build_record_check(replace(run, kernel=kernel), place, steps, progress)
-            if promote:
-                with step('promote', steps, progress):
-                    record.promote(pair['name'], pair['version'], device=spec.device)
+            for alias in ['candidate', 'production'] if promote else ['candidate']:
+                with step(alias, steps, progress):
+                    record.promote(pair['name'], pair['version'], spec.device, warn=progress, alias=alias)
             status = 'FINISHED'
         except BaseException as e:
             if isinstance(e, (Interrupted, KeyboardInterrupt)): status = 'KILLED'

@@ -196,7 +196,7 @@ def test_an_image_for_a_gpu_is_held_against_the_cpu_of_the_same_machine(for_gpu,
     assert min(found.speed["cpu"]["model_ms"]) >= 100 > max(found.speed["cuda"]["model_ms"]), told(found)  # it sleeps: load makes it longer, never shorter
     metrics = MlflowClient(tracking_uri=tracking).get_run(for_gpu.run_id).data.metrics
     assert metrics["check.cuda.model_ms"] == found.speed["cuda"]["model_ms"][-1] and metrics["check.cpu.model_ms"] == found.speed["cpu"]["model_ms"][-1]
-    assert record.promote("double").version == for_gpu.version
+    assert record.promote("double", for_gpu.version).version == for_gpu.version
 
 
 def test_a_gpu_that_is_slower_than_the_cpu_fails_the_check(for_gpu, pretended):

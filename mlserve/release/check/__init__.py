@@ -26,7 +26,7 @@ from .container import (Limits, alive, blamed, container_options, ended, gpu_opt
 from .speed import Speed, beside_cpu, log_speed, measure_speed, sizes_of, timed
 from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
-from ..record import Pair, fetch_holdout, fetch_package, mark
+from ..record import Pair, failed_in_production, fetch_holdout, fetch_package, mark
 from ..spec import checked_device
 if TYPE_CHECKING:
     import numpy as np
@@ -240,7 +240,9 @@ def check(
         result = _examine(pair, evidence, gates, device, delivery, limits)
     log_speed(pair.run_id, {kind: Speed(**numbers) for kind,numbers in result.speed.items()}, uri)
     when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
-    mark(pair, device, asdict(result) | {'when': when, 'run': pair.run_id}, uri)
+    now = mark(pair, device, asdict(result) | {'when': when, 'run': pair.run_id}, uri)
+    if not result.passed and (loud := failed_in_production(now, uri)):
+        result = replace(result, reason=f'{result.reason} {loud}')
     return result
 
 # %% ../../../nbs/release/check/04_check.ipynb #3d9eb35e

@@ -8,7 +8,7 @@ __all__ = ['state_folder', 'tracking_uri', 'unrecorded', 'ensure_reachable', 'ma
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #b5e1dad5
 import fcntl, functools, inspect, logging, os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,6 +177,7 @@ def _living(found, uri):
 def experiment(
     store:'MlflowClient', # of `client`
     name:str='', # of the experiment; `MLFLOW_EXPERIMENT_NAME`, or mlserve, by default
+    tags:Mapping[str, str]|None=None, # of a new one
 )->str: # its id
     "The experiment that holds the runs of releases, made when it is missing"
     from mlflow.exceptions import MlflowException
@@ -184,7 +185,7 @@ def experiment(
     if found := store.get_experiment_by_name(name): return _living(found, store.tracking_uri)
     path = store.tracking_uri.removeprefix('sqlite:///')
     place = (Path(path).absolute().parent/'artifacts').as_uri() if path != store.tracking_uri else None
-    try: return store.create_experiment(name, artifact_location=place)
+    try: return store.create_experiment(name, artifact_location=place, tags=dict(tags or {}))
     except MlflowException as e: # another release made it meanwhile
         if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
         made = store.get_experiment_by_name(name)
