@@ -142,7 +142,7 @@ def _quiet_kernels(): # imported late, for `run_cells` needs no kernel
         async def _async_launch_kernel(self, kernel_cmd, **kw):
             await super()._async_launch_kernel(kernel_cmd, **kw, stderr=subprocess.DEVNULL)
         _launch_kernel = _async_launch_kernel
-        opened = () # nbclient closes no client of a kernel that it was given
+        opened: tuple[Any, ...] = () # nbclient closes no client of a kernel that it was given
         def client(self, **kw:Any)->Any:
             self.opened = *self.opened,super().client(**kw)
             return self.opened[-1]
