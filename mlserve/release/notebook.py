@@ -156,7 +156,8 @@ def shared_kernel()->Iterator[Any]: # a manager of Jupyter's
     manager = _quiet_kernels()(kernel_name='python3')
     try: yield manager
     finally:
-        with contextlib.suppress(RuntimeError): run_sync(manager.shutdown_kernel)()
+        with contextlib.suppress(RuntimeError):
+            if manager.has_kernel: run_sync(manager.shutdown_kernel)()
         for client in manager.opened: client.stop_channels()
 async def _forget(manager):
     "Take back the names that a notebook left in a kernel, and the numbers of its cells"
