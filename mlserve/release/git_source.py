@@ -12,8 +12,8 @@ from ..errors import UsageError
 
 # %% ../../nbs/release/02_git_source.ipynb #4e2f1dbb
 def _git(path, *args):
-    "What git says in a notebook's folder, '' when it fails"
-    command = ['git', '-C', str(Path(path).absolute().parent), *args]
+    "What git says in a notebook's folder, '' when it fails; no program that its configuration names is run for it"
+    command = ['git', '-C', str(Path(path).absolute().parent), '-c', 'core.fsmonitor=false', *args]
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired): return ''
     return done.stdout.strip() if done.returncode == 0 else ''
@@ -26,14 +26,19 @@ def commit_of(
     return commit + ('-dirty' if _git(path, 'status', '--porcelain', '--', Path(path).name) else '')
 
 # %% ../../nbs/release/02_git_source.ipynb #a77a88ab
-_elsewhere = re.compile(r'https://|ssh://|[\w.-]+@[\w.-]+:')
+def _public(url): # an address without user, password and query
+    scheme,mark,rest = url.partition('://')
+    if not mark: return url if url.startswith('git@') else url.rpartition('@')[2]
+    host,slash,place = re.split('[?#]', rest)[0].partition('/')
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{place}"
+_elsewhere = re.compile(r'https://|ssh://|(git@)?[\w.-]+:(?!//)')
 def repository_of(
     path:str|Path, # of the model notebook
 )->dict[str, str]: # `revision`, `source` and `version`, as far as they are known
     "Where a notebook's source is kept"
     revision,known = commit_of(path),{}
     if revision: known['revision'] = revision
-    url = re.sub(r'://[^/@]*@', '://', _git(path, 'remote', 'get-url', 'origin'))
+    url = _public(_git(path, 'remote', 'get-url', 'origin'))
     if _elsewhere.match(url): known['source'] = url
     committed = revision and not revision.endswith('-dirty')
     version = _git(path, 'describe', '--tags', '--exact-match', 'HEAD') if committed else ''

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from ...errors import CheckFailed, Conflict, NotFound, Refused, UsageError
-from .logged_package import (Logged, fetch_holdout as fetch_holdout,
-    fetch_package as fetch_package, log_package as log_package, read_logged as read_logged)
+from .logged_package import (Logged, artifact_hash as artifact_hash,
+    fetch_holdout as fetch_holdout, fetch_package as fetch_package, log_package as log_package, read_logged as read_logged)
 from .mlflow_store import client, unrecorded
 from ..spec import checked_device
 
@@ -75,7 +75,8 @@ def record(
     _ensure_model(store, name)
     own = {'mlserve.image': image, 'mlserve.package': logged.digest, 'mlserve.model_id': logged.model_id,
         'mlserve.run': logged.run_id, 'mlserve.contract': logged.contract, 'mlserve.status': 'recorded'}
-    if logged.reference: own['mlserve.reference'] = logged.reference
+    more = {'mlserve.reference': logged.reference, 'mlserve.holdout': logged.holdout}
+    own |= {key: text for key,text in more.items() if text}
     made = store.create_model_version(name, source=f'models:/{logged.model_id}', run_id=logged.run_id,
         model_id=logged.model_id, tags=own | dict(tags or {}))
     return _pair(store.get_model_version(name, made.version))
@@ -162,6 +163,7 @@ def promote(
     device:str|None=None, # that the deployment asks for, beside the one that the image was built for
     uri:str|None=None, # of the store
     warn:Callable[[str], Any]=lambda text: None, # called with a sentence when the contract changes
+    confirm:Callable[[Pair], Any]=lambda pair: None, # called with the pair before it moves; raises where it must not
 )->Pair: # now `production`
     "Move `production` to a pair whose check passed"
     asked = checked_device(device) if device else ''
@@ -173,6 +175,7 @@ def promote(
         option = f' --device {device}' if kind != own else ''
         raise CheckFailed(f'{name} version {pair.version} is {pair.status}; its check has not passed on {kind}.',
             mend=f'Run mlserve check {name} --version {pair.version}{option}.')
+    confirm(pair)
     _move(client(uri), pair, 'production')
     return pair
 
