@@ -168,7 +168,8 @@ case "${1:-}" in
   start) start; env_lines >"$dir/env" ;;
   stop)
     stop_one dockerd; stop_one registry
-    umount "$run"/exec/netns/* 2>/dev/null || true # dockerd leaves its own network namespace mounted
+    # dockerd leaves its own network namespace mounted; one that was killed, its data and the layers in it, too
+    awk -v a="$dir/data" -v b="$run" '$2 == a || index($2, a "/") == 1 || index($2, b "/") == 1 {print $2}' /proc/mounts | tac | xargs -r umount -l 2>/dev/null || true
     rm -rf "$run"
     ;;
   env) env_lines ;;

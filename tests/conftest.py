@@ -14,9 +14,9 @@ ENGINE = {"engine_script", "supply_chain", "debug", "hardened", "memory", "refus
 IMAGES = {"image", "matrix"}  # build images of their own
 SERVERS = {"conformance", "fuzz", "gpu_check", "handler", "ledger"}  # ask servers, whenever they answer
 CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
-SERVING = {"scheduler", "clients", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
-           "tracing"}  # ask servers, with a clock
-LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING}
+CLIENTS = {"clients", "platforms", "proxies", "tracing"}  # servers with what stands before and beside them, with a clock
+SERVING = {"scheduler", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "server"}  # ask servers, with a clock
+LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "clients": CLIENTS, "serving": SERVING}
 
 
 def pytest_addoption(parser):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['read_cells', 'parameters_of', 'check_parameters', 'experiment_of', 'family', 'cell_error', 'shown_number',
-           'run_notebook', 'run_cells']
+           'shared_kernel', 'run_notebook', 'run_cells']
 
 # %% ../../nbs/release/03_notebook.ipynb #4ab55e9a
 import contextlib, difflib, json, logging, re, subprocess, sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from ..errors import LocalResource, MlserveError, NotebookFailed, UsageError
@@ -142,25 +142,49 @@ def _quiet_kernels(): # imported late, for `run_cells` needs no kernel
         async def _async_launch_kernel(self, kernel_cmd, **kw):
             await super()._async_launch_kernel(kernel_cmd, **kw, stderr=subprocess.DEVNULL)
         _launch_kernel = _async_launch_kernel
+        opened = () # nbclient closes no client of a kernel that it was given
+        def client(self, **kw:Any)->Any:
+            self.opened = *self.opened,super().client(**kw)
+            return self.opened[-1]
     return Quiet
+
+# %% ../../nbs/release/03_notebook.ipynb #dd524449
+@contextlib.contextmanager
+def shared_kernel()->Iterator[Any]: # a manager of Jupyter's
+    "A kernel for notebooks that run one after the other, ended with them"
+    from jupyter_core.utils import run_sync
+    manager = _quiet_kernels()(kernel_name='python3')
+    try: yield manager
+    finally:
+        with contextlib.suppress(RuntimeError): run_sync(manager.shutdown_kernel)()
+        for client in manager.opened: client.stop_channels()
+async def _forget(manager):
+    "Take back the names that a notebook left in a kernel, and the numbers of its cells"
+    client = manager.client()
+    client.start_channels()
+    await client.wait_for_ready(timeout=60)
+    await client.execute('get_ipython().reset()', silent=True, reply=True, timeout=60)
 
 # %% ../../nbs/release/03_notebook.ipynb #c3839f41
 def run_notebook(
     path:str|Path, # of the notebook; it is not changed
     parameters:Mapping[str, Any], # values to inject
     out:str|Path, # the executed copy
+    kernel:Any=None, # of `shared_kernel`; None gives the notebook one of its own
 )->Path: # `out`
     "Run a notebook with values for its parameters, and keep what it showed"
     papermill = _papermill()
+    from jupyter_core.utils import run_sync
     from papermill.exceptions import PapermillExecutionError
     path,out = Path(path).absolute(),Path(out).absolute()
     check_parameters(path, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
     bar = {'disable': None, 'leave': False, 'desc': path.stem}
     try:
+        if kernel and kernel.has_kernel: run_sync(_forget)(kernel)
         papermill.execute_notebook(str(path), str(out), parameters=parameters,
-            kernel_name=_kernel['name'], language=_kernel['language'], cwd=str(path.parent), progress_bar=bar, log_output=False, kernel_manager_class=_quiet_kernels(),
-            extra_arguments=['--log-level=50'])
+            kernel_name=_kernel['name'], language=_kernel['language'], cwd=str(path.parent), progress_bar=bar,
+            log_output=False, kernel_manager_class=_quiet_kernels(), km=kernel, extra_arguments=['--log-level=50'])
         return out
     except PapermillExecutionError as e:
         error = cell_error(path.name, e.ename, e.evalue, shown_number(path, out, e.exec_count), e.traceback)

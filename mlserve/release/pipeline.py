@@ -20,7 +20,7 @@ from .check.container import credentials
 from .gates import Gates, told_metrics
 from .git_source import commit_of
 from .image.engine import engine, reach_base
-from .notebook import check_parameters, experiment_of
+from .notebook import check_parameters, experiment_of, shared_kernel
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
@@ -169,7 +169,8 @@ def release(
         run,status = open_run(spec),'FAILED'
         try:
             with environment(MLFLOW_RUN_ID=run.id), step('train', steps, progress): run,place = train_model(run)
-            built,pair,checked = build_record_check(run, place, steps, progress)
+            with shared_kernel() as kernel:
+                built,pair,checked = build_record_check(replace(run, kernel=kernel), place, steps, progress)
             for alias in ['candidate', 'production'] if promote else ['candidate']:
                 with step(alias, steps, progress):
                     record.promote(pair['name'], pair['version'], spec.device, warn=progress, alias=alias)

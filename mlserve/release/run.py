@@ -33,9 +33,10 @@ def run_pipeline(
     name:str, # of one of them
     parameters:Mapping[str, Any], # its values
     folder:Path, # gets the executed copy
+    kernel:Any=None, # of `shared_kernel`, where several follow each other
 )->Path: # the copy
     "Run a notebook of ours; what it raises is no fault of the user's"
-    try: return run_notebook(pipelines()/f'{name}.ipynb', parameters, folder/f'{name}.ipynb')
+    try: return run_notebook(pipelines()/f'{name}.ipynb', parameters, folder/f'{name}.ipynb', kernel)
     except NotebookFailed as e: raise MlserveError(e.message, mend=e.mend) from None
 
 # %% ../../nbs/release/04_run.ipynb #01e70f92
@@ -98,6 +99,7 @@ class Run:
     spec: ReleaseSpec # resolved, with absolute paths
     folder: Path # `state/runs/<stamp>`
     id: str # of the MLflow run
+    kernel: Any = None # that the notebooks of ours share
 @patch
 def notebook(self:Run,
     path:str|Path, # of a notebook
@@ -105,7 +107,7 @@ def notebook(self:Run,
 )->Path: # the executed copy
     "Run a notebook into the folder of the run"
     path = Path(path)
-    if path.parent == pipelines(): return run_pipeline(path.stem, parameters, self.folder)
+    if path.parent == pipelines(): return run_pipeline(path.stem, parameters, self.folder, self.kernel)
     return run_notebook(path, parameters, self.folder/path.name)
 @patch
 def result(self:Run,

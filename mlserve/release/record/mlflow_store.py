@@ -103,7 +103,8 @@ def outage(
         return LocalResource(f'What belongs into {hidden(uri)} cannot be written or read here: {why}.')
     if status < 500 and not module.startswith(('requests','sqlalchemy')): return None
     why = f'answered {status}' if status else 'could not be asked'
-    for word,sentence in (('too many 5', 'answered 500'), ('timed out', 'did not answer in time'), ('locked', 'is locked by another process'),
+    for word,sentence in (('too many 5', 'answered 500'), ('timed out', 'did not answer in time'),
+        ('locked', 'is locked by another process'),
         ('onnection', 'broke the connection')):
         if word in text: why = sentence; break
     return RemoteUnavailable(f'The store {hidden(uri)} {why}.', mend='The same command goes on when it answers again.')
