@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, NamedTuple, Sequence
 import numpy as np
 from .arrays import check_described, load_tensors, save_tensors
+from .convert import convert_table, format_of, golden_rows, prove_table, ties_of
+from .convert.columns import to_arrays
+from .convert.original import TableModel
 from .export.confined import ConfinedProgram
 from .environment import environment
 from ..errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Refused, UsageError
@@ -31,7 +34,9 @@ from .mlmodel import PROVIDERS, check_outputs, check_providers, check_tolerance,
 from .mlmodel import check_ways, check_width, default_tolerance, example_files, is_name, mlmodel
 from .mlmodel import parse_mlmodel
 from ..tensors import Arrays, TensorSpec
-if TYPE_CHECKING: from mlserve.package.handler import Handler
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlserve.package.handler import Handler
 
 # %% ../../nbs/package/09_package.ipynb #087fb712
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Package:
     file: str # the model's program, relative to `path`
     inputs: tuple[TensorSpec,...] # what the model takes, in call order
     outputs: tuple[TensorSpec,...] # what it gives
-    tolerance: dict[str,float] # `rtol` and `atol` within which golden outputs must be reproduced
+    tolerance: dict[str,Any] # `rtol` and `atol` within which golden outputs must be reproduced; `ties` of labels
     digest: str # `sha256:…`, the model's identity
     handler: str|None=None # 'handler.py', where the notebook wrote pre- and post-processing
     module: dict[str,Any]|None=None # `class` and `arguments`, where the file holds weights only
@@ -162,7 +167,7 @@ def _halve(origin:TorchProgram, ours:dict[str,Any], arrays:Arrays, names:list[st
     return half,own
 
 # %% ../../nbs/package/09_package.ipynb #d9be40b2
-Live = TorchProgram|ConfinedProgram
+Live = TorchProgram|ConfinedProgram|TableModel
 class _Given(NamedTuple):
     "What `save_package` was given"
     model: Any # a torch module, or the path of a model file
@@ -171,6 +176,11 @@ class _Given(NamedTuple):
     handler: Any=None # as `write_handler` takes it
     files: Iterable[str|Path]=() # that the handler needs
     holdout: tuple|None=None # inputs and labels
+    @property
+    def inputs(self)->tuple[TensorSpec,...]:
+        "What the model takes"
+        if isinstance(self.model, TableModel): return tuple(column.spec for column in self.model.columns)
+        return example_specs(self.arrays)
     @property
     def rows(self)->int:
         "How many rows the example has"
@@ -187,14 +197,15 @@ def _proven(temp:Path, ours:dict[str,Any], given:_Given, origin:Live, live:Live,
     program = live if foreign else load_program(saved)
     def fresh()->list[Program]: return [unused(origin)] if foreign else [unused(origin), load_program(saved)]
     batch,nonfinite = ours.get('batch', True),bool(ours.get('nonfinite'))
-    prove_program(live, program, given.arrays, given.names, own, ours['tolerance'], batch, nonfinite, fresh)
+    if isinstance(live, TableModel): prove_table(live, program, ours['tolerance'])
+    else: prove_program(live, program, given.arrays, given.names, own, ours['tolerance'], batch, nonfinite, fresh)
     return program,saved
 
 # %% ../../nbs/package/09_package.ipynb #2541a059
 def _fill(temp:Path, ours:dict[str,Any], given:_Given)->None:
     "Write, run and prove everything of a package in a scratch folder"
     from mlserve.package.handler import write_handler
-    inputs,batch,nonfinite = example_specs(given.arrays),ours.get('batch', True),ours.get('nonfinite')
+    inputs,batch,nonfinite = given.inputs,ours.get('batch', True),ours.get('nonfinite')
     origin = live_program(given.model, temp/ours['file'], ours['format'])
     live = unused(origin) if isinstance(origin, TorchProgram) else origin
     check_order(live, list(given.arrays))
@@ -203,6 +214,7 @@ def _fill(temp:Path, ours:dict[str,Any], given:_Given)->None:
     expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite)
     outputs,reference,own = example_specs(expected, given.rows),live,expected
     ours['tolerance'] = ours['tolerance'] or HALVES.get(ours.get('dtype', '')) or default_tolerance(outputs)
+    if isinstance(live, TableModel): ours['tolerance'] = ours['tolerance'] | ties_of(live)
     check_width(ours['tolerance'], expected)
     if ours.get('dtype'):
         assert isinstance(origin, TorchProgram) # `check_dtype` allows live modules only
@@ -211,7 +223,7 @@ def _fill(temp:Path, ours:dict[str,Any], given:_Given)->None:
     program,saved = _proven(temp, ours, given, origin, live, own, (inputs, outputs))
     held = live_answers(reference, program, given.holdout, saved, 32 if batch else given.rows, bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=given.arrays, outputs=expected)
-    texts = example_files(given.arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs)}
+    texts = example_files(given.arrays, 1 if batch else None, inputs[0].optional is not None) | {'MLmodel': mlmodel(ours, inputs, outputs)}
     texts['environment.json'] = json.dumps(environment(), indent=1, sort_keys=True) + '\n'
     for name,text in texts.items(): (temp/name).write_text(text)
     digest = write_lock(temp)
@@ -246,12 +258,12 @@ def _plain(arguments:dict[str,Any])->dict[str,Any]:
 
 # %% ../../nbs/package/09_package.ipynb #cc3d4194
 def save_package(
-    model:Any, # a live torch module, or the path of a model file
+    model:Any, # a live torch module, a fitted table model, or the path of a model file
     path:str|Path, # the folder to make; a package there is replaced
     name:str, # of the model: lower-case letters, digits, `.`, `_` and `-`
-    inputs:Mapping[str,Any], # one example batch, by name, in call order; batch first
+    inputs:'Mapping[str,Any]|pd.DataFrame', # one example batch by name, in call order; or the rows of a table
     outputs:Sequence[str], # names of what the model gives, in its order
-    format:str='torchscript', # or 'export', 'onnx', 'safetensors'
+    format:str|None=None, # 'torchscript', 'export', 'onnx', 'safetensors'; by default what the model is
     tolerance:dict[str,float]|None=None, # `rtol` and `atol`; by default those of the output's type
     handler:bool|str|Path|None=None, # True for the exported cells of this notebook, or the path of a .py file
     files:Sequence[str|Path]=(), # files and folders that the handler needs
@@ -260,6 +272,7 @@ def save_package(
     nonfinite:str|None=None, # 'strings': NaN and infinities are answers, and words in JSON
     dtype:str|None=None, # 'float16' or 'bfloat16': compute in half precision, for a GPU; answers stay float32
     providers:Sequence[str]=PROVIDERS[0], # of onnxruntime on a GPU; or ('tensorrt', 'cuda')
+    optional:Sequence[str]=(), # columns of a table that may miss a value, beside those with a gap in the example
     holdout:tuple|None=None, # inputs and labels that training did not see; their answers are kept beside the folder
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
@@ -271,6 +284,7 @@ def save_package(
     path = Path(path).absolute()
     if not is_name(name): raise Refused(f"The name '{name}' cannot be part of an image name; "
         'allowed are a-z, 0-9 and single . _ - inside, at most 63.')
+    format = format or format_of(model, inputs)
     check_format(format)
     check_dtype(dtype, model, format)
     check_providers(providers, format, batch)
@@ -283,4 +297,8 @@ def save_package(
     ours:dict[str,Any] = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
     ours |= {key: value for key,value in said.items() if value is not None}
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
-    return _save(path, ours, _Given(model, example_arrays(inputs), list(outputs), handler, files, holdout))
+    names,table = list(outputs),not isinstance(inputs, Mapping)
+    if not table: return _save(path, ours, _Given(model, example_arrays(inputs), names, handler, files, holdout))
+    live = convert_table(model, inputs, names, optional)
+    held = holdout and (to_arrays(holdout[0], live.columns), holdout[1])
+    return _save(path, ours, _Given(live, golden_rows(live), names, handler, files, held))

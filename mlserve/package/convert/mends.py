@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['estimators', 'with_empty_texts', 'completed', 'conversions']
 
-# %% ../../../nbs/package/convert/03_mends.ipynb #a6fa39cb
-import copy
+# %% ../../../nbs/package/convert/03_mends.ipynb #1fed1ff2
+import copy, inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -55,11 +55,20 @@ def with_empty_texts(
             part.categories_ = [_emptied(c) if c.dtype == object else c for c in part.categories_]
     return model
 
-# %% ../../../nbs/package/convert/03_mends.ipynb #dd7261a0
+# %% ../../../nbs/package/convert/03_mends.ipynb #1cf45a10
+def _in_double(attributes:dict[str, Any])->dict[str, Any]:
+    "The attributes of a tree whose thresholds and leaves keep their precision"
+    from onnx import numpy_helper
+    kept = dict(attributes, op_version=3)
+    for key in ('nodes_values', 'class_weights', 'target_weights', 'base_values'):
+        if key in kept: kept[f'{key}_as_tensor'] = numpy_helper.from_array(np.array(kept.pop(key), np.float64).ravel())
+    kept.pop('nodes_hitrates', None)
+    return kept
 class _Trees:
     "A container that completes the trees which a converter adds to it"
-    def __init__(self, container:Any, scope:Any, single:bool, tracks:list[int]|None, floats:set[str]):
-        self._container,self._scope,self._single,self._tracks,self._floats = container,scope,single,tracks,floats
+    def __init__(self, container:Any, scope:Any, single:bool, tracks:list[int]|None, double:bool):
+        self._container,self._scope,self._single,self._tracks,self._double = container,scope,single,tracks,double
+        self.floats: set[str] = set() # outputs that are declared in single precision
     def __getattr__(self, name:str)->Any: return getattr(self._container, name)
     def _name(self)->str: return self._scope.get_unique_variable_name('precision')
     def _cast(self, given:str, to:str, kind:int)->str:
@@ -74,12 +83,13 @@ class _Trees:
         tracks = attributes['nodes_missing_value_tracks_true']
         if self._tracks is not None: tracks,self._tracks = self._tracks[:count],self._tracks[count:]
         attributes['nodes_missing_value_tracks_true'] = [int(left) for left in tracks]
+        attributes = _in_double(attributes) if self._double else attributes
         given = inputs if isinstance(inputs, str) else inputs[0]
         if self._single:
             single = self._cast(given, self._name(), TensorProto.FLOAT)
             given = self._cast(single, self._name(), TensorProto.DOUBLE)
         *first,last = [outputs] if isinstance(outputs, str) else outputs
-        if last in self._floats: return self._container.add_node(op_type, [given], [*first, last], **attributes)
+        if last in self.floats or not self._double: return self._container.add_node(op_type, [given], [*first, last], **attributes)
         raw = self._name() # trees answer in single precision, whatever they are given
         self._container.add_node(op_type, [given], [*first, raw], **attributes)
         self._cast(raw, last, TensorProto.DOUBLE)
@@ -99,15 +109,19 @@ def completed(
     "A converter of trees, completed"
     def convert(scope:Any, operator:Any, container:Any)->None:
         from skl2onnx.common import tree_ensemble
-        from skl2onnx.common.data_types import FloatTensorType
+        from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
         model = operator.raw_operator
         if getattr(model, 'is_categorical_', None) is not None and any(model.is_categorical_):
             raise NotImplementedError('categorical_features of HistGradientBoosting have no true converter')
-        floats = {o.full_name for o in operator.outputs if isinstance(o.type, FloatTensorType)}
+        double = isinstance(operator.inputs[0].type, DoubleTensorType)
         grown = getattr(model, 'tree_', None) or hasattr(np.ravel(getattr(model, 'estimators_', [0]))[0], 'tree_')
         tracks = _gap_goes_left(model) if grown else None
-        trees = _Trees(container, scope, single, tracks, floats)
-        with patch.object(tree_ensemble, 'sklearn_threshold', _as_trained): converter(scope, operator, trees)
+        trees = _Trees(container, scope, single, tracks, double)
+        trees.floats = {o.full_name for o in operator.outputs if isinstance(o.type, FloatTensorType)}
+        function = getattr(converter, '_fct', converter)
+        options = {'op_version': 3} if 'op_version' in inspect.signature(function).parameters else {}
+        with patch.object(tree_ensemble, 'sklearn_threshold', _as_trained):
+            function(scope, operator, trees, **options)
     return convert
 
 # %% ../../../nbs/package/convert/03_mends.ipynb #7b343b79

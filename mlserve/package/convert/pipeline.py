@@ -102,7 +102,8 @@ def _transformed(steps:Any, columns:Sequence[Column], given:Arrays)->tuple[np.nd
     import onnxruntime as ort
     frame = to_frame(given, columns)
     made = steps.transform(frame if hasattr(steps, 'feature_names_in_') else frame.to_numpy())
-    graph = joined(columns, Body(converted_pipeline(steps, columns, 1).model, [('variable', 'same')]), ['made'])
+    body = converted_pipeline(steps, columns, 1)
+    graph = joined(columns, Body(body.model, [(body.picks[0][0], 'same')]), ['made'])
     session = ort.InferenceSession(graph.SerializeToString(), providers=['CPUExecutionProvider'])
     dense = made.toarray() if hasattr(made, 'toarray') else np.asarray(made)
     return dense.astype(float),OnnxProgram(session).run(given, ['made'])['made'].astype(float)
