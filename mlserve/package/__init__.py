@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterable, NamedTuple, Sequence
 import numpy as np
 from .arrays import check_described, load_tensors, save_tensors
-from .convert import convert_table, format_of, golden_rows, prove_table, ties_of
+from .convert import convert_table, format_of, golden_rows, prove_table, table_tolerance
 from .convert.columns import to_arrays
 from .convert.original import TableModel
 from .export.confined import ConfinedProgram
@@ -214,7 +214,6 @@ def _fill(temp:Path, ours:dict[str,Any], given:_Given)->None:
     expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite)
     outputs,reference,own = example_specs(expected, given.rows),live,expected
     ours['tolerance'] = ours['tolerance'] or HALVES.get(ours.get('dtype', '')) or default_tolerance(outputs)
-    if isinstance(live, TableModel): ours['tolerance'] = ours['tolerance'] | ties_of(live)
     check_width(ours['tolerance'], expected)
     if ours.get('dtype'):
         assert isinstance(origin, TorchProgram) # `check_dtype` allows live modules only
@@ -300,5 +299,6 @@ def save_package(
     names,table = list(outputs),not isinstance(inputs, Mapping)
     if not table: return _save(path, ours, _Given(model, example_arrays(inputs), names, handler, files, holdout))
     live = convert_table(model, inputs, names, optional)
+    ours['tolerance'] = table_tolerance(live) | (tolerance or {})
     held = holdout and (to_arrays(holdout[0], live.columns), holdout[1])
     return _save(path, ours, _Given(live, golden_rows(live), names, handler, files, held))

@@ -60,6 +60,10 @@ def _refuse(spec, flat, shape, place, why):
 _takes:dict[str, set[type]] = {'b': {bool}, 'u': {int}, 'i': {int}, 'f': {int, float}, 'O': {str, bytes}}
 def _build(flat, shape, spec):
     "An array from Python values, each of which fits the datatype"
+    if spec.optional is not None: return _build_column(flat, shape, spec)
+    return _build_plain(flat, shape, spec)
+def _build_plain(flat, shape, spec):
+    "The same of a tensor, which has no gaps"
     dtype = dtype_of(spec.datatype)
     allowed = _takes[dtype.kind]
     if not set(map(type, flat)) <= allowed:
@@ -94,6 +98,17 @@ def _build_bytes(flat, shape, spec):
     except UnicodeEncodeError: pass
     def lone(v:object)->bool: return type(v) is str and any('\ud800' <= c <= '\udfff' for c in v)
     _refuse(spec, flat, shape, _first(flat, lone), 'a lone surrogate has no UTF-8 form')
+
+# %% ../../nbs/wire/02_lists.ipynb #378629ff
+def _build_column(flat, shape, spec):
+    "A column, and its gaps"
+    gaps = [i for i,v in enumerate(flat) if v is None] if spec.optional else []
+    blank = '' if spec.datatype == 'BYTES' else 0
+    if gaps: flat = [blank if v is None else v for v in flat]
+    if spec.datatype == 'INT64': flat = [int(v) if type(v) is float and v.is_integer() else v for v in flat]
+    array = _build_plain(flat, shape, spec)
+    if gaps and array.dtype.kind == 'f': array.ravel()[gaps] = math.nan
+    return array
 
 # %% ../../nbs/wire/02_lists.ipynb #d6ced2b4
 _letters = dict(UINT8='B', UINT16='H', UINT32='I', UINT64='Q', INT8='b', INT16='h', INT32='i', INT64='q',

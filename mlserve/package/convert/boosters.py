@@ -36,6 +36,8 @@ def _without_names(model:Any)->Any:
     model = copy.deepcopy(model)
     booster = model if isinstance(model, xgboost.Booster) else model.get_booster()
     booster.feature_names = [f'f{i}' for i in range(booster.num_features())]
+    kinds = booster.feature_types # truth values and whole numbers are dumped without their thresholds
+    if kinds: booster.feature_types = [kind if kind == 'c' else 'float' for kind in kinds]
     return model
 def _xgboost(model:Any, columns:Sequence[Column], answers:int)->Body:
     "XGBoost's trees"

@@ -55,13 +55,15 @@ def with_empty_texts(
             part.categories_ = [_emptied(c) if c.dtype == object else c for c in part.categories_]
     return model
 
-# %% ../../../nbs/package/convert/03_mends.ipynb #1cf45a10
-def _in_double(attributes:dict[str, Any])->dict[str, Any]:
-    "The attributes of a tree whose thresholds and leaves keep their precision"
+# %% ../../../nbs/package/convert/03_mends.ipynb #40078977
+def _in_double(attributes:dict[str, Any], trained:type)->dict[str, Any]:
+    "The attributes of a tree whose thresholds and leaves keep the precision of training"
     from onnx import numpy_helper
     kept = dict(attributes, op_version=3)
     for key in ('nodes_values', 'class_weights', 'target_weights', 'base_values'):
-        if key in kept: kept[f'{key}_as_tensor'] = numpy_helper.from_array(np.array(kept.pop(key), np.float64).ravel())
+        if key not in kept: continue
+        values = np.array(kept.pop(key), trained).astype(np.float64).ravel()
+        kept[f'{key}_as_tensor'] = numpy_helper.from_array(values)
     kept.pop('nodes_hitrates', None)
     return kept
 class _Trees:
@@ -69,6 +71,7 @@ class _Trees:
     def __init__(self, container:Any, scope:Any, single:bool, tracks:list[int]|None, double:bool):
         self._container,self._scope,self._single,self._tracks,self._double = container,scope,single,tracks,double
         self.floats: set[str] = set() # outputs that are declared in single precision
+        self.trained: type = np.float64 # of the thresholds
     def __getattr__(self, name:str)->Any: return getattr(self._container, name)
     def _name(self)->str: return self._scope.get_unique_variable_name('precision')
     def _cast(self, given:str, to:str, kind:int)->str:
@@ -83,7 +86,7 @@ class _Trees:
         tracks = attributes['nodes_missing_value_tracks_true']
         if self._tracks is not None: tracks,self._tracks = self._tracks[:count],self._tracks[count:]
         attributes['nodes_missing_value_tracks_true'] = [int(left) for left in tracks]
-        attributes = _in_double(attributes) if self._double else attributes
+        attributes = _in_double(attributes, self.trained) if self._double else attributes
         given = inputs if isinstance(inputs, str) else inputs[0]
         if self._single:
             single = self._cast(given, self._name(), TensorProto.FLOAT)
@@ -118,6 +121,7 @@ def completed(
         tracks = _gap_goes_left(model) if grown else None
         trees = _Trees(container, scope, single, tracks, double)
         trees.floats = {o.full_name for o in operator.outputs if isinstance(o.type, FloatTensorType)}
+        if type(model).__module__.startswith('xgboost'): trees.trained = np.float32 # its dump rounds to nine digits
         function = getattr(converter, '_fct', converter)
         options = {'op_version': 3} if 'op_version' in inspect.signature(function).parameters else {}
         with patch.object(tree_ensemble, 'sklearn_threshold', _as_trained):
