@@ -10,7 +10,7 @@ import json, tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 import numpy as np
 from .arrays import check_described, load_tensors, save_tensors
 from .convert import convert_table, format_of, golden_rows, prove_table, table_tolerance
@@ -24,6 +24,7 @@ from .programs import FORMATS, check_format, read_program
 from .programs.onnx_program import Engines, OnnxProgram
 from .programs.torch_program import Program, TorchProgram
 from .export import freeze, live_program, unused
+from .export.given import Given
 from .export.example import check_order, example_arrays, example_specs, first_answer
 from .programs.half import HALVES, check_dtype, check_half, halved
 from .holdout import beside, check_beside, discard, live_answers
@@ -168,26 +169,9 @@ def _halve(origin:TorchProgram, ours:dict[str,Any], arrays:Arrays, names:list[st
 
 # %% ../../nbs/package/09_package.ipynb #d9be40b2
 Live = TorchProgram|ConfinedProgram|TableModel
-class _Given(NamedTuple):
-    "What `save_package` was given"
-    model: Any # a torch module, or the path of a model file
-    arrays: Arrays # the example
-    names: list[str] # of the outputs
-    handler: Any=None # as `write_handler` takes it
-    files: Iterable[str|Path]=() # that the handler needs
-    holdout: tuple|None=None # inputs and labels
-    @property
-    def inputs(self)->tuple[TensorSpec,...]:
-        "What the model takes"
-        if isinstance(self.model, TableModel): return tuple(column.spec for column in self.model.columns)
-        return example_specs(self.arrays)
-    @property
-    def rows(self)->int:
-        "How many rows the example has"
-        return len(next(iter(self.arrays.values())))
 
 # %% ../../nbs/package/09_package.ipynb #d108b1f2
-def _proven(temp:Path, ours:dict[str,Any], given:_Given, origin:Live, live:Live, own:Arrays, specs:tuple)->tuple:
+def _proven(temp:Path, ours:dict[str,Any], given:Given, origin:Live, live:Live, own:Arrays, specs:tuple)->tuple:
     "The program that was written and read back, and its package; it answers as the live one"
     freeze(origin, temp/ours['file'], ours['format'], given.arrays, given.names)
     inputs,outputs = specs
@@ -202,7 +186,7 @@ def _proven(temp:Path, ours:dict[str,Any], given:_Given, origin:Live, live:Live,
     return program,saved
 
 # %% ../../nbs/package/09_package.ipynb #2541a059
-def _fill(temp:Path, ours:dict[str,Any], given:_Given)->None:
+def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     "Write, run and prove everything of a package in a scratch folder"
     from mlserve.package.handler import write_handler
     inputs,batch,nonfinite = given.inputs,ours.get('batch', True),ours.get('nonfinite')
@@ -222,14 +206,15 @@ def _fill(temp:Path, ours:dict[str,Any], given:_Given)->None:
     program,saved = _proven(temp, ours, given, origin, live, own, (inputs, outputs))
     held = live_answers(reference, program, given.holdout, saved, 32 if batch else given.rows, bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=given.arrays, outputs=expected)
-    texts = example_files(given.arrays, 1 if batch else None, inputs[0].optional is not None) | {'MLmodel': mlmodel(ours, inputs, outputs)}
+    texts = example_files(given.arrays, 1 if batch else None, inputs[0].optional is not None)
+    texts |= {'MLmodel': mlmodel(ours, inputs, outputs)}
     texts['environment.json'] = json.dumps(environment(), indent=1, sort_keys=True) + '\n'
     for name,text in texts.items(): (temp/name).write_text(text)
     digest = write_lock(temp)
     if held: write_holdout(beside(temp), digest, reference_of(given.model), **held)
 
 # %% ../../nbs/package/09_package.ipynb #91c99f94
-def _save(path:Path, ours:dict[str,Any], given:_Given)->Package:
+def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
     "Fill a scratch folder beside `path`, then rename it"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -296,9 +281,9 @@ def save_package(
     ours:dict[str,Any] = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
     ours |= {key: value for key,value in said.items() if value is not None}
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
-    names,table = list(outputs),not isinstance(inputs, Mapping)
-    if not table: return _save(path, ours, _Given(model, example_arrays(inputs), names, handler, files, holdout))
-    live = convert_table(model, inputs, names, optional)
-    ours['tolerance'] = table_tolerance(live) | (tolerance or {})
-    held = holdout and (to_arrays(holdout[0], live.columns), holdout[1])
-    return _save(path, ours, _Given(live, golden_rows(live), names, handler, files, held))
+    arrays = example_arrays(inputs) if isinstance(inputs, Mapping) else {}
+    if not arrays:
+        model = convert_table(model, inputs, list(outputs), optional)
+        arrays,ours['tolerance'] = golden_rows(model),table_tolerance(model) | (tolerance or {})
+        holdout = holdout and (to_arrays(holdout[0], model.columns), holdout[1])
+    return _save(path, ours, Given(model, arrays, list(outputs), handler, files, holdout))

@@ -65,7 +65,8 @@ def _check_column(array, spec):
     wrong = np.isinf(array) if spec.optional else ~np.isfinite(array)
     if not wrong.any(): return
     takes = 'finite numbers, and NaN for a gap' if spec.optional else 'finite numbers'
-    raise InvalidInput(f"Input '{spec.name}' is {array[wrong][0]} in row {int(wrong.ravel().argmax())}; it takes {takes}.")
+    row = int(wrong.ravel().argmax())
+    raise InvalidInput(f"Input '{spec.name}' is {array[wrong][0]} in row {row}; it takes {takes}.")
 
 def _from_texts(data, shape, count, spec, limit):
     "A BYTES array, reserved only after the bytes for so many elements were seen"

@@ -200,10 +200,11 @@ def jsonable(
 
 # %% ../../nbs/wire/01_json_body.ipynb #b0795110
 def has_gaps(
-    array:np.ndarray, # an input
+    array:np.ndarray, # an input or an output
+    error:type[MlserveError], # `InvalidInput`, where it is an input
 )->bool: # NaN, and nothing else that JSON cannot carry
     "Whether an input is a column with gaps"
-    if array.dtype.kind != 'f' or array.ndim != 2 or array.shape[1] != 1: return False
+    if error is not InvalidInput or array.dtype.kind != 'f' or array.ndim != 2 or array.shape[1] != 1: return False
     return bool(np.isnan(array).any() and not np.isinf(array).any())
 def with_nulls(
     array:np.ndarray, # a column with gaps

@@ -98,8 +98,7 @@ def decode_predict(
 # %% ../../nbs/wire/04_predict.ipynb #bea96dca
 def _encode_plain(arrays, key, error, nonfinite=None):
     "One tensor bare, several by name; a gap in a column of a request is null"
-    gaps = error is InvalidInput
-    values = {n: with_nulls(a) if gaps and has_gaps(a) else jsonable(n, a, error, nonfinite) for n,a in arrays.items()}
+    values = {n: with_nulls(a) if has_gaps(a, error) else jsonable(n, a, error, nonfinite) for n,a in arrays.items()}
     return dump({key: next(iter(values.values())) if len(values) == 1 else values})
 
 # %% ../../nbs/wire/04_predict.ipynb #00c562a6

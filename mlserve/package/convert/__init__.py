@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from .boosters import BOOSTERS, converted_booster
-from .columns import Column, table_columns, to_arrays
+from .columns import table_columns, to_arrays
 from .graph import joined
 from .original import TableModel, ordered
 from .pipeline import WAYS, converted_pipeline, wrong_step

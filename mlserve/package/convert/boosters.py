@@ -10,7 +10,6 @@ import copy, tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-import numpy as np
 from .columns import Column
 from .graph import Body
 from .pipeline import cannot
@@ -29,7 +28,7 @@ def _picks(graph:'onnx.ModelProto', model:Any, answers:int)->list[tuple[str, str
     sizes = graph.graph.output[1].type.tensor_type.shape.dim
     return [(outputs[1], 'second' if sizes[-1].dim_value == 2 else 'same')] # a bare booster gives the probability
 
-# %% ../../../nbs/package/convert/05_boosters.ipynb #ab6f93f1
+# %% ../../../nbs/package/convert/05_boosters.ipynb #1befdd67
 def _without_names(model:Any)->Any:
     "A copy of an XGBoost model whose features are numbered"
     import xgboost
@@ -47,7 +46,7 @@ def _xgboost(model:Any, columns:Sequence[Column], answers:int)->Body:
     graph = convert_xgboost(plain, initial_types=[('X', FloatTensorType([None, len(columns)]))], target_opset=15)
     return Body(graph, _picks(graph, model, answers), False, _codes(columns))
 
-# %% ../../../nbs/package/convert/05_boosters.ipynb #74564b3d
+# %% ../../../nbs/package/convert/05_boosters.ipynb #36aca2c1
 def _lightgbm(model:Any, columns:Sequence[Column], answers:int)->Body:
     "LightGBM's trees"
     from onnxmltools import convert_lightgbm
@@ -56,7 +55,7 @@ def _lightgbm(model:Any, columns:Sequence[Column], answers:int)->Body:
         target_opset=15)
     return Body(graph, _picks(graph, model, answers), False, _codes(columns))
 
-# %% ../../../nbs/package/convert/05_boosters.ipynb #64f59799
+# %% ../../../nbs/package/convert/05_boosters.ipynb #b71b8272
 def without_zipmap(
     model:'onnx.ModelProto', # changed
 )->bool: # whether there was one
@@ -80,7 +79,7 @@ def _catboost(model:Any, columns:Sequence[Column], answers:int)->Body:
     without_zipmap(graph)
     return Body(graph, _picks(graph, model, answers), False)
 
-# %% ../../../nbs/package/convert/05_boosters.ipynb #c6bbedde
+# %% ../../../nbs/package/convert/05_boosters.ipynb #2167e49d
 _converters = {'xgboost': _xgboost, 'lightgbm': _lightgbm, 'catboost': _catboost}
 BOOSTERS = tuple(_converters)
 def converted_booster(

@@ -43,7 +43,7 @@ def _front(column:Column, to:str, body:Body)->list['onnx.NodeProto']:
     if column.datatype == 'BYTES': return [helper.make_node('Identity', [column.name], [to])]
     return [helper.make_node('Cast', [column.name], [to], to=number)]
 
-# %% ../../../nbs/package/convert/02_graph.ipynb #4d407572
+# %% ../../../nbs/package/convert/02_graph.ipynb #1fd68682
 def _back(name:str, source:str, how:str)->list['onnx.NodeProto']:
     "From an output of the body to an answer"
     from onnx import helper
@@ -54,7 +54,7 @@ def _output_type(body:'onnx.ModelProto', name:str)->int:
     "The element type of a graph's output"
     return next(o.type.tensor_type.elem_type for o in body.graph.output if o.name == name)
 
-# %% ../../../nbs/package/convert/02_graph.ipynb #812f3a90
+# %% ../../../nbs/package/convert/02_graph.ipynb #d412781a
 def _utf8(nodes:Any)->None:
     "A locale that every image has"
     for node in nodes:
@@ -70,7 +70,7 @@ def _wired(columns:Sequence[Column], body:Body)->list['onnx.NodeProto']:
     nodes = [node for c,to in zip(columns, parts) for node in _front(c, to, body)]
     return [*nodes, helper.make_node('Concat', parts, [f'body.{takes[0]}'], axis=1)]
 
-# %% ../../../nbs/package/convert/02_graph.ipynb #91694587
+# %% ../../../nbs/package/convert/02_graph.ipynb #48cc6dd9
 def joined(
     columns:Sequence[Column], # of the table
     body:Body, # of a converter

@@ -66,6 +66,8 @@ def _in_double(attributes:dict[str, Any], trained:type)->dict[str, Any]:
         kept[f'{key}_as_tensor'] = numpy_helper.from_array(values)
     kept.pop('nodes_hitrates', None)
     return kept
+
+# %% ../../../nbs/package/convert/03_mends.ipynb #1f87b2eb
 class _Trees:
     "A container that completes the trees which a converter adds to it"
     def __init__(self, container:Any, scope:Any, single:bool, tracks:list[int]|None, double:bool):
@@ -89,15 +91,15 @@ class _Trees:
         attributes = _in_double(attributes, self.trained) if self._double else attributes
         given = inputs if isinstance(inputs, str) else inputs[0]
         if self._single:
-            single = self._cast(given, self._name(), TensorProto.FLOAT)
-            given = self._cast(single, self._name(), TensorProto.DOUBLE)
+            rounded = self._cast(given, self._name(), TensorProto.FLOAT)
+            given = self._cast(rounded, self._name(), TensorProto.DOUBLE)
         *first,last = [outputs] if isinstance(outputs, str) else outputs
-        if last in self.floats or not self._double: return self._container.add_node(op_type, [given], [*first, last], **attributes)
-        raw = self._name() # trees answer in single precision, whatever they are given
+        single = last in self.floats or not self._double
+        raw = last if single else self._name() # trees answer in single precision, whatever they are given
         self._container.add_node(op_type, [given], [*first, raw], **attributes)
-        self._cast(raw, last, TensorProto.DOUBLE)
+        if not single: self._cast(raw, last, TensorProto.DOUBLE)
 
-# %% ../../../nbs/package/convert/03_mends.ipynb #ab966824
+# %% ../../../nbs/package/convert/03_mends.ipynb #3e43f3b4
 def _gap_goes_left(model:Any)->list[int]:
     "For every node of every tree, whether a gap goes to the left"
     trees = getattr(model, 'estimators_', [model])
@@ -128,7 +130,7 @@ def completed(
             function(scope, operator, trees, **options)
     return convert
 
-# %% ../../../nbs/package/convert/03_mends.ipynb #7b343b79
+# %% ../../../nbs/package/convert/03_mends.ipynb #07797fd1
 def _impute(scope:Any, operator:Any, container:Any)->None:
     "The converter of a `SimpleImputer` of numbers, in double precision"
     from onnx import TensorProto
@@ -151,7 +153,7 @@ def _impute(scope:Any, operator:Any, container:Any)->None:
         container.add_node('Equal', [given, marker], [gap])
     container.add_node('Where', [gap, fill, given], [operator.outputs[0].full_name])
 
-# %% ../../../nbs/package/convert/03_mends.ipynb #8c07d5c9
+# %% ../../../nbs/package/convert/03_mends.ipynb #79c827f0
 def conversions()->dict[type, Callable[..., None]]: # by class, as skl2onnx takes them
     "The converters that are ours"
     from sklearn import ensemble, impute, tree

@@ -44,7 +44,7 @@ def ordered(
     raise UsageError(f"The model was not fitted on the column '{extra}', which is in inputs.",
         mend=f'Give inputs=df[{known}].')
 
-# %% ../../../nbs/package/convert/06_original.ipynb #1212ec01
+# %% ../../../nbs/package/convert/06_original.ipynb #3276ec56
 def _flat(answer:Any)->np.ndarray:
     "One answer for each row, without a needless second dimension"
     array = np.asarray(answer)
@@ -54,7 +54,7 @@ def _typed(array:np.ndarray, dtype:np.dtype)->np.ndarray:
     if dtype == object: return objects([str(v).encode() for v in array.flat], array.shape)
     return array.astype(dtype)
 
-# %% ../../../nbs/package/convert/06_original.ipynb #6b8e84a8
+# %% ../../../nbs/package/convert/06_original.ipynb #90f6fea5
 class TableModel:
     "A fitted model that takes and gives tensors"
     def __init__(self,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WAYS', 'cannot', 'converted_pipeline', 'wrong_step']
 
-# %% ../../../nbs/package/convert/04_pipeline.ipynb #95b7f551
-from collections.abc import Callable, Iterator, Sequence
+# %% ../../../nbs/package/convert/04_pipeline.ipynb #4cc7a8e6
+from collections.abc import Callable, Sequence
 from typing import Any
 import numpy as np
 from .columns import Column, to_frame
@@ -31,17 +31,18 @@ def _register_boosters(model:Any)->dict[type, Callable[..., None]]:
     ours = {}
     for kind,module in kinds.items():
         classifier = kind.__name__.endswith('Classifier')
+        shapes = classes if classifier else numbers
         if module == 'xgboost':
             from onnxmltools.convert.xgboost.operator_converters.XGBoost import convert_xgboost
-            _register(kind, f'XGBoost{kind.__name__}', classes if classifier else numbers, convert_xgboost, classifier)
+            _register(kind, f'XGBoost{kind.__name__}', shapes, convert_xgboost, classifier)
             ours[kind] = completed(convert_xgboost, single=True)
         if module == 'lightgbm':
             from onnxmltools.convert.lightgbm.operator_converters.LightGbm import convert_lightgbm
-            _register(kind, f'LightGbm{kind.__name__}', classes if classifier else numbers, convert_lightgbm, classifier)
+            _register(kind, f'LightGbm{kind.__name__}', shapes, convert_lightgbm, classifier)
             ours[kind] = completed(convert_lightgbm, single=False)
     return ours
 
-# %% ../../../nbs/package/convert/04_pipeline.ipynb #feb896d6
+# %% ../../../nbs/package/convert/04_pipeline.ipynb #06e4fb12
 def _where(error:BaseException, model:Any)->str:
     "The step of a model in which its conversion failed"
     names = {id(part): ' › '.join([*path, type(part).__name__]) for path,part in estimators(model)}
@@ -60,7 +61,7 @@ def cannot(
     "The refusal of a step that has no true conversion"
     return Refused(f"The step '{step}' cannot be converted to ONNX: {why}. Nothing was saved.", mend=WAYS)
 
-# %% ../../../nbs/package/convert/04_pipeline.ipynb #ef5c725d
+# %% ../../../nbs/package/convert/04_pipeline.ipynb #b604bc44
 def _picks_columns(model:Any)->bool:
     "Whether a model starts by picking columns"
     if type(model).__name__ == 'ColumnTransformer': return True
@@ -75,7 +76,7 @@ def _initial_types(model:Any, columns:Sequence[Column])->list[tuple[str, Any]]:
     if not _picks_columns(model) and len(kinds) == 1: return [('X', kinds.pop()([None, len(columns)]))]
     return [(c.name, kind(c)([None, 1])) for c in columns]
 
-# %% ../../../nbs/package/convert/04_pipeline.ipynb #1aa5e28f
+# %% ../../../nbs/package/convert/04_pipeline.ipynb #50a545e3
 _opsets = {'': 18, 'ai.onnx.ml': 3}
 def converted_pipeline(
     model:Any, # fitted, of scikit-learn
@@ -96,7 +97,7 @@ def converted_pipeline(
     outputs = [o.name for o in graph.graph.output]
     return Body(graph, list(zip(outputs, ['flat', 'same'][:answers])))
 
-# %% ../../../nbs/package/convert/04_pipeline.ipynb #dd9b98ce
+# %% ../../../nbs/package/convert/04_pipeline.ipynb #1990de74
 def _transformed(steps:Any, columns:Sequence[Column], given:Arrays)->tuple[np.ndarray, np.ndarray]:
     "What the first steps of a pipeline make of rows, and what their graph does"
     import onnxruntime as ort

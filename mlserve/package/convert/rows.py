@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNKNOWN', 'take', 'example_rows', 'unlike_rows', 'golden_places']
 
-# %% ../../../nbs/package/convert/01_rows.ipynb #9cd43edf
-from collections.abc import Callable, Sequence
+# %% ../../../nbs/package/convert/01_rows.ipynb #b6da3b41
+from collections.abc import Sequence
 import numpy as np
 from .columns import Column
 from ...tensors import Arrays
@@ -66,7 +66,8 @@ def golden_places(
     "Few rows that cover gaps and categories"
     left = [int(i) for i in np.flatnonzero(fits)]
     shown = {i: _features(arrays, i) for i in left}
-    chosen,seen = [],set()
+    chosen:list[int] = []
+    seen:set = set()
     while left and len(chosen) < most:
         best = max(left, key=lambda i: len(shown[i] - seen))
         chosen.append(best)
