@@ -21,7 +21,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
-WINGS = {"tutorials": "Tutorials", "examples": "Examples", "explanations": "Explanations", "wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release"}
+WINGS = {"tutorials": "Tutorials", "examples": "Examples", "reference": "Reference", "explanations": "Explanations", "wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release"}
 LINK = re.compile(r"\]\((?:nbs/)?((?:[\w.-]+/)*)(?:\d\d_)?([\w-]+)\.ipynb")  # the README is read from the root; a page has no number
 EXPORTED = re.compile(r"^#\| *exporti?$", re.M)
 
@@ -129,7 +129,7 @@ def navigation(titles):
         return pages + [{f.name.replace("_", " "): section(f)} for f in below]
     ground = [{titles[n]: str(page_of(n))} for n in sorted(titles) if n.parent == Path(".") and n.stem != "index"]
     wings = [{name: section(Path(folder))} for folder, name in WINGS.items()]
-    return [{"Start": "index.md"}, *wings[:3], {"Ground floor": ground}, *wings[3:], {"Pipelines": section(Path("pipelines"))}]
+    return [{"Start": "index.md"}, *wings[:4], {"Ground floor": ground}, *wings[4:], {"Pipelines": section(Path("pipelines"))}]
 
 
 def for_machines(docs, titles):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Built', 'State', 'Place', 'Vendored', 'Twice',
-           'Recorded', 'Version', 'Asked', 'Model', 'Engine', 'Live', 'Image', 'show', 'entry', 'release',
-           'serve_environment', 'serve', 'dockerfile', 'build', 'vendor', 'check', 'promote', 'render', 'debug',
-           'verify', 'diff', 'fail', 'run_command', 'main']
+           'Recorded', 'Version', 'Asked', 'Model', 'Older', 'Engine', 'Live', 'Image', 'show', 'entry', 'release',
+           'serve_environment', 'serve', 'dockerfile', 'build', 'vendor', 'check', 'promote', 'rollback', 'render',
+           'debug', 'verify', 'diff', 'fail', 'run_command', 'main']
 
 # %% ../nbs/05_cli.ipynb #105e7ce7
-import json, os, signal, sys, traceback
+import json, os, shlex, signal, sys, traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -177,23 +177,18 @@ def _is_digest(image, version):
 Recorded = Annotated[str, typer.Argument(help='REPOSITORY@sha256:…, or the name of a registered model.')]
 Version = Annotated[str|None, typer.Option(help='Of a model by name: a version, or an alias; candidate by default.')]
 Asked = Annotated[str|None, typer.Option('--device', help='cpu, cuda or cuda:N; as recorded by default.')]
+def _warn(text): print(f'warning: {text}', file=sys.stderr)
 @app.command()
 def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=False)->None:
     "Run a recorded image by its digest, and prove that it infers."
-    from mlserve.release.gates import Gates, told_metrics
-    from mlserve.release.recheck import check_again
+    from mlserve.release.recheck import check_again, told_check
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
     if device: checked_device(device)
     pair = find_pair(image) if _is_digest(image, version) else read_pair(image, version or 'candidate')
     result = check_again(pair, device)
-    for warning in result['warnings']: print(f'warning: {warning}', file=sys.stderr)
-    gates = Gates.model_validate_json(pair.tags.get('mlserve.gates', '{}'))
-    measured = told_metrics(gates, result['metrics'])
-    if result['passed']:
-        rows = f"on the golden rows and {result['rows']} held-back rows{': ' + measured if measured else ''}"
-        answers = f"{pair.name} version {pair.version} answers on {result['device']} as the notebook did"
-        print(f'{answers}, {rows}.', file=sys.stderr)
+    for warning in result['warnings']: _warn(warning)
+    if result['passed']: print(told_check(pair, result), file=sys.stderr)
     if full or result['passed']: show(result, 'passed', full)
     if not result['passed']:
         error = by_code(result['code'], CheckFailed)(result['reason'])
@@ -202,11 +197,22 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
 
 # %% ../nbs/05_cli.ipynb #81a259ad
 Model = Annotated[str, typer.Argument(help='Name of the registered model.')]
+Older = Annotated[bool, typer.Option('--allow-older', help='Also to a version older than the one in production.')]
 @app.command()
-def promote(model:Model, version:Version=None, device:Asked=None, full:Json=False)->None:
+def promote(model:Model, version:Version=None, device:Asked=None, allow_older:Older=False, full:Json=False)->None:
     "Move production to a version whose check passed."
     from mlserve.release.record import promote as run
-    pair = run(model, version, device, warn=lambda text: print(f'warning: {text}', file=sys.stderr))
+    pair = run(model, version, device, warn=_warn, allow_older=allow_older)
+    show(asdict(pair), pair.image, full)
+
+# %% ../nbs/05_cli.ipynb #340b7f2c
+@app.command()
+def rollback(model:Model,
+    to:Annotated[str|None, typer.Option(help='A version that was in production; the one before by default.')]=None,
+    full:Json=False)->None:
+    "Move production back to the version before, whose check holds."
+    from mlserve.release.record import rollback as run
+    pair = run(model, to, warn=_warn)
     show(asdict(pair), pair.image, full)
 
 # %% ../nbs/05_cli.ipynb #5b1f7a21
@@ -258,7 +264,7 @@ def fail(
     "Print a failure for people and for machines"
     print(f'mlserve: {error}', file=sys.stderr)
     step = getattr(error, 'step', None) or (args[0] if args else 'mlserve')
-    resume = '' if error.code == 2 else hidden(' '.join(['mlserve', *args]))
+    resume = '' if error.code == 2 else hidden(shlex.join(['mlserve', *args]))
     print(last_line(error, step, resume), file=sys.stderr, flush=True)
     return error.code
 

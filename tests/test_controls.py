@@ -78,6 +78,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N11", Y.test_N11_compressed_bodies_that_inflate_a_thousandfold_are_413_and_disturb_nobody, {}, "the_path_is_chosen_by_what_travels", "liveness took|None|" + HELD),
     ("N11", Y.test_N11_one_body_of_json_over_its_limit_is_413_before_it_is_read, {}, "json_has_no_limit_of_its_own", HELD),
     ("N11", Y.test_N11_what_is_long_to_read_disturbs_nobody, {}, "everything_is_read_in_this_process", "liveness took|gibibyte|None|" + HELD),
+    ("N11", Y.test_N11_24_at_once_of_each_kind_disturb_nobody, {"kind": "rows of one", "packed": True}, "the_path_is_chosen_by_what_travels", "liveness took|None|" + HELD),
     ("N11", Y.test_N11_no_socket_is_read_twice_in_a_turn_of_the_loop, {}, "bodies_are_read_as_fast_as_they_come", "a socket was read on"),
     ("N11", Y.test_N11_a_long_body_is_kept_as_it_came, {}, "a_long_body_is_one_array", "no attribute 'pieces'"),
     ("N11", Y.test_N11_all_requests_share_one_budget, {}, "what_is_decoded_is_not_counted", r"\{200\} == \{200, 503\}|\[200"),

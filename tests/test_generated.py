@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from commands import EXAMPLE, ROOT, mlserve, run
 
@@ -74,6 +75,21 @@ def test_hadolint_has_no_finding(device, delivery, tmp_path):
     (tmp_path / "Dockerfile").write_text(render(ImageSpec("python:3.11-slim-bookworm", device, delivery)))
     done = run(BIN / "hadolint", tmp_path / "Dockerfile")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "nbs/reference").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_reference_says_what_the_code_says(page):
+    "Its tables are made from commands, settings, metrics, routes and errors; one without its text fails on the page"
+    shell, shown = InteractiveShell(), []
+    for cell in json.loads(page.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            done = shell.run_cell("".join(cell["source"]))
+            done.raise_error()
+            if done.result is not None:
+                now = shell.display_formatter.format(done.result, exclude={"text/plain"})[0]
+                kept = {kind: "".join(text) for kind, text in cell["outputs"][0]["data"].items() if kind != "text/plain"}
+                shown.append(now == kept)
+    assert shown and all(shown), f"run {page.name} again: what it shows is no longer what the code says"
 
 
 def test_every_page_runs(copy):

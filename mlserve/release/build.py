@@ -24,7 +24,7 @@ from .lock.wheel_metadata import Wheel, Wheels
 from .notebook import run_cells
 from .plan import BuildPlan, carry_out, prepare, result_of, stage_plan
 from .record.mlflow_store import state_folder
-from .run import absolute, pipelines, read_json, run_folder, under_name, write_json
+from .run import absolute, environment, pipelines, read_json, run_folder, under_name, write_json
 from .spec import ReleaseSpec, default_repository
 from .supply_chain.build_inputs import Inputs
 
@@ -40,7 +40,8 @@ def build_only(
     folder = run_folder(spec.state)
     write_json(folder/'spec.json', json.loads(spec.model_dump_json()))
     given = {'run_dir': str(folder), 'package_dir': str(package.path), 'twice': twice}
-    run_cells(pipelines()/'build_image.ipynb', given, folder/'build.log')
+    with environment(MLSERVE_INSECURE=' '.join(spec.insecure)):
+        run_cells(pipelines()/'build_image.ipynb', given, folder/'build.log')
     return read_json(folder/'build.json')
 
 # %% ../../nbs/release/07_build.ipynb #2eb09d69

@@ -103,8 +103,11 @@ def readiness(
         raise Unavailable(f'No thread of the handler has come free for {_full} s.')
 
 # %% ../../nbs/serving/00_state.ipynb #c5caf322
-def _live(life:Lifecycle)->bytes: return b'{"live": true}'
+def _live(life:Lifecycle)->bytes:
+    "Whether the process answers"
+    return b'{"live": true}'
 def _ready(life:Lifecycle)->bytes:
+    "Whether traffic is welcome"
     readiness(life)
     return b'{"ready": true}'
 PROBES = {b'/v2/health/live': _live, b'/v2/health/ready': _ready, b'/ping': _ready}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['spare_stdlib', 'spare_wheels', 'spare_code', 'steps', 'take', 'stdlib', 'elf', 'libraries', 'beside', 'system',
-           'owners', 'entries', 'runtime', 'prune', 'compile_files', 'compile_byte_code', 'normalize_files', 'main']
+           'owners', 'entries', 'runtime', 'prune', 'compile_files', 'compile_byte_code', 'normalize_files',
+           'bundled_pip', 'print_pip', 'main']
 
 # %% ../../../nbs/release/image/00_rootfs.ipynb #be7e6ac9
 import fnmatch, multiprocessing, os, py_compile, re, shutil, ssl, subprocess, sys, sysconfig
@@ -213,9 +214,22 @@ def normalize_files(
             os.utime(path, (0, 0), follow_symlinks=False)
     for place in shared: os.chmod(Path(out) / place, 0o1777)
 
+# %% ../../../nbs/release/image/00_rootfs.ipynb #3d7d0ea4
+def bundled_pip(
+    *folders:str|Path, # to look in; those of this Python by default
+)->Path: # `pip-….whl`
+    "The pip that this Python brings for new environments"
+    own = sysconfig.get_config_var('WHEEL_PKG_DIR'),Path(sysconfig.get_path('stdlib'))/'ensurepip/_bundled'
+    found = [f for folder in folders or own if folder for f in sorted(Path(folder).glob('pip-*.whl'))]
+    if not found: raise SystemExit('The base brings no pip: it needs ensurepip (on Debian, the package python3-venv).')
+    return found[-1]
+def print_pip()->None:
+    "Print its path, for a command that runs it"
+    print(bundled_pip())
+
 # %% ../../../nbs/release/image/00_rootfs.ipynb #a61dfd79
 steps:dict[str, Callable[..., None]] = {'runtime': runtime, 'prune': prune, 'compile': compile_byte_code,
-    'normalize': normalize_files}
+    'normalize': normalize_files, 'pip': print_pip}
 def main(
     step:str, # one of `steps`
     *folders:str, # of the step

@@ -52,11 +52,12 @@ def _labelled_weights(label): # file → (hash,)
 def read_side(
     image:str, # `repository@sha256:…`
     uri:str|None=None, # of the record
+    pair:record.Pair|None=None, # the version that is meant, where several have this image; the newest by default
 )->Side: # without a pull
     "What is known of an image"
     reference = read_reference(image)
     remote = Remote(reference)
-    held,pair = read_image(reference, remote),_pair(reference.which, uri)
+    held,pair = read_image(reference, remote),pair or _pair(reference.which, uri)
     bill = _document(remote, held, pair, 'sbom', read_sbom)
     origin = _document(remote, held, pair, 'provenance', lambda data: read_provenance(unseal(data)[0]))
     label = held.labels.get('io.mlserve.weights')
@@ -137,11 +138,11 @@ def diff(
     uri:str|None=None, # of the record
 )->dict[str, Any]: # of `compare`
     "Explain the difference between two images"
-    images = [record.read_pair(a, v, uri).image for v in (b, c)] if c else [a, b]
-    for image in images:
+    if c: return compare(*(read_side(pair.image, uri, pair) for pair in [record.read_pair(a, v, uri) for v in (b, c)]))
+    for image in (a, b):
         if '@sha256:' not in image: raise UsageError(f'{image!r} names no digest.',
             mend='Give two images as repository@sha256:…, or a model and two versions: mlserve diff digits 1 2.')
-    return compare(*(read_side(i, uri) for i in images))
+    return compare(*(read_side(image, uri) for image in (a, b)))
 
 # %% ../../../nbs/release/supply_chain/06_diff.ipynb #040b3742
 def _short(value): # for a line

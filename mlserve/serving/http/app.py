@@ -98,20 +98,20 @@ def _platform_routes(app:FastAPI, life:Lifecycle, settings:Settings)->None:
     "Alive, ready, what is it"
     def add(path:bytes, probe:Any)->None:
         async def ask()->Response: return reply(probe(life))
-        app.get(path.decode(), tags=['platform'])(ask)
+        app.get(path.decode(), tags=['platform'], summary=probe.__doc__)(ask)
     for path,probe in PROBES.items(): add(path, probe)
     if not settings.ui:
-        @app.get('/', tags=['operator'])
+        @app.get('/', tags=['operator'], summary='Who answers')
         async def root()->Response: return reply(card(life, settings))
-    @app.get('/health', tags=['operator'])
+    @app.get('/health', tags=['operator'], summary='What is served, on which device, and since when')
     async def about()->Response: return reply(health(life, settings))
-    @app.get('/version', tags=['operator'])
+    @app.get('/version', tags=['operator'], summary='The version of mlserve')
     async def version()->Response: return reply(__version__.encode())
 
 # %% ../../../nbs/serving/http/08_app.ipynb #f1e3eec3
 def _metrics_route(app:FastAPI, life:Lifecycle, settings:Settings, numbers:Numbers)->None:
     "The numbers, where Prometheus looks for them"
-    @app.get('/metrics', tags=['operator'])
+    @app.get('/metrics', tags=['operator'], summary='The numbers, as Prometheus reads them')
     async def metrics()->Response:
         package,device = life.package,life.device
         about = {'model': package.name if package else '', 'version': settings.model_version, 'image': settings.image,
@@ -126,13 +126,13 @@ def _metrics_route(app:FastAPI, life:Lifecycle, settings:Settings, numbers:Numbe
 EXTENSIONS = ['binary_tensor_data', 'classification', 'model_configuration', 'statistics']
 def _server_routes(app:FastAPI, life:Lifecycle, settings:Settings, numbers:Numbers)->None:
     "What V2 and V1 say of the server"
-    @app.get('/v2', tags=['V2'])
+    @app.get('/v2', tags=['V2'], summary='The server and its extensions')
     async def server()->Response:
         return reply({'name': 'mlserve', 'version': __version__, 'extensions': EXTENSIONS})
-    @app.get('/v2/models', tags=['V2'])
-    @app.get('/v1/models', tags=['V1'])
+    @app.get('/v2/models', tags=['V2'], summary='The model')
+    @app.get('/v1/models', tags=['V1'], summary='The model')
     async def models()->Response: return reply({'models': [life.package.name] if life.package else []})
-    @app.get('/v2/models/stats', tags=['V2'])
+    @app.get('/v2/models/stats', tags=['V2'], summary='Counts and times')
     async def all_stats()->Response:
         return reply(statistics(numbers, serving(life).package.name, settings.model_version))
 
@@ -146,7 +146,7 @@ def _is_only_ready(body:bytes)->bool:
         raise InvalidInput('The body is not a JSON object such as {"ready": true}.') from None
 def _index_route(app:FastAPI, life:Lifecycle, settings:Settings)->None:
     "The models there are, and their state"
-    @app.post('/v2/repository/index', tags=['V2'])
+    @app.post('/v2/repository/index', tags=['V2'], summary='The model and its state')
     async def index(request:Request)->Response:
         only,ready = _is_only_ready(await request.body()),life.state == 'ready'
         if life.package is None or only and not ready: return reply([])
@@ -171,8 +171,9 @@ def _model_routes(app:FastAPI, life:Lifecycle, settings:Settings, numbers:Number
         p = the_package(life, settings, name, version)
         return reply(model_config(p.name, p.format, p.inputs, p.outputs, settings.max_batch))
     for base in ('/v2/models/{name}', '/v2/models/{name}/versions/{version}'):
-        for end,ask in (('', metadata), ('/ready', ready), ('/stats', stats), ('/config', config)):
-            app.get(base + end, tags=['V2'])(ask)
+        for end,ask,what in (('', metadata, 'Inputs and outputs'), ('/ready', ready, 'Whether it may be asked'),
+            ('/stats', stats, 'Counts and times'), ('/config', config, "Triton's configuration")):
+            app.get(base + end, tags=['V2'], summary=what)(ask)
 
 # %% ../../../nbs/serving/http/08_app.ipynb #d0f10002
 def _v1_routes(app:FastAPI, life:Lifecycle, settings:Settings)->None:
@@ -180,14 +181,13 @@ def _v1_routes(app:FastAPI, life:Lifecycle, settings:Settings)->None:
     async def state(name:str, version:str|None=None)->Response:
         p = the_package(life, settings, name, version)
         readiness(life)
-        versions = version_status(settings.model_version)
-        return reply({'name': p.name, 'ready': True, 'model_version_status': versions})
+        return reply({'name': p.name, 'ready': True, 'model_version_status': version_status(settings.model_version)})
     async def metadata(name:str, version:str|None=None)->Response:
         p = the_package(life, settings, name, version)
         return reply(signature(p.name, settings.model_version, p.inputs, p.outputs))
     for base in ('/v1/models/{name}', '/v1/models/{name}/versions/{version}'):
-        app.get(base, tags=['V1'])(state)
-        app.get(base + '/metadata', tags=['V1'])(metadata)
+        app.get(base, tags=['V1'], summary='Whether it may be asked')(state)
+        app.get(base + '/metadata', tags=['V1'], summary='Inputs and outputs')(metadata)
 
 # %% ../../../nbs/serving/http/08_app.ipynb #264a8ae6
 async def _ask(inference:TypedCall, route:Route, request:Request)->Response:
@@ -209,7 +209,7 @@ def _inference_routes(app:FastAPI, life:Lifecycle, settings:Settings, inference:
             return await _ask(inference, route, request)
         app.post(route.pattern, name=route.pattern, tags=['predictions'], openapi_extra=described(route))(predict)
     for route in ROUTES: add(route)
-    @app.post('/handle', tags=['predictions'])
+    @app.post('/handle', tags=['predictions'], summary="Predictions in the model's own types")
     async def handle(request:Request)->Response:
         own = own_route(serving(life).model)
         if own is None: raise NotFound('The model has no steps of its own; /predict takes its tensors.')

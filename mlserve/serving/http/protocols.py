@@ -83,8 +83,8 @@ def described(
     error = {'description': 'A sentence that says what was asked and what is allowed',
         'content': {'application/json': {'schema': shape}}}
     refused = {str(status): error for status in (400, 404, 413, 415, 500, 503, 504)}
-    return {'requestBody': {'required': True, 'content': content}, 'parameters': [*named, timeout],
-        'responses': {'200': {'description': 'The prediction'}} | refused}
+    return {'summary': route.encode.__doc__, 'requestBody': {'required': True, 'content': content},
+        'parameters': [*named, timeout], 'responses': {'200': {'description': 'The prediction'}} | refused}
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #31d48c4a
 def with_own_types(

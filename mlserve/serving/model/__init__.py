@@ -89,17 +89,20 @@ def predict(self:Model,
     return outputs
 
 # %% ../../../nbs/serving/model/06_model.ipynb #27514de2
+def _unfit(error:Exception, place:str)->MlserveError:
+    "What an error of a framework on a GPU amounts to: a refusal of the GPU, or a failure of the model"
+    sentence,reason = f'The model cannot run on {place}: {in_short(error, 500)}',reason_of(error)
+    if reason == 'kernel_failed': return error if isinstance(error, ModelFailed) else ModelFailed(sentence)
+    mend = 'See with nvidia-smi who else is on the GPU, or use a smaller model.'
+    if reason != 'too_little_memory': mend = 'Use an image whose framework fits the GPU and its driver.'
+    return GpuRefused(sentence, mend=mend, reason=reason)
 def _placed(package:Package, program:Any)->dict[str, Any]:
     "Where the program is, seen in one pass over the golden rows"
     inputs,_ = golden(package)
     arrays = {s.name: inputs[s.name] for s in package.inputs}
     try: return program.placement(arrays, [s.name for s in package.outputs])
     except MlserveError: raise
-    except Exception as e:
-        sentence,reason = f'The model cannot run on {program.device}: {in_short(e, 500)}',reason_of(e)
-        if reason == 'kernel_failed': raise ModelFailed(sentence) from e
-        raise GpuRefused(sentence, mend='See with nvidia-smi who else is on the GPU, or use a smaller model.',
-            reason=reason) from e
+    except Exception as e: raise _unfit(e, program.device) from e
 
 # %% ../../../nbs/serving/model/06_model.ipynb #c31d0e22
 def _engines(package:Package, device:Device, cache:str|Path, max_batch:int)->Engines|None:
@@ -123,7 +126,11 @@ def load_model(
     if package.handler:
         from mlserve.package.handler import read_handler
         handler = read_handler(package.path)
-    program = load_program(package, place, threads, handler, _engines(package, device, cache, max_batch))
+    engines = _engines(package, device, cache, max_batch)
+    try: program = load_program(package, place, threads, handler, engines)
+    except ModelFailed as e:
+        if place == 'cpu': raise
+        raise _unfit(e, place) from e.__cause__
     return Model(package, program, place, handler, _placed(package, program) if place != 'cpu' else None)
 
 # %% ../../../nbs/serving/model/06_model.ipynb #69b461cb

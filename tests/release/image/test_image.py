@@ -9,9 +9,11 @@ import socket
 import ssl
 import subprocess
 import threading
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from commands import ROOT, last_json, mlserve, run
 from hypothesis import given, settings
@@ -394,6 +396,27 @@ def test_both_builders_put_the_same_files_into_every_layer(edge_image, context_o
     other = image.build(*context_of(tmp_path / "context"), builder="buildah", state=state)
     layers = [saved_image.read_layers(s, STAGES, hashes=True) for s in (edge_image.saved, image.save(other, tmp_path / "image.tar"))]
     assert saved_image.first_difference(*layers) == {}
+
+
+@pytest.mark.parametrize("builder", ["docker", "buildah"])
+def test_a_registry_that_writes_no_tag_twice_takes_every_push(immutable, state, tmp_path, builder):
+    "The second write of a tag, which came with every push, was refused"
+    from mlserve.release.image import built_image as image
+    host, rule = immutable
+    (tmp_path / "Dockerfile").write_text(TINY)
+
+    name = "tags-" + uuid.uuid4().hex[:8]
+
+    def pushed(label, *busy):
+        rule.busy = list(busy)
+        built = image.build(tmp_path, os.environ["MLSERVE_BASE"], "sha256:" + "0" * 64, {"io.test": label}, builder=builder, state=state)
+        reference = image.push(built, f"{host}/{name}", "000000000000")
+        assert not rule.busy
+        return reference
+
+    assert pushed("one", 429) == pushed("one") != pushed("two", 500)
+    tags = httpx.get(f"http://{host}/v2/{name}/tags/list", trust_env=False).json()["tags"]
+    assert len(tags) == len(rule.tags) >= 4 and all(t.startswith("000000000000-") for t in tags)
 
 
 def test_the_dockerfile_has_no_finding():
