@@ -35,9 +35,7 @@ from .mlmodel import PROVIDERS, check_outputs, check_providers, check_tolerance,
 from .mlmodel import check_ways, check_width, default_tolerance, example_files, is_name, mlmodel
 from .mlmodel import parse_mlmodel
 from ..tensors import Arrays, TensorSpec
-if TYPE_CHECKING:
-    import pandas as pd
-    from mlserve.package.handler import Handler
+if TYPE_CHECKING: from mlserve.package.handler import Handler
 
 # %% ../../nbs/package/09_package.ipynb #087fb712
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def save_package(
     model:Any, # a live torch module, a fitted table model, or the path of a model file
     path:str|Path, # the folder to make; a package there is replaced
     name:str, # of the model: lower-case letters, digits, `.`, `_` and `-`
-    inputs:'Mapping[str,Any]|pd.DataFrame', # one example batch by name, in call order; or the rows of a table
+    inputs:Any, # one example batch by name, in call order; or the rows of a table
     outputs:Sequence[str], # names of what the model gives, in its order
     format:str|None=None, # 'torchscript', 'export', 'onnx', 'safetensors'; by default what the model is
     tolerance:dict[str,float]|None=None, # `rtol` and `atol`; by default those of the output's type

@@ -97,7 +97,7 @@ def converted_pipeline(
     outputs = [o.name for o in graph.graph.output]
     return Body(graph, list(zip(outputs, ['flat', 'same'][:answers])))
 
-# %% ../../../nbs/package/convert/04_pipeline.ipynb #1990de74
+# %% ../../../nbs/package/convert/04_pipeline.ipynb #6bf73ad8
 def _transformed(steps:Any, columns:Sequence[Column], given:Arrays)->tuple[np.ndarray, np.ndarray]:
     "What the first steps of a pipeline make of rows, and what their graph does"
     import onnxruntime as ort
