@@ -7,14 +7,12 @@ __all__ = ['Live', 'Package', 'load_package', 'golden', 'call_rows', 'load_envir
 
 # %% ../../nbs/package/09_package.ipynb #49239403
 import json, tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 import numpy as np
 from .arrays import check_described, load_tensors, save_tensors
-from .convert import convert_table, format_of, golden_rows, prove_table, table_tolerance
-from .convert.columns import to_arrays
+from .convert import format_of, prove_table, table_tolerance
 from .convert.original import TableModel
 from .export.confined import ConfinedProgram
 from .environment import environment
@@ -24,15 +22,15 @@ from .programs import FORMATS, check_format, read_program
 from .programs.onnx_program import Engines, OnnxProgram
 from .programs.torch_program import Program, TorchProgram
 from .export import freeze, live_program, unused
-from .export.given import Given
-from .export.example import check_order, example_arrays, example_specs, first_answer
+from .export.given import Given, read_example
+from .export.example import check_order, example_specs, first_answer
 from .programs.half import HALVES, check_dtype, check_half, halved
 from .holdout import beside, check_beside, discard, live_answers
 from .holdout import move_beside, reference_of, write_holdout
 from .export.invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
 from .mlmodel import PROVIDERS, check_outputs, check_providers, check_tolerance, check_types
-from .mlmodel import check_ways, check_width, default_tolerance, example_files, is_name, mlmodel
+from .mlmodel import check_ways, check_width, default_tolerance, example_files, check_model_name, mlmodel
 from .mlmodel import parse_mlmodel
 from ..tensors import Arrays, TensorSpec
 if TYPE_CHECKING: from mlserve.package.handler import Handler
@@ -195,6 +193,7 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     ours['handler'] = write_handler(given.handler, temp)
     expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite)
     outputs,reference,own = example_specs(expected, given.rows),live,expected
+    if isinstance(live, TableModel): ours['tolerance'] = table_tolerance(live) | (ours['tolerance'] or {})
     ours['tolerance'] = ours['tolerance'] or HALVES.get(ours.get('dtype', '')) or default_tolerance(outputs)
     check_width(ours['tolerance'], expected)
     if ours.get('dtype'):
@@ -264,8 +263,7 @@ def save_package(
     if tolerance: check_tolerance(tolerance)
     check_ways(batch, nonfinite)
     path = Path(path).absolute()
-    if not is_name(name): raise Refused(f"The name '{name}' cannot be part of an image name; "
-        'allowed are a-z, 0-9 and single . _ - inside, at most 63.')
+    check_model_name(name)
     format = format or format_of(model, inputs)
     check_format(format)
     check_dtype(dtype, model, format)
@@ -279,9 +277,4 @@ def save_package(
     ours:dict[str,Any] = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
     ours |= {key: value for key,value in said.items() if value is not None}
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
-    arrays = example_arrays(inputs) if isinstance(inputs, Mapping) else {}
-    if not arrays:
-        model = convert_table(model, inputs, list(outputs), optional)
-        arrays,ours['tolerance'] = golden_rows(model),table_tolerance(model) | (tolerance or {})
-        holdout = holdout and (to_arrays(holdout[0], model.columns), holdout[1])
-    return _save(path, ours, Given(model, arrays, list(outputs), handler, files, holdout))
+    return _save(path, ours, read_example(Given(model, inputs, list(outputs), handler, files, holdout), optional))
