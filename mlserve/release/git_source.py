@@ -12,9 +12,9 @@ from ..errors import LocalResource, UsageError
 
 # %% ../../nbs/release/02_git_source.ipynb #4e2f1dbb
 def _git(path, *args):
-    "What git says in a notebook's folder, '' when it fails"
+    "What git says in a notebook's folder, '' when it fails; no program that its configuration names is run for it"
     folder = Path(path).absolute().parent
-    command,env = ['git', '-C', str(folder), *args],os.environ | {'LC_ALL': 'C'}
+    command,env = ['git', '-C', str(folder), '-c', 'core.fsmonitor=false', *args],os.environ | {'LC_ALL': 'C'}
     try: done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=env)
     except OSError: return ''
     except subprocess.TimeoutExpired:
@@ -36,14 +36,19 @@ def commit_of(
     return commit + ('-dirty' if commit and _changed(path) else '')
 
 # %% ../../nbs/release/02_git_source.ipynb #a77a88ab
-_elsewhere = re.compile(r'https://|ssh://|[\w.-]+@[\w.-]+:')
+def _public(url): # an address without user, password and query
+    scheme,mark,rest = url.partition('://')
+    if not mark: return url if url.startswith('git@') else url.rpartition('@')[2]
+    host,slash,place = re.split('[?#]', rest)[0].partition('/')
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{place}"
+_elsewhere = re.compile(r'https://|ssh://|(git@)?[\w.-]+:(?!//)')
 def repository_of(
     path:str|Path, # of the model notebook
 )->dict[str, str]: # `revision`, `source` and `version`, as far as they are known
     "Where a notebook's source is kept"
     revision,known = commit_of(path),{}
     if revision: known['revision'] = revision
-    url = re.sub(r'://[^/@]*@', '://', _git(path, 'remote', 'get-url', 'origin'))
+    url = _public(_git(path, 'remote', 'get-url', 'origin'))
     if _elsewhere.match(url): known['source'] = url
     committed = revision and not revision.endswith('-dirty')
     version = _git(path, 'describe', '--tags', '--exact-match', 'HEAD') if committed else ''

@@ -9,6 +9,7 @@ __all__ = ['reach', 'train_model', 'build_record_check', 'commands', 'write_atte
 import json, os, shlex, sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from ..errors import Interrupted, MlserveError, NotFound, UsageError
@@ -24,9 +25,11 @@ from .notebook import check_parameters, experiment_of, shared_kernel
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
-from .run import (Run, close_run, environment, open_run, pipelines, reach_disk, say, step,
+from .run import (Run, close_run, environment, keep_evidence, open_run, pipelines, reach_disk, say, step,
     under_name, write_json)
-from .spec import ReleaseSpec, default_name, default_repository
+from .spec import ReleaseSpec, checked_device, default_name, default_repository
+from .supply_chain.statement import attest
+from .supply_chain.verify import confirm
 
 # %% ../../nbs/release/08_pipeline.ipynb #987dba32
 def _reach_registry(spec):
@@ -91,11 +94,16 @@ def build_record_check(
         run.notebook(pipelines()/'build_image.ipynb', package_dir=str(package_dir), model_id=logged.model_id, **here)
     built = run.result('build')
     for warning in built['warnings']: progress(f'warning: {warning}')
-    with step('record', steps, progress): run.notebook(pipelines()/'record_release.ipynb', run_id=run.id, **here)
+    with step('record', steps, progress):
+        keep_evidence(run.id, run.folder) # before the version that names it
+        run.notebook(pipelines()/'record_release.ipynb', run_id=run.id, **here)
     pair = run.result('record')
     name,version = pair['name'],pair['version']
     with step('check', steps, progress):
+        confirm(record.read_pair(name, version), whole=False)
         run.notebook(pipelines()/'check_inference.ipynb', name=name, version=version, **here)
+        kind = checked_device(run.spec.device)
+        attest(record.read_pair(name, version), kind, keep_evidence(run.id, run.folder))
     checked,change = run.result('check'),record.contract_change(record.read_pair(name, version))
     warnings = [change] * bool(change) + checked['warnings']
     for warning in warnings: progress(f'warning: {warning}')
@@ -173,7 +181,8 @@ def release(
                 built,pair,checked = build_record_check(replace(run, kernel=kernel), place, steps, progress)
             for alias in ['candidate', 'production'] if promote else ['candidate']:
                 with step(alias, steps, progress):
-                    record.promote(pair['name'], pair['version'], spec.device, warn=progress, alias=alias)
+                    record.promote(pair['name'], pair['version'], spec.device, warn=progress, alias=alias,
+                        confirm=partial(confirm, whole=False))
             status = 'FINISHED'
         except BaseException as e:
             if isinstance(e, (Interrupted, KeyboardInterrupt)): status = 'KILLED'

@@ -12,8 +12,9 @@ from typing import Any
 from ..errors import MlserveError, RemoteUnavailable, UsageError
 from .gates import Gates, told_metrics
 from .record import mlflow_store
-from .run import environment, read_json, run_folder, run_pipeline, write_json
-from .record import Pair
+from .run import environment, keep_evidence, read_json, run_folder, run_pipeline, write_json
+from .record import Pair, read_pair
+from .supply_chain.statement import attest, evidence_of
 
 # %% ../../nbs/release/05_recheck.ipynb #4ec4e107
 def released_spec(
@@ -26,10 +27,11 @@ def released_spec(
         'its run has no tag mlserve.spec.', mend='Release its notebook.')
 
 # %% ../../nbs/release/05_recheck.ipynb #4ec4e109
-def _keep(run_id, folder):
-    "Log what a check left"
-    for path in (folder/'check_inference.ipynb', folder/'check.json'):
-        if path.exists(): mlflow_store.client().log_artifact(run_id, str(path), 'evidence')
+def _keep(pair, folder):
+    "Log what a check left, and state what it found"
+    keep_evidence(pair.run_id, folder, f'evidence/{folder.name}')
+    found = read_json(folder/'check.json') if (folder/'check.json').exists() else {}
+    if found.get('passed'): attest(read_pair(pair.name, pair.version), found['device'], evidence_of(pair))
 def check_again(
     pair:Pair, # read back from the record
     device:str|None=None, # `cpu`, `cuda` or `cuda:N`; as recorded by default
@@ -43,7 +45,7 @@ def check_again(
         given = {'run_dir': str(folder), 'name': pair.name, 'version': pair.version, 'device': device or ''}
         try: run_pipeline('check_inference', given, folder)
         except MlserveError as e: error = e
-        try: _keep(pair.run_id, folder)
+        try: _keep(pair, folder)
         except MlserveError:
             if not error: raise
         except Exception as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pipelines', 'run_pipeline', 'write_json', 'read_json', 'say', 'step', 'Run', 'run_folder', 'reach_disk', 'absolute',
-           'under_name', 'open_run', 'environment', 'close_run']
+           'under_name', 'open_run', 'environment', 'keep_evidence', 'close_run']
 
 # %% ../../nbs/release/04_run.ipynb #3d50f4dd
 import json, os, shutil, sys, threading, time
@@ -16,6 +16,7 @@ from typing import Any
 import mlserve
 from mlserve.errors import (Interrupted, LocalResource, MlserveError, NotebookFailed, RemoteUnavailable,
     UsageError)
+from ..package.lock import file_hash
 from ..patch import patch
 from .git_source import commit_of
 from .notebook import experiment_of, run_notebook
@@ -201,18 +202,28 @@ def environment(
             else: os.environ[name] = value
 
 # %% ../../nbs/release/04_run.ipynb #3f3aaa97
+def keep_evidence(
+    run_id:str, # of MLflow
+    folder:Path, # with executed notebooks and what they found
+    place:str='evidence', # folder of the artifacts
+)->dict[str, str]: # path of each artifact → `sha256:…`
+    "Log notebooks and findings as artifacts of a run"
+    store,kept = mlflow_store.client(),{}
+    for path in sorted([*folder.glob('*.ipynb'), *folder.glob('*.json')]):
+        store.log_artifact(run_id, str(path), place)
+        kept[f'{place}/{path.name}'] = f'sha256:{file_hash(path)}'
+    return kept
 def close_run(
     run:Run, # under way
     status:str, # `FINISHED`, `FAILED` or `KILLED`
 )->list[str]: # paths of the executed notebooks, in order
-    "Log the evidence, and close the MLflow run"
+    "Close the MLflow run; the evidence of one that failed is logged before"
     books = sorted(run.folder.glob('*.ipynb'), key=lambda path: path.stat().st_mtime)
     try:
-        store = mlflow_store.client()
-        for path in [*books, *run.folder.glob('*.json')]: store.log_artifact(run.id, str(path), 'evidence')
-        store.set_terminated(run.id, status)
+        if status != 'FINISHED': keep_evidence(run.id, run.folder)
+        mlflow_store.client().set_terminated(run.id, status)
     except MlserveError:
         if status == 'FINISHED': raise
     except Exception as e:
-        if status == 'FINISHED': raise RemoteUnavailable(f'The evidence could not be logged: {e}') from None
+        if status == 'FINISHED': raise RemoteUnavailable(f'The run could not be closed: {e}') from None
     return [str(path) for path in books]

@@ -197,7 +197,7 @@ def gather(
     "Download what a container is held against"
     package = fetch_package(pair, folder/'package', uri)
     _readable(folder)
-    file = fetch_holdout(pair.run_id, folder, uri)
+    file = fetch_holdout(pair.run_id, folder, pair.tags.get('mlserve.holdout', ''), uri)
     held,reference = read_holdout(file, package.digest) if file else (None, '')
     production = in_production(pair.name, kind, pair.version, uri)
     reading,unmeasured = foresee(held, gates, production)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spare_stdlib', 'spare_wheels', 'spare_code', 'steps', 'take', 'stdlib', 'elf', 'libraries', 'beside', 'system',
-           'owners', 'entries', 'runtime', 'prune', 'compile_files', 'compile_byte_code', 'normalize_files',
+           'owners', 'database', 'entries', 'runtime', 'prune', 'compile_files', 'compile_byte_code', 'normalize_files',
            'bundled_pip', 'print_pip', 'main']
 
 # %% ../../../nbs/release/image/00_rootfs.ipynb #be7e6ac9
@@ -118,6 +118,12 @@ def owners(
             names.add(listing.name[:-len('.list')])
             break
     return names
+def database(
+    text:str, # of dpkg, its `status`
+)->dict[str, str]: # name of a package → what it says of it
+    "The entries of the package database"
+    named = [(re.search(r'^Package: (\S+)$', entry, re.M), entry) for entry in text.split('\n\n')]
+    return {name[1]: entry.strip('\n') + '\n' for name,entry in named if name}
 def entries(
     names:set[str], # of packages
     out:str|Path, # folder that becomes the root of the image
@@ -127,12 +133,11 @@ def entries(
     status,plain = Path(root) / 'var/lib/dpkg/status',{n.split(':')[0] for n in names}
     made:set[str] = set()
     to = Path(out) / 'var/lib/dpkg/status.d'
-    for entry in status.read_text(errors='replace').split('\n\n') if status.exists() else []:
-        name = re.search(r'^Package: (\S+)$', entry, re.M)
-        if not name or name[1] not in plain: continue
+    said = database(status.read_text(errors='replace')) if status.exists() else {}
+    for name in sorted(said.keys() & plain):
         to.mkdir(parents=True, exist_ok=True)
-        (to / name[1]).write_text(entry.strip('\n') + '\n')
-        made |= take(f'/usr/share/doc/{name[1]}/copyright', out, root)
+        (to / name).write_text(said[name])
+        made |= take(f'/usr/share/doc/{name}/copyright', out, root)
     return made
 
 # %% ../../../nbs/release/image/00_rootfs.ipynb #464d6736

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from ...errors import CheckFailed, Conflict, NotFound, Refused, RemoteUnavailable, UsageError
 from .ledger import Move, move, standing
-from .logged_package import (Logged, fetch_holdout as fetch_holdout,
-    fetch_package as fetch_package, log_package as log_package, read_logged as read_logged)
+from .logged_package import (Logged, artifact_hash as artifact_hash,
+    fetch_holdout as fetch_holdout, fetch_package as fetch_package, log_package as log_package, read_logged as read_logged)
 from .mlflow_store import client, ensure_reachable, unrecorded
 from ..spec import checked_device
 
@@ -99,7 +99,8 @@ def record(
     key = hashlib.sha256(f'{image} {logged.digest} {logged.model_id}'.encode()).hexdigest()
     own = {'mlserve.image': image, 'mlserve.package': logged.digest, 'mlserve.model_id': logged.model_id,
         'mlserve.run': logged.run_id, 'mlserve.contract': logged.contract, 'mlserve.status': 'recorded', _key: key}
-    if logged.reference: own['mlserve.reference'] = logged.reference
+    more = {'mlserve.reference': logged.reference, 'mlserve.holdout': logged.holdout}
+    own |= {tag: text for tag,text in more.items() if text}
     made = _create(store, name, key, {'source': f'models:/{logged.model_id}', 'run_id': logged.run_id,
         'model_id': logged.model_id, 'tags': own | dict(tags or {})})
     return _pair(store.get_model_version(name, made.version))
@@ -219,6 +220,7 @@ def promote(
     warn:Callable[[str], Any]=lambda text: None, # called with a sentence
     alias:str='production', # or `candidate`
     allow_older:bool=False, # than the version that has the alias
+    confirm:Callable[[Pair], Any]=lambda pair: None, # called with the pair before it moves; raises where it must not
 )->Pair: # that has the alias now
     "Move `production` to a pair whose check passed"
     if device: checked_device(device) # before anything is asked
@@ -226,6 +228,7 @@ def promote(
     before = standing(name, alias, uri).version
     if alias == 'production' and (change := contract_change(pair, uri)): warn(change)
     _hold_check(pair, device or '')
+    confirm(pair)
     return _to(pair, alias, 'promoted', before, allow_older, warn, uri)
 
 # %% ../../../nbs/release/record/03_record.ipynb #37d58bb3
@@ -243,6 +246,7 @@ def rollback(
     to:str|int|None=None, # a version that was in production; the one before the present one by default
     uri:str|None=None, # of the store
     warn:Callable[[str], Any]=lambda text: None, # called with a sentence
+    confirm:Callable[[Pair], Any]=lambda pair: None, # called with the pair before it moves; raises where it must not
 )->Pair: # now `production`
     "Move `production` back to the version before it whose check holds"
     _allow(name)
@@ -259,6 +263,7 @@ def rollback(
             if to is not None: raise
             warn(str(e))
             continue
+        confirm(pair)
         if change := contract_change(pair, uri): warn(change)
         return _to(pair, 'production', 'rolled back', now.version, True, warn, uri)
     raise Conflict(f'No version of {name} was in production before, and has a check that holds.',
