@@ -46,6 +46,7 @@ test-tools: setup # what the tests trace, emulate, proxy, load, build and ask wi
 	cmp -s $$pins $$folder/.installed || { rm -rf $$folder; $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $$folder -r $$pins 2> >(grep -v '^WARNING: Location' >&2); cp $$pins $$folder/.installed; }; done
 
 soak: setup engine-start test-tools ## the tests' full counts: hours of load, faults and fuzzing
+	@ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends postgresql >&2; }
 	@$(WITH_ENGINE) pytest -q -m soak
 
 cuda-image: setup engine-start ## build the GPU flavour for real (2.5 GB of wheels), and see it refuse a host without a GPU

@@ -19,7 +19,10 @@ fail() { # message, mend
   exit 7
 }
 client() { [ -x /usr/bin/docker ] && echo /usr/bin/docker || echo docker; } # Debian's own drives the engine's BuildKit; another may stand earlier on PATH
-alive() { [ -s "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null; }
+ours() { # PIDFILE FOLDER: whether that process works in our folder; after a kill the number may be a stranger's, or a zombie's, which has no command line
+  [ -s "$1" ] && { tr '\0' ' ' <"/proc/$(cat "$1")/cmdline" | grep -qF -- "$2/"; } 2>/dev/null
+}
+alive() { ours "$dir/$1.pid" "$dir"; }
 free_port() { python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])'; }
 answers() { timeout 10 docker version --format '{{.Server.Version}}' >/dev/null 2>&1; }
 
@@ -35,33 +38,37 @@ install_packages() { # COMMAND:PACKAGE …, for commands that are not here
 }
 
 start_dockerd() {
-  alive "$dir/dockerd.pid" && [ -S "$run/docker.sock" ] && return
-  say "starting dockerd, data under $dir/data"
-  mkdir -p "$dir/data" "$run"
-  rm -f "$run/docker.pid" "$run/docker.sock"
-  # its own session, so that it outlives this shell; loopback publishing needs no firewall rule
-  setsid dockerd --data-root "$dir/data" --exec-root "$run/exec" --pidfile "$run/docker.pid" -H "unix://$run/docker.sock" \
-    --bridge none --iptables=false --ip-forward=false --ip-masq=false \
-    >"$log" 2>&1 </dev/null &
-  echo $! >"$dir/dockerd.pid"
+  if ! alive dockerd; then
+    say "starting dockerd, data under $dir/data"
+    mkdir -p "$dir/data" "$run"
+    local below=$run/exec/containerd/containerd.pid # of a dockerd that was killed; the next one would wait for it, dead or not
+    if ours "$below" "$run"; then kill -KILL "$(cat "$below")"; fi
+    rm -f "$run/docker.pid" "$run/docker.sock" "$below"
+    # its own session, so that it outlives this shell; loopback publishing needs no firewall rule
+    setsid dockerd --data-root "$dir/data" --exec-root "$run/exec" --pidfile "$run/docker.pid" -H "unix://$run/docker.sock" \
+      --bridge none --iptables=false --ip-forward=false --ip-masq=false \
+      >"$log" 2>&1 </dev/null &
+    echo $! >"$dir/dockerd.pid"
+  fi
   for _ in $(seq 120); do
-    "$(client)" -H "unix://$run/docker.sock" info >/dev/null 2>&1 && return
-    alive "$dir/dockerd.pid" || fail "dockerd ended while starting." "Read $log."
+    timeout 10 "$(client)" -H "unix://$run/docker.sock" info >/dev/null 2>&1 && return
+    kill -0 "$(cat "$dir/dockerd.pid")" 2>/dev/null || fail "dockerd ended while starting." "Read $log."
     sleep 0.5
   done
   fail "dockerd did not answer in 60 s." "Read $log."
 }
 
 start_registry() {
-  if alive "$dir/registry.pid" && [ -s "$dir/registry.port" ]; then return; fi
   [ -s "$dir/registry.port" ] || free_port >"$dir/registry.port"
   local port; port=$(cat "$dir/registry.port")
-  say "starting a registry on 127.0.0.1:$port, data under $state/registry"
-  mkdir -p "$state/registry"
-  printf '%s\n' 'version: 0.1' 'log: {level: warn}' "storage: {filesystem: {rootdirectory: $state/registry}, delete: {enabled: true}}" \
-    "http: {addr: 127.0.0.1:$port}" >"$dir/registry.yml"
-  setsid docker-registry serve "$dir/registry.yml" >"$dir/registry.log" 2>&1 </dev/null &
-  echo $! >"$dir/registry.pid"
+  if ! alive registry; then
+    say "starting a registry on 127.0.0.1:$port, data under $state/registry"
+    mkdir -p "$state/registry"
+    printf '%s\n' 'version: 0.1' 'log: {level: warn}' "storage: {filesystem: {rootdirectory: $state/registry}, delete: {enabled: true}}" \
+      "http: {addr: 127.0.0.1:$port}" >"$dir/registry.yml"
+    setsid docker-registry serve "$dir/registry.yml" >"$dir/registry.log" 2>&1 </dev/null &
+    echo $! >"$dir/registry.pid"
+  fi
   for _ in $(seq 40); do
     python3 -c "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:$port/v2/',timeout=2)" 2>/dev/null && return
     sleep 0.25
@@ -70,7 +77,11 @@ start_registry() {
 }
 
 start_base() { # the official slim image where a registry can be reached, else one from Debian's packages
-  [ -s "$dir/base" ] && return
+  if [ -s "$dir/base" ]; then # and it is there
+    "${docker[@]}" inspect "$(cat "$dir/base")" >/dev/null 2>&1 && return
+    timeout 60 "${docker[@]}" pull -q "$(cat "$dir/base")" >/dev/null 2>&1 && return
+    say "the base image $(cat "$dir/base") is gone"
+  fi
   local registry official=python:3.11-slim-bookworm ref
   registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)}
   say "looking for the base image $official"
@@ -141,7 +152,7 @@ start() {
   mkdir -p "$dir"
   docker=(docker)
   local theirs=
-  if [ -z "${MLSERVE_PRIVATE_ENGINE:-}" ] && ! alive "$dir/dockerd.pid" && answers; then
+  if [ -z "${MLSERVE_PRIVATE_ENGINE:-}" ] && ! alive dockerd && answers; then
     theirs=yes; say "using the Docker Engine that answers"
     [ -n "${MLSERVE_REGISTRY:-}" ] && [ -n "${MLSERVE_BASE:-}" ] && { start_compose; return; }
   fi
@@ -169,7 +180,7 @@ stop_one() { # name: TERM, then KILL after 15 s
   local pid
   [ -s "$dir/$1.pid" ] || return 0
   pid=$(cat "$dir/$1.pid")
-  if kill -TERM "$pid" 2>/dev/null; then
+  if alive "$1" && kill -TERM "$pid" 2>/dev/null; then
     for _ in $(seq 60); do kill -0 "$pid" 2>/dev/null || break; sleep 0.25; done
     kill -KILL "$pid" 2>/dev/null || true
     say "stopped $1 ($pid)"
@@ -178,7 +189,7 @@ stop_one() { # name: TERM, then KILL after 15 s
 }
 
 env_lines() {
-  [ -S "$run/docker.sock" ] && alive "$dir/dockerd.pid" && echo "DOCKER_HOST=unix://$run/docker.sock"
+  [ -S "$run/docker.sock" ] && alive dockerd && echo "DOCKER_HOST=unix://$run/docker.sock"
   [ -n "${MLSERVE_REGISTRY:-}" ] && echo "MLSERVE_REGISTRY=$MLSERVE_REGISTRY" \
     || { [ -s "$dir/registry.port" ] && echo "MLSERVE_REGISTRY=127.0.0.1:$(cat "$dir/registry.port")"; }
   [ -n "${MLSERVE_BASE:-}" ] && echo "MLSERVE_BASE=$MLSERVE_BASE" || { [ -s "$dir/base" ] && echo "MLSERVE_BASE=$(cat "$dir/base")"; }
@@ -193,7 +204,8 @@ case "${1:-}" in
   start) start; env_lines >"$dir/env" ;;
   stop)
     stop_one dockerd; stop_one registry
-    umount "$run"/exec/netns/* 2>/dev/null || true # dockerd leaves its own network namespace mounted
+    # dockerd leaves its own network namespace mounted; one that was killed, its data and the layers in it, too
+    awk -v a="$dir/data" -v b="$run" '$2 == a || index($2, a "/") == 1 || index($2, b "/") == 1 {print $2}' /proc/mounts | tac | xargs -r umount -l 2>/dev/null || true
     rm -rf "$run"
     ;;
   env) env_lines ;;

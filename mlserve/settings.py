@@ -152,7 +152,8 @@ def service_links(
 # %% ../nbs/03_settings.ipynb #28ff986b
 _names = {'MLSERVE_' + f.name.upper(): f.name for f in fields(Settings)} # variable to field
 _elsewhere = {'MLSERVE_REGISTRY', 'MLSERVE_BASE', 'MLSERVE_STATE', 'MLSERVE_PRIVATE_ENGINE', 'MLSERVE_DEBUG_BASE',
-    'MLSERVE_SIGNING_KEY', 'MLSERVE_VERIFY_KEY', 'MLSERVE_PROXY_IMAGE', 'MLSERVE_COMPOSE'} # of the release wing
+    'MLSERVE_SIGNING_KEY', 'MLSERVE_VERIFY_KEY', 'MLSERVE_PROXY_IMAGE', 'MLSERVE_INSECURE',
+    'MLSERVE_COMPOSE'} # of the release wing
 def unknown_names(
     env:Mapping[str, str], # the environment
 )->dict[str, str]: # each unknown name, and the nearest known one or ''

@@ -8,15 +8,15 @@ import pytest
 from commands import EXAMPLE, mlserve
 from containers import downloaded, engine, start  # noqa: F401 (fixtures, one of each for all modules)
 from linters import checkov, kubernetes_validate  # noqa: F401
-from emulators import az, gs, registry, s3, settings, store, stored_package  # noqa: F401
+from emulators import az, gs, immutable, registry, s3, settings, store, stored_package  # noqa: F401
 
-ENGINE = {"deploy", "supply_chain", "debug", "hardened", "memory", "refusals", "release", "cuda_image"}  # read one release of the example, and run its containers
+ENGINE = {"deploy", "engine_script", "supply_chain", "debug", "hardened", "memory", "refusals", "release", "cuda_image"}  # read one release of the example, and run its containers
 IMAGES = {"image", "matrix"}  # build images of their own
-SERVERS = {"conformance", "fuzz", "gpu_check", "handler"}  # ask servers, whenever they answer
+SERVERS = {"conformance", "fuzz", "gpu_check", "handler", "ledger"}  # ask servers, whenever they answer
 CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
-SERVING = {"scheduler", "clients", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "platforms", "proxies", "server",
-           "tracing"}  # ask servers, with a clock
-LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING}
+CLIENTS = {"clients", "platforms", "proxies", "tracing"}  # servers with what stands before and beside them, with a clock
+SERVING = {"scheduler", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "server"}  # ask servers, with a clock
+LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "clients": CLIENTS, "serving": SERVING}
 
 
 def pytest_addoption(parser):
@@ -57,7 +57,7 @@ def tracking(state):
                                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})  # without its six task workers
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(120):
+        for _ in range(480):  # 110 s on two cores that six others use
             try:
                 if httpx.get(url + "/health", trust_env=False).status_code == 200:
                     break

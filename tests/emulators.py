@@ -1,9 +1,11 @@
 """Object stores and a registry on this machine, each spoken to over real HTTP, and a small package in each of them."""
 import contextlib
+import http.server
 import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -168,6 +170,65 @@ def registry(tracking, state):
     place.upload = upload
     with place.proxy:
         yield place
+
+
+class Immutable(http.server.BaseHTTPRequestHandler):
+    "A real registry, behind a rule of ECR and Harbor: no tag is written a second time; and now and then it is busy"
+    protocol_version = "HTTP/1.1"
+    upstream, tags, busy = "", {}, []
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while size := int(self.rfile.readline(), 16):
+            pieces.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(pieces)
+
+    def refusal(self, data):
+        where, _, name = self.path.partition("/manifests/")
+        if self.command != "PUT" or not name:
+            return None
+        if self.busy:
+            return self.busy.pop(0)
+        if ":" in name:
+            return None
+        return None if self.tags.setdefault((where, name), data) is data else 400
+
+    def answer(self):
+        data = self.body()
+        if status := self.refusal(data):
+            code = {400: "TAG_INVALID", 429: "TOOMANYREQUESTS"}.get(status, "UNKNOWN")
+            answer = httpx.Response(status, json={"errors": [{"code": code, "message": "the answer of the rule"}]}, headers={"Retry-After": "0"})
+        else:
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("transfer-encoding", "content-length", "connection", "accept-encoding")}
+            answer = httpx.request(self.command, self.upstream + self.path, headers=headers, content=data, trust_env=False, timeout=60)
+        self.send_response(answer.status_code)
+        for name, value in answer.headers.items():
+            if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", answer.headers["Content-Length"] if self.command == "HEAD" and "Content-Length" in answer.headers else str(len(answer.content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(answer.content)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def immutable():
+    "Host and port of the machine's registry, with tags that cannot be written again"
+    rule = type("Rule", (Immutable,), {"upstream": f"http://{os.environ['MLSERVE_REGISTRY']}", "tags": {}, "busy": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), rule)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}", rule
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(params=["s3", "gs", "az", "registry"])

@@ -41,3 +41,19 @@ def test_a_release_without_its_gpu_is_handed_on_and_every_other_failure_fails(tm
 def test_what_others_wrote_is_named_by_its_commit(path):
     used = [s["uses"] for job in yaml.safe_load(path.read_text())["jobs"].values() for s in job["steps"] if "uses" in s]
     assert used and all(re.search(r"@[0-9a-f]{40}$", u) for u in used)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_what_an_engine_that_was_killed_left_mounted_is_unmounted_with_its_stop(tmp_path):
+    "Its data and the layers in it: no folder of a mount can be removed"
+    data, layer = tmp_path / "engine/data", tmp_path / "engine/data/overlay2/layer"
+    for folder in (data, layer):
+        folder.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+    assert open("/proc/mounts").read().count(str(tmp_path)) == 2
+    try:
+        done = subprocess.run(["bash", ROOT / "docker/engine.sh", "stop"], env=os.environ | {"MLSERVE_STATE": str(tmp_path)}, capture_output=True, text=True)
+        assert done.returncode == 0 and str(tmp_path) not in open("/proc/mounts").read(), done.stderr
+    finally:
+        for folder in (layer, data):
+            subprocess.run(["umount", folder], stderr=subprocess.DEVNULL)

@@ -5,7 +5,7 @@ import torch
 
 from gpu.models import CNN, encoder, free, tensors
 from gpu.record import timed
-from gpu.serving import Server, Wire, body_of, packed, tensor_of
+from gpu.serving import Server, Wire, body_of, packed, private, tensor_of
 from mlserve.tensors import compare
 
 
@@ -52,11 +52,14 @@ def by_server(r, kind):
         seconds = server.ready(90)
         health, wire = server.get("/health"), Wire(server.port)
         got = tensor_of(wire.ask(packed(*body_of(kind, kind.rows(3)))))
-        info = re.search(r"^mlserve_info.*$", server.get("/metrics"), re.M)
+        metrics = server.get("/metrics")
+        info, nvml = re.search(r"^mlserve_info.*$", metrics, re.M), re.findall(r"^mlserve_gpu_.*$", metrics, re.M)
         answer = compare({kind.output: reference}, {kind.output: got}, **package.tolerance)
         r.row("by the server", model=kind.name, ready_seconds=seconds, device=health["device"]["name"], parameters=health["model_devices"],
-              golden=health["golden"], answer_max_abs=answer.max_abs, answer=answer.passed, phases=health["phases"])
+              golden=health["golden"], answer_max_abs=answer.max_abs, answer=answer.passed,
+              private_mib=private(server.process.pid), phases=health["phases"])
         r.note(f"{kind.name}: {info[0] if info else 'no mlserve_info'}")
+        r.note(f"{kind.name}: NVML in /metrics: {', '.join(nvml) or 'nothing'}")
     return answer.passed and health["golden"]["passed"] and health["model_devices"] == [r.device]
 
 

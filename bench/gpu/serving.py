@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -126,6 +127,16 @@ class Server:
 
     def __exit__(self, *a):
         stop(self.process)
+
+
+def private(pid):
+    "MiB of a process and of those it started that belong to no file: what the limit of a container must hold"
+    try:
+        own = re.search(r"^RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return 0
+    return (int(own[1]) / 1024 if own else 0) + sum(map(private, children))
 
 
 def stop(process, seconds=20):

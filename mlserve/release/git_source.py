@@ -8,32 +8,47 @@ __all__ = ['commit_of', 'repository_of', 'epoch_of']
 # %% ../../nbs/release/02_git_source.ipynb #31ba281b
 import os, re, subprocess
 from pathlib import Path
-from ..errors import UsageError
+from ..errors import LocalResource, UsageError
 
 # %% ../../nbs/release/02_git_source.ipynb #4e2f1dbb
 def _git(path, *args):
-    "What git says in a notebook's folder, '' when it fails"
-    command = ['git', '-C', str(Path(path).absolute().parent), *args]
-    try: done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired): return ''
+    "What git says in a notebook's folder, '' when it fails; no program that its configuration names is run for it"
+    folder = Path(path).absolute().parent
+    command,env = ['git', '-C', str(folder), '-c', 'core.fsmonitor=false', *args],os.environ | {'LC_ALL': 'C'}
+    try: done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=env)
+    except OSError: return ''
+    except subprocess.TimeoutExpired:
+        raise LocalResource(f'git {args[0]} did not answer within 30 s in {folder}.') from None
+    if 'dubious ownership' in done.stderr:
+        raise LocalResource(f'git does not read {folder}: the repository belongs to another user.',
+            mend=next((line.strip() for line in done.stderr.splitlines() if 'safe.directory' in line), ''))
     return done.stdout.strip() if done.returncode == 0 else ''
+def _changed(path):
+    "Files that differ from the commit, of those that a notebook's run reads"
+    own = Path(path).name, 'mlserve.toml'
+    changed = _git(path, 'diff', '--no-ext-diff', '--name-only', 'HEAD', '--', ':(top)*.py', *own)
+    return changed or _git(path, 'ls-files', '--others', '--exclude-standard', '--', '*.py', *own)
 def commit_of(
     path:str|Path, # of the model notebook
 )->str: # commit, with `-dirty` if so; '' outside of a repository
     "The git commit that a notebook belongs to"
     commit = _git(path, 'rev-parse', 'HEAD')
-    if not commit: return ''
-    return commit + ('-dirty' if _git(path, 'status', '--porcelain', '--', Path(path).name) else '')
+    return commit + ('-dirty' if commit and _changed(path) else '')
 
 # %% ../../nbs/release/02_git_source.ipynb #a77a88ab
-_elsewhere = re.compile(r'https://|ssh://|[\w.-]+@[\w.-]+:')
+def _public(url): # an address without user, password and query
+    scheme,mark,rest = url.partition('://')
+    if not mark: return url if url.startswith('git@') else url.rpartition('@')[2]
+    host,slash,place = re.split('[?#]', rest)[0].partition('/')
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{place}"
+_elsewhere = re.compile(r'https://|ssh://|(git@)?[\w.-]+:(?!//)')
 def repository_of(
     path:str|Path, # of the model notebook
 )->dict[str, str]: # `revision`, `source` and `version`, as far as they are known
     "Where a notebook's source is kept"
     revision,known = commit_of(path),{}
     if revision: known['revision'] = revision
-    url = re.sub(r'://[^/@]*@', '://', _git(path, 'remote', 'get-url', 'origin'))
+    url = _public(_git(path, 'remote', 'get-url', 'origin'))
     if _elsewhere.match(url): known['source'] = url
     committed = revision and not revision.endswith('-dirty')
     version = _git(path, 'describe', '--tags', '--exact-match', 'HEAD') if committed else ''

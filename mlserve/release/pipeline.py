@@ -6,35 +6,49 @@
 __all__ = ['reach', 'train_model', 'build_record_check', 'commands', 'write_attempt', 'release', 'write_result', 'summary']
 
 # %% ../../nbs/release/08_pipeline.ipynb #88a40fa7
-import json, os, sys
+import json, os, shlex, sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from ..errors import Interrupted, MlserveError, UsageError
+from ..errors import Interrupted, MlserveError, NotFound, UsageError
 from ..package import Package, golden, load_package
 from ..wire.predict import encode_predict_request
 from . import record
 from .check.assessment import foresee_run
 from .check.container import credentials
 from .gates import Gates, told_metrics
-from .image.engine import engine
-from .notebook import check_parameters
+from .git_source import commit_of
+from .image.engine import engine, reach_base
+from .notebook import check_parameters, experiment_of, shared_kernel
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
-from .run import Run, close_run, environment, open_run, pipelines, say, step, under_name, write_json
-from .spec import ReleaseSpec
+from .run import (Run, close_run, environment, keep_evidence, open_run, pipelines, reach_disk, say, step,
+    under_name, write_json)
+from .spec import ReleaseSpec, checked_device, default_name, default_repository
+from .supply_chain.statement import attest
+from .supply_chain.verify import confirm
 
 # %% ../../nbs/release/08_pipeline.ipynb #987dba32
+def _reach_registry(spec):
+    "Ask whether images can be pushed, as far as their repository is known before the package has a name"
+    named = spec.name != default_name(Path(spec.notebook)) or spec.repository != default_repository(spec.name)
+    try: reach_registry(spec.repository, ca=spec.ca)
+    except NotFound:
+        if named: raise
 def reach(
     spec:ReleaseSpec, # of the release
 )->None: # or a refusal
-    "Ask whether the notebook can be released, and whether the engine, the registry and the store answer"
+    "Ask whether all that a release needs is there, and lets it in, before the notebook is run"
     check_parameters(spec.notebook, {'package_dir': 'package'})
+    commit_of(spec.notebook)
+    reach_disk(spec.state)
     engine(seconds=10).close()
-    reach_registry(spec.repository)
-    mlflow_store.experiment(mlflow_store.client())
+    _reach_registry(spec)
+    reach_base(spec.base, spec.builder, spec.state)
+    mlflow_store.reach_record(experiment_of(spec.notebook))
     if spec.delivery == 'store' and spec.store: reach_store(spec.store)
     if spec.delivery == 'registry' and not mlflow_store.tracking_uri().startswith('http'):
         raise UsageError("Delivery 'registry' needs a tracking server that containers reach by http; "
@@ -80,11 +94,16 @@ def build_record_check(
         run.notebook(pipelines()/'build_image.ipynb', package_dir=str(package_dir), model_id=logged.model_id, **here)
     built = run.result('build')
     for warning in built['warnings']: progress(f'warning: {warning}')
-    with step('record', steps, progress): run.notebook(pipelines()/'record_release.ipynb', run_id=run.id, **here)
+    with step('record', steps, progress):
+        keep_evidence(run.id, run.folder) # before the version that names it
+        run.notebook(pipelines()/'record_release.ipynb', run_id=run.id, **here)
     pair = run.result('record')
     name,version = pair['name'],pair['version']
     with step('check', steps, progress):
+        confirm(record.read_pair(name, version), whole=False)
         run.notebook(pipelines()/'check_inference.ipynb', name=name, version=version, **here)
+        kind = checked_device(run.spec.device)
+        attest(record.read_pair(name, version), kind, keep_evidence(run.id, run.folder))
     checked,change = run.result('check'),record.contract_change(record.read_pair(name, version))
     warnings = [change] * bool(change) + checked['warnings']
     for warning in warnings: progress(f'warning: {warning}')
@@ -98,14 +117,14 @@ def _remote(env, delivery):
     given = credentials(env)
     if delivery != 'registry': given = {name: value for name,value in given.items() if not name.startswith('MLFLOW_')}
     files = sorted({value for value in given.values() if os.path.isfile(value)})
-    options = [f'-e {name} ' for name in sorted(given)] + [f'-v {file}:{file}:ro ' for file in files]
+    options = [f'-e {name} ' for name in sorted(given)] + [f'-v {shlex.quote(f"{file}:{file}:ro")} ' for file in files]
     return ''.join(options) + f'-v {_cache} '
 def _options(package, delivery, device):
     "What an image needs beside itself: a GPU, and its package"
     gpu = '--gpus all --shm-size 1g -v mlserve-cuda:/var/cache/cuda ' if device == 'cuda' else ''
     if gpu and 'tensorrt' in package.providers and delivery in ('baked', 'volume'): gpu += f'-v {_cache} '
     if delivery == 'baked': return gpu
-    if delivery == 'volume': return f'{gpu}-v {Path(package.path).absolute()}:/models/package:ro '
+    if delivery == 'volume': return f'{gpu}-v {shlex.quote(f"{Path(package.path).absolute()}:/models/package:ro")} '
     return gpu + _remote(os.environ, delivery)
 
 # %% ../../nbs/release/08_pipeline.ipynb #aa9fe8de
@@ -121,13 +140,14 @@ def commands(
     body,rows = Path(folder)/'query.json',slice(1 if package.batch else None)
     body.write_bytes(encode_predict_request({name: array[rows] for name,array in golden(package)[0].items()}))
     who = f'-e MLSERVE_MODEL_VERSION={version} -e MLSERVE_IMAGE={image} '
-    host = f"DOCKER_HOST={os.environ['DOCKER_HOST']} " if 'DOCKER_HOST' in os.environ else ''
+    host = f"DOCKER_HOST={shlex.quote(os.environ['DOCKER_HOST'])} " if 'DOCKER_HOST' in os.environ else ''
     uri = mlflow_store.tracking_uri()
-    own = f'{Path(sys.executable).parent}/mlflow ui --backend-store-uri {uri} --host 127.0.0.1 --port 5000'
+    program,kept = shlex.quote(f'{Path(sys.executable).parent}/mlflow'),shlex.quote(uri)
+    own = f'{program} ui --backend-store-uri {kept} --host 127.0.0.1 --port 5000'
     return {'serve': f'{host}docker run --rm --network host --stop-timeout 30 -e MLSERVE_HOST=127.0.0.1 '
             f'{who}{_options(package, delivery, device)}{image}',
         'query': "curl -s http://127.0.0.1:8080/predict -H 'content-type: application/json' "
-            f'-d @{body}', 'mlflow_ui': uri if uri.startswith('http') else own}
+            f'-d {shlex.quote(f"@{body}")}', 'mlflow_ui': uri if uri.startswith('http') else own}
 
 # %% ../../nbs/release/08_pipeline.ipynb #e74af3a1
 def write_attempt(
@@ -151,15 +171,18 @@ def release(
     steps: list[dict[str, Any]] = []
     state = Path(spec.state).absolute()
     uri = mlflow_store.tracking_uri(state)
-    with environment(MLSERVE_STATE=str(state), MLFLOW_TRACKING_URI=uri):
+    told = {'MLSERVE_STATE': str(state), 'MLFLOW_TRACKING_URI': uri, 'MLSERVE_INSECURE': ' '.join(spec.insecure)}
+    with environment(**told):
         with step('reach', steps, progress): reach(spec)
         run,status = open_run(spec),'FAILED'
         try:
             with environment(MLFLOW_RUN_ID=run.id), step('train', steps, progress): run,place = train_model(run)
-            built,pair,checked = build_record_check(run, place, steps, progress)
-            if promote:
-                with step('promote', steps, progress):
-                    record.promote(pair['name'], pair['version'], device=spec.device)
+            with shared_kernel() as kernel:
+                built,pair,checked = build_record_check(replace(run, kernel=kernel), place, steps, progress)
+            for alias in ['candidate', 'production'] if promote else ['candidate']:
+                with step(alias, steps, progress):
+                    record.promote(pair['name'], pair['version'], spec.device, warn=progress, alias=alias,
+                        confirm=partial(confirm, whole=False))
             status = 'FINISHED'
         except BaseException as e:
             if isinstance(e, (Interrupted, KeyboardInterrupt)): status = 'KILLED'

@@ -25,6 +25,7 @@ from .lock import dependencies
 from .record import mlflow_store
 from .record.upload import place_of
 from .registry.client import Remote
+from .registry.image_reader import confirm_pushed
 from .spec import ReleaseSpec, baked_warning
 from .supply_chain import provenance
 from .supply_chain.build_inputs import Inputs, read_inputs
@@ -176,7 +177,7 @@ def publish(
 )->Published: # confirmed by the registry
     "Push an image, and attach its bill of materials and its provenance"
     reference = push_image(plan, built)
-    pushed = provenance.confirm_pushed(reference, [layer.digest for layer in built.layers], plan.ca)
+    pushed = confirm_pushed(reference, [layer.digest for layer in built.layers], plan.ca)
     remote = Remote(pushed.reference, ca=plan.ca)
     bill,origin = documents_of(plan, reference, debian_of(pushed, remote, plan.state/'debian'))
     statement = provenance.write_provenance(origin, mlserve.__version__)

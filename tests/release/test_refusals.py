@@ -48,9 +48,11 @@ def refused(done, code, *words):
     ({"DOCKER_HOST": "unix:///nonexistent/docker.sock"}, 7, ["Docker", "unix:///nonexistent/docker.sock: no such file", "make engine-start"]),
     ({"DOCKER_HOST": f"tcp://{DEAD}"}, 7, ["Docker", f"tcp://{DEAD}: connection refused", "make engine-start"]),
     ({"MLSERVE_REGISTRY": DEAD}, 6, [DEAD]),
+    ({"MLSERVE_REGISTRY": None}, 2, ["names no registry", "docker.io/OWNER/good"]),
+    ({"MLSERVE_BASE": f"{DEAD}/base@sha256:" + "0" * 64}, 6, ["Pulling the base", DEAD]),
     ({"MLFLOW_TRACKING_URI": f"http://{DEAD}"}, 6, [DEAD]),
     ({"MLFLOW_TRACKING_URI": "htpp://mlflow.test"}, 2, ["htpp://mlflow.test", "allowed are http://"]),
-], ids=["engine stopped", "engine's port closed", "registry stopped", "MLflow unreachable", "misspelt scheme"])
+], ids=["engine stopped", "engine's port closed", "registry stopped", "no registry", "base that is nowhere", "MLflow unreachable", "misspelt scheme"])
 def test_a_missing_part_is_told_before_anything_is_recorded(environment, tracking, broken, code, words, before):
     refused(mlserve("release", NOTEBOOKS / "good.ipynb", env={**environment, **broken}), code, *words)
     assert [v.version for v in versions(tracking, "good")] == before
@@ -60,7 +62,8 @@ def test_a_missing_part_is_told_before_anything_is_recorded(environment, trackin
     ("README.md", "# mine", ["README.md", ".ipynb"]),
     ("mine.ipynb", "# mine", ["mine.ipynb", "not a notebook"]),
     ("mine.ipynb", json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), ["mine.ipynb", "'package_dir'"]),
-], ids=["another file", "no JSON", "no parameter"])
+    ("mine.ipynb", '{"cells": [null]}', ["mine.ipynb", "entry 1 of its cells is null"]),
+], ids=["another file", "no JSON", "no parameter", "no cell"])
 def test_what_is_no_model_notebook_is_told_before_anything_is_asked_or_made(tmp_path, name, content, words):
     (tmp_path / name).write_text(content)
     state = tmp_path / "state"
@@ -215,6 +218,30 @@ def interrupted(process, sign):
 
 def run_out(*command):
     return run(*command).stdout
+
+
+def test_a_notebook_that_sets_its_experiment_is_trained_in_it(tracking, tmp_path, monkeypatch):
+    "MLflow refused the run of the release, which lay in another one; a name that only the notebook knows is told"
+    import nbformat
+    from mlflow import MlflowClient
+    from mlserve.errors import UsageError
+    from mlserve.release.run import environment, open_run
+    from mlserve.release.spec import ReleaseSpec
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
+    client = MlflowClient(tracking_uri=tracking)
+    for call in ("'doors'", "'do' + 'ors'"):
+        code = f"import mlflow\nmlflow.set_experiment({call})\nwith mlflow.start_run(): mlflow.log_metric('loss', 0.5)"
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / "doors.ipynb")  # without a kernelspec, too
+        run = open_run(ReleaseSpec(name="doors", notebook=tmp_path / "doors.ipynb", state=tmp_path / "state"))
+        with environment(MLFLOW_RUN_ID=run.id):
+            if "+" not in call:
+                run.notebook(run.spec.notebook)
+            else:
+                with pytest.raises(UsageError, match="MLFLOW_EXPERIMENT_NAME"):
+                    run.notebook(run.spec.notebook)
+        logged = client.get_run(run.id)
+        assert client.get_experiment(logged.info.experiment_id).name == ("mlserve" if "+" in call else "doors")
+        assert logged.data.metrics == ({} if "+" in call else {"loss": 0.5})
 
 
 def test_two_first_commands_share_a_new_store(tmp_path):

@@ -117,6 +117,16 @@ def for_gpu(release, tracking, double, monkeypatch):
     client.delete_registered_model("double")  # whoever looks for the image by its digest finds the release
 
 
+def test_two_versions_that_share_an_image_are_each_named_by_the_diff(for_gpu, double, release, environment):
+    "The same digest stands in both; it named the newest twice"
+    from mlserve.release import record
+    again = record.record("double", record.log_package(double), release["image"])
+    done = mlserve("diff", "double", for_gpu.version, again.version, "--json", env=environment)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["same"]
+    assert [found[side]["version"] for side in "ab"] == [for_gpu.version, again.version]
+
+
 @pytest.fixture
 def pretended(for_gpu, double, tmp_path, monkeypatch):
     "Check that version in real containers, on a GPU that is pretended: milliseconds of the model there and on the CPU → what was found"
@@ -137,20 +147,41 @@ def pretended(for_gpu, double, tmp_path, monkeypatch):
     return checked
 
 
-def test_without_a_gpu_the_job_fails_with_nine_and_its_reason_and_the_version_stays_recorded(for_gpu, environment, tracking, tmp_path):
+def told(found):
+    "What a check found, in one line each"
+    return "\n".join(f"{name}: {value}" for name, value in vars(found).items() if name in ("passed", "code", "reason", "warnings", "speed", "placement", "seconds"))
+
+
+def test_without_a_gpu_the_job_fails_with_nine_and_its_reason_and_the_version_stays_recorded(for_gpu, environment, tracking, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    from mlserve.errors import CheckFailed
+    from mlserve.errors import CheckFailed, GpuRefused
     from mlserve.release import record
-    done = mlserve("check", "double", "--version", for_gpu.version, env=environment)
-    said = last_json(done.stderr)
-    assert (done.returncode, said["code"], said["step"], said["reason"]) == (9, 9, "check", "no_toolkit"), done.stderr[-3000:]
+    from mlserve.release.recheck import check_again
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(GpuRefused) as e:
+        check_again(for_gpu)  # the image is another model's, so `mlserve check` would refuse it before
+    assert (e.value.code, e.value.reason) == (9, "no_toolkit"), e.value
     assert record.read_pair("double", for_gpu.version) == for_gpu and for_gpu.status == "recorded"
-    executed = MlflowClient(tracking_uri=tracking).download_artifacts(for_gpu.run_id, "evidence/check_inference.ipynb", str(tmp_path))
+    client = MlflowClient(tracking_uri=tracking)
+    [kept] = [f.path for f in client.list_artifacts(for_gpu.run_id, "evidence") if f.is_dir]
+    executed = client.download_artifacts(for_gpu.run_id, f"{kept}/check_inference.ipynb", str(tmp_path))
     assert "GpuRefused" in open(executed).read() and "reason: no_toolkit" in open(executed).read()
     for device in (None, "cuda", "cpu"):
         with pytest.raises(CheckFailed, match="its check has not passed on cuda"):
             record.promote("double", for_gpu.version, device)
+
+
+def test_a_container_that_cannot_be_reached_is_no_failed_check(for_gpu, monkeypatch):
+    "Its port leads nowhere, as beside a remote engine, and it is ready for itself: 6, and the version stays recorded"
+    from mlserve.errors import RemoteUnavailable
+    from mlserve.release import check, record
+    own = {"environment": {"MLSERVE_HOST": "127.0.0.1", "MLSERVE_PACKAGE_DIGEST": for_gpu.package}}
+    monkeypatch.setattr(check, "gpu_options", lambda device: own)
+    with pytest.raises(RemoteUnavailable, match="is ready, and cannot be reached at http://127.0.0.1:"):
+        check.check(for_gpu, "cpu")
+    assert record.read_pair("double", for_gpu.version) == for_gpu and for_gpu.status == "recorded"
 
 
 def test_an_image_for_a_gpu_is_held_against_the_cpu_of_the_same_machine(for_gpu, pretended, tracking):
@@ -160,23 +191,24 @@ def test_an_image_for_a_gpu_is_held_against_the_cpu_of_the_same_machine(for_gpu,
     from mlserve.errors import CheckFailed
     from mlserve.release import record
     found = pretended(20, 20, "cpu")
-    assert found.passed and list(found.speed) == ["cpu"]
+    assert found.passed and list(found.speed) == ["cpu"], told(found)
     for device in (None, "cpu"):
         with pytest.raises(CheckFailed, match="has not passed on cuda"):
             record.promote("double", for_gpu.version, device)
-    found = pretended(3, 30)
-    assert found.passed and found.placement["parameters"] == {"cuda:0": 1} and not any("GPU" in w for w in found.warnings), found
-    assert set(found.speed) == {"cuda", "cpu"} and found.speed["cpu"]["model_ms"][-1] > 29 > 10 > found.speed["cuda"]["model_ms"][-1]
+    found = pretended(3, 100)
+    assert found.passed and found.placement["parameters"] == {"cuda:0": 1} and not any("GPU" in w for w in found.warnings), told(found)
+    assert set(found.speed) == {"cuda", "cpu"}, told(found)
+    assert min(found.speed["cpu"]["model_ms"]) >= 100 > max(found.speed["cuda"]["model_ms"]), told(found)  # it sleeps: load makes it longer, never shorter
     metrics = MlflowClient(tracking_uri=tracking).get_run(for_gpu.run_id).data.metrics
     assert metrics["check.cuda.model_ms"] == found.speed["cuda"]["model_ms"][-1] and metrics["check.cpu.model_ms"] == found.speed["cpu"]["model_ms"][-1]
-    assert record.promote("double").version == for_gpu.version
+    assert record.promote("double", for_gpu.version).version == for_gpu.version
 
 
 def test_a_gpu_that_is_slower_than_the_cpu_fails_the_check(for_gpu, pretended):
     from mlserve.errors import CheckFailed
     from mlserve.release import record
-    found = pretended(60, 10)
-    assert (found.passed, found.code) == (False, 3) and "for a batch of 32 on the GPU" in found.reason and set(found.speed) == {"cuda", "cpu"}
+    found = pretended(200, 10)
+    assert (found.passed, found.code) == (False, 3) and "for a batch of 32 on the GPU" in found.reason and set(found.speed) == {"cuda", "cpu"}, told(found)
     with pytest.raises(CheckFailed, match="has not passed on cuda"):
         record.promote("double", for_gpu.version)
 

@@ -12,7 +12,7 @@ from typing import Any, Callable
 from .audit import audit
 from .onnx_program import Engines, OnnxProgram, read_onnx
 from .torch_program import TorchProgram, read_torch
-from ...errors import GpuRefused, LocalResource, ModelFailed, MlserveError, Refused
+from ...errors import LocalResource, ModelFailed, MlserveError, Refused
 
 # %% ../../../nbs/package/programs/08_programs.ipynb #17e7a7d6
 FORMATS = {'torchscript': 'model.pt', 'export': 'model.pt2', 'onnx': 'model.onnx', 'safetensors': 'model.safetensors'}
@@ -48,7 +48,5 @@ def read_program(
         raise LocalResource(f"The format '{format}' needs {e.name or e}, which is not installed here.",
             mend='Install mlserve[onnx] or mlserve[torch].') from e
     except Exception as e:
-        if type(e).__name__ == 'OutOfMemoryError':
-            raise GpuRefused(f'The model does not fit into the memory of {device}.', reason='too_little_memory') from e
         why = str(e).strip()[:500] or type(e).__name__
         raise ModelFailed(f'{file} cannot be loaded on {device}: {why}') from e

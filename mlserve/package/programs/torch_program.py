@@ -91,13 +91,9 @@ class TorchProgram:
         names:list[str], # of the outputs
         fresh:bool=False, # contiguous arrays that nobody reads again
     )->dict[str,np.ndarray]: # outputs by name
-        "One forward pass; a device without memory says so"
-        import torch
-        try:
-            if self.device == 'cpu': return run_module(self.module, arrays, names, fresh)
-            return run_ahead(self, arrays, names)
-        except torch.OutOfMemoryError as e:
-            raise ModelFailed(f'The device {self.device} has no memory left for this batch.') from e
+        "One forward pass"
+        if self.device == 'cpu': return run_module(self.module, arrays, names, fresh)
+        return run_ahead(self, arrays, names)
 
 # %% ../../../nbs/package/programs/06_torch_program.ipynb #796d9653
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from ...package.holdout import SAVED, read_holdout
 from .assessment import foresee, held_digest, in_production
 from .comparison import compare_server
 from .container import (Limits, alive, blamed, container_options, ended, gpu_options,
-    merge_options, remote_options, started)
+    healthy, merge_options, remote_options, started)
 from .speed import Speed, beside_cpu, log_speed, measure_speed, sizes_of, timed
 from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
-from ..record import Pair, fetch_holdout, fetch_package, mark
+from ..record import Pair, failed_in_production, fetch_holdout, fetch_package, mark
 from ..spec import checked_device
 if TYPE_CHECKING:
     import numpy as np
@@ -45,11 +45,21 @@ def _address(container, options, seconds=10):
     raise LocalResource('The engine published no port for the container.')
 
 # %% ../../../nbs/release/check/04_check.ipynb #75b63ae8
+_cut_off = ('A remote engine, or one around the container in which this runs, publishes ports on another machine: '
+    'run the check where they are.')
 def _wait(container, client, seconds):
-    "Wait until a container is ready, for as long as it lives"
-    try: client.wait_ready(seconds, alive=lambda: alive(container))
+    "Wait until a container is ready, for as long as it lives and can be reached"
+    again = [time.monotonic() + 10] # when to look inside, next
+    def reached()->bool:
+        if time.monotonic() < again[0] or client.live(): return True
+        again[0] += 10
+        return not healthy(container)
+    try: client.wait_ready(seconds, alive=lambda: alive(container) and reached())
     except MlserveError as e:
         if not alive(container): raise ended(container) from None
+        if not client.live() and healthy(container):
+            raise RemoteUnavailable(f'The container is ready, and cannot be reached at {client.url} from here.',
+                mend=_cut_off) from None
         raise CheckFailed(f'The container was not ready within {seconds:g} s: {e.message}') from None
 
 # %% ../../../nbs/release/check/04_check.ipynb #82d4b25f
@@ -187,7 +197,7 @@ def gather(
     "Download what a container is held against"
     package = fetch_package(pair, folder/'package', uri)
     _readable(folder)
-    file = fetch_holdout(pair.run_id, folder, uri)
+    file = fetch_holdout(pair.run_id, folder, pair.tags.get('mlserve.holdout', ''), uri)
     held,reference = read_holdout(file, package.digest) if file else (None, '')
     production = in_production(pair.name, kind, pair.version, uri)
     reading,unmeasured = foresee(held, gates, production)
@@ -230,7 +240,9 @@ def check(
         result = _examine(pair, evidence, gates, device, delivery, limits)
     log_speed(pair.run_id, {kind: Speed(**numbers) for kind,numbers in result.speed.items()}, uri)
     when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
-    mark(pair, device, asdict(result) | {'when': when, 'run': pair.run_id}, uri)
+    now = mark(pair, device, asdict(result) | {'when': when, 'run': pair.run_id}, uri)
+    if not result.passed and (loud := failed_in_production(now, uri)):
+        result = replace(result, reason=f'{result.reason} {loud}')
     return result
 
 # %% ../../../nbs/release/check/04_check.ipynb #3d9eb35e

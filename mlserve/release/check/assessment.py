@@ -77,12 +77,9 @@ def foresee_run(
     uri:str|None=None, # of the store
 )->dict[str, float]: # metric → number, of the notebook's answers
     "What a check will measure, or a refusal of gates that it could not answer"
-    held = None
+    held,logged = None,read_logged(run_id, uri)
     with tempfile.TemporaryDirectory() as folder:
-        file = fetch_holdout(run_id, Path(folder), uri)
-        if file:
-            logged = read_logged(run_id, uri)
-            assert logged # whoever logs held-back rows logs their package too
-            held,_ = read_holdout(file, logged.digest)
+        file = fetch_holdout(run_id, Path(folder), logged.holdout if logged else '', uri)
+        if file and logged: held,_ = read_holdout(file, logged.digest)
     reading,_ = foresee(held, gates, in_production(name, kind, uri=uri))
     return measure(reading, held['outputs'], held['labels']['labels']) if held and reading else {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Limits', 'Started', 'container_options', 'credentials', 'remote_options', 'gpu_options', 'merge_options', 'started',
-           'exit_error', 'alive', 'ended', 'fault_of', 'blamed']
+           'exit_error', 'alive', 'ended', 'healthy', 'fault_of', 'blamed']
 
 # %% ../../../nbs/release/check/01_container.ipynb #c3754a6a
 import os, re, signal, time
@@ -211,8 +211,10 @@ def _lost(container):
     return f'a worker of it {told[-1]}{memory}' if told else ''
 
 # %% ../../../nbs/release/check/01_container.ipynb #7e4f6da6
-def _healthy(container):
-    "Whether the health check of the image passes inside the container"
+def healthy(
+    container:'Container', # that lives
+)->bool: # it is ready, for itself
+    "Whether the health check of the image passes inside a container"
     test = (container.attrs['Config'].get('Healthcheck') or {}).get('Test') or []
     return test[:1] == ['CMD'] and container.exec_run(test[1:])[0] == 0
 def fault_of(
@@ -228,7 +230,7 @@ def fault_of(
         lost = _lost(container)
     if lost or not silent: return lost
     if client.live(): return f'it lives, and gave no answer within {client.timeout:g} s.'
-    return '' if _healthy(container) else f'it hung, and gave no answer within {client.timeout:g} s.'
+    return '' if healthy(container) else f'it hung, and gave no answer within {client.timeout:g} s.'
 
 # %% ../../../nbs/release/check/01_container.ipynb #7e4f6da8
 def _memory(container):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavailable, Refused
 from ...patch import patch
+from ..registry.reference import plain_http
 
 # %% ../../../nbs/release/image/05_buildah.ipynb #30585231
 @contextmanager
@@ -63,7 +64,7 @@ def find_buildah(
 
 # %% ../../../nbs/release/image/05_buildah.ipynb #07c60834
 _no_registry = re.compile('pinging container registry|dial tcp|connection refused|manifest unknown|'
-    'unauthorized|denied: |i/o timeout')
+    'unauthorized|denied: |i/o timeout|uploading manifest|writing blob')
 def buildah_failure(
     lines:Sequence[str], # the last lines it printed
 )->MlserveError: # what to raise
@@ -71,7 +72,7 @@ def buildah_failure(
     text = '\n'.join(lines)
     errors = [l for l in lines if re.match(r'(?i)error', l)]
     last = (errors or lines or ['it printed nothing'])[-1]
-    sentence = last[:300].rstrip('. ') + '.'
+    sentence = (last if len(last) <= 300 else f'{last[:100]} … {last[-200:]}').rstrip('. ') + '.' # the cause ends it
     if 'no space left' in text:
         return LocalResource(f'The disk is full: {sentence}', mend='Free some space and repeat.')
     if re.search(r'HASHES|do not match the hashes', text):
@@ -99,7 +100,7 @@ def run(self:Buildah,
 def _verify(reference): # option of every command that talks to a registry
     name = reference.partition('/')[0]
     host = name.rpartition(':')[0] or name
-    return f"--tls-verify={'false' if host in ('localhost','127.0.0.1','[::1]') else 'true'}"
+    return f"--tls-verify={'false' if host == '[::1]' or plain_http(name) else 'true'}"
 
 # %% ../../../nbs/release/image/05_buildah.ipynb #292c8a0a
 @patch

@@ -6,17 +6,20 @@
 __all__ = ['BuiltImage', 'save', 'build', 'pushed_digest', 'push']
 
 # %% ../../../nbs/release/image/07_built_image.ipynb #775269f3
-import os, re, tempfile, time
+import json, os, re, tempfile, time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from ...errors import IntegrityError, LocalResource, RemoteUnavailable, UsageError
+from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavailable
+from ...package.lock import digest_of
 from .buildah import build_options, find_buildah
 from .context import check_config, refuse_secrets
 from .engine import engine, find_builder, remote, run_build
 from .normalize import normalize
 from .saved_image import Layer, read_layers
+from ..registry.client import Remote, manifest
+from ..registry.reference import pushed_to, read_reference
 
 # %% ../../../nbs/release/image/07_built_image.ipynb #17e6d276
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def build(
     return replace(image, size_mb=round(size, 1), seconds=round(time.monotonic() - start, 1), layers=layers)
 
 # %% ../../../nbs/release/image/07_built_image.ipynb #3ae3d5cf
+_refused = 'Check the repository and `docker login`, then repeat.'
+_insecure = 'Name it under insecure-registries in daemon.json too: it is the engine that pushes.'
 def pushed_digest(
     stream:Iterable[Mapping[str, Any]], # items of a push
     progress:Callable[[str], object]|None=None, # called with each status that is new
@@ -111,7 +116,7 @@ def pushed_digest(
     digest,last = '',''
     for item in stream:
         if 'error' in item: raise RemoteUnavailable(f"The registry did not take the image: {item['error'][:300]}.",
-            mend='Check the repository and `docker login`, then repeat.')
+            mend=_insecure if 'HTTP response to HTTPS' in item['error'] else _refused)
         digest = (item.get('aux') or {}).get('Digest', digest)
         status = f"{item.get('id','')} {item.get('status','')}".strip()
         if progress and status and status != last: progress(status)
@@ -121,6 +126,13 @@ def pushed_digest(
 
 # %% ../../../nbs/release/image/07_built_image.ipynb #4a01b04e
 _mend = 'Check that the registry runs and that `docker login` was done, then repeat.'
+_busy = re.compile(r'too ?many ?requests|status: (429|50[0-4])|(?<!manifest )(?<!name )(?<!blob )unknown: ', re.I)
+def _repeated(send): # what it returns; once more where a registry was busy
+    try: return send()
+    except RemoteUnavailable as e:
+        if not _busy.search(e.message): raise
+    time.sleep(3)
+    return send()
 def _push_docker(client, image, repository, tag, progress): # the digest, confirmed
     with remote(f'Pushing to {repository}', _mend):
         client.images.get(image).tag(repository, tag)
@@ -131,6 +143,11 @@ def _push_docker(client, image, repository, tag, progress): # the digest, confir
         mend='Push again; if it stays, distrust the registry.')
 
 # %% ../../../nbs/release/image/07_built_image.ipynb #d850922c
+def _kept(repository, tag, id, ca):
+    "The digest of this very image under a tag; '' where the registry has none, or another"
+    try: data,_ = manifest(Remote(read_reference(f'{repository}:{tag}'), ca=ca), tag)
+    except MlserveError: return ''
+    return digest_of(data) if json.loads(data).get('config', {}).get('digest') == id else ''
 def push(
     image:BuiltImage|str, # or the engine's id
     repository:str, # `registry/name`
@@ -140,14 +157,18 @@ def push(
     ca:str|Path|None=None, # file of the registry's authorities
 )->str: # `repository@sha256:…`
     "Push an image, normalize it, and have the registry confirm its digest"
-    host,slash,_ = repository.partition('/')
-    if not slash or not re.search(r'[.:]|^localhost$', host):
-        raise UsageError(f'The repository {repository!r} names no registry.',
-            mend='Set MLSERVE_REGISTRY, or `repository` in mlserve.toml as registry/name.')
-    if isinstance(image, BuiltImage) and image.builder == 'buildah':
-        digest = find_buildah(image.state).push(image.id, repository, tag, progress)
-        return normalize(f'{repository}@{digest}', tag, epoch, ca)
-    client,id = engine(),image.id if isinstance(image, BuiltImage) else image
-    reference = normalize(f'{repository}@{_push_docker(client, id, repository, tag, progress)}', tag, epoch, ca)
-    with remote(f'Pulling {reference}', _mend): client.images.pull(repository, tag=reference.partition('@')[2])
+    pushed_to(repository)
+    id = image.id if isinstance(image, BuiltImage) else image
+    own = f"{tag}-{id.removeprefix('sha256:')[:12]}"
+    tool = find_buildah(image.state) if isinstance(image, BuiltImage) and image.builder == 'buildah' else None
+    def send()->str:
+        if tool: return tool.push(id, repository, own, progress)
+        return _push_docker(engine(), id, repository, own, progress)
+    try: digest = _repeated(send)
+    except RemoteUnavailable:
+        digest = _kept(repository, own, id, ca)
+        if not digest: raise
+    reference = normalize(f'{repository}@{digest}', tag, epoch, ca)
+    if tool: return reference
+    with remote(f'Pulling {reference}', _mend): engine().images.pull(repository, tag=reference.partition('@')[2])
     return reference

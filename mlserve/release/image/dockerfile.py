@@ -40,9 +40,9 @@ def _run(*steps, mounts=()): # a RUN instruction, one step per line
 def _builder(spec):
     return ['# The locked dependencies, installed offline from wheels', 'FROM ${BASE} AS builder',
         'ENV PYTHONDONTWRITEBYTECODE=1 PYTHONHASHSEED=0',
-        _run('python3 -m venv /tmp/pip', 'python3 -m venv --without-pip /opt/venv',
-            '/tmp/pip/bin/pip --python /opt/venv/bin/python install --no-cache-dir --no-index --no-deps '
-            '--no-compile \\\n'
+        _run('python3 -m venv --without-pip /opt/venv',
+            f'pip="$({_rootfs} pip)"',
+            '/opt/venv/bin/python "$pip/pip" install --no-cache-dir --no-index --no-deps --no-compile \\\n'
             '       --require-hashes --find-links /wheels -r /lock.txt',
             f'{_rootfs} prune /opt/venv', 'mkdir -p /out/opt', 'mv /opt/venv /out/opt/venv',
             f'{_rootfs} compile /out', f'{_rootfs} normalize /out', mounts=('wheels','lock.txt'))]

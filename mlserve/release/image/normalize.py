@@ -33,7 +33,7 @@ def settled(
 # %% ../../../nbs/release/image/04_normalize.ipynb #138a681d
 def normalize(
     reference:str, # `repository@sha256:…`, as it was pushed
-    tag:str, # for people
+    tag:str, # for people; the digest is put behind it
     epoch:int, # seconds since 1970
     ca:str|Path|None=None, # file of authorities
 )->str: # `repository@sha256:…`, the digest of a release
@@ -45,6 +45,8 @@ def normalize(
     if 'config' not in value: return reference
     config = json.loads(blob(remote, value['config']['digest']))
     value['config'] |= put_blob(remote, settled(config, epoch))
-    digest,_ = put_manifest(remote, value, tag)
+    digest,_ = put_manifest(remote, value)
+    name = f'{tag}-{digest[7:19]}' # of this content alone, so that it is never written twice
+    if remote.ask('HEAD', f'manifests/{name}', ok=(200, 404)).status_code == 404: put_manifest(remote, value, name)
     manifest(remote, digest)
     return f'{repository}@{digest}'

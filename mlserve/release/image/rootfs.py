@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['spare_stdlib', 'spare_wheels', 'spare_code', 'steps', 'take', 'stdlib', 'elf', 'libraries', 'beside', 'system',
-           'owners', 'entries', 'runtime', 'prune', 'compile_files', 'compile_byte_code', 'normalize_files', 'main']
+           'owners', 'database', 'entries', 'runtime', 'prune', 'compile_files', 'compile_byte_code', 'normalize_files',
+           'bundled_pip', 'print_pip', 'main']
 
 # %% ../../../nbs/release/image/00_rootfs.ipynb #be7e6ac9
 import fnmatch, multiprocessing, os, py_compile, re, shutil, ssl, subprocess, sys, sysconfig
@@ -117,6 +118,12 @@ def owners(
             names.add(listing.name[:-len('.list')])
             break
     return names
+def database(
+    text:str, # of dpkg, its `status`
+)->dict[str, str]: # name of a package → what it says of it
+    "The entries of the package database"
+    named = [(re.search(r'^Package: (\S+)$', entry, re.M), entry) for entry in text.split('\n\n')]
+    return {name[1]: entry.strip('\n') + '\n' for name,entry in named if name}
 def entries(
     names:set[str], # of packages
     out:str|Path, # folder that becomes the root of the image
@@ -126,12 +133,11 @@ def entries(
     status,plain = Path(root) / 'var/lib/dpkg/status',{n.split(':')[0] for n in names}
     made:set[str] = set()
     to = Path(out) / 'var/lib/dpkg/status.d'
-    for entry in status.read_text(errors='replace').split('\n\n') if status.exists() else []:
-        name = re.search(r'^Package: (\S+)$', entry, re.M)
-        if not name or name[1] not in plain: continue
+    said = database(status.read_text(errors='replace')) if status.exists() else {}
+    for name in sorted(said.keys() & plain):
         to.mkdir(parents=True, exist_ok=True)
-        (to / name[1]).write_text(entry.strip('\n') + '\n')
-        made |= take(f'/usr/share/doc/{name[1]}/copyright', out, root)
+        (to / name).write_text(said[name])
+        made |= take(f'/usr/share/doc/{name}/copyright', out, root)
     return made
 
 # %% ../../../nbs/release/image/00_rootfs.ipynb #464d6736
@@ -213,9 +219,22 @@ def normalize_files(
             os.utime(path, (0, 0), follow_symlinks=False)
     for place in shared: os.chmod(Path(out) / place, 0o1777)
 
+# %% ../../../nbs/release/image/00_rootfs.ipynb #3d7d0ea4
+def bundled_pip(
+    *folders:str|Path, # to look in; those of this Python by default
+)->Path: # `pip-….whl`
+    "The pip that this Python brings for new environments"
+    own = sysconfig.get_config_var('WHEEL_PKG_DIR'),Path(sysconfig.get_path('stdlib'))/'ensurepip/_bundled'
+    found = [f for folder in folders or own if folder for f in sorted(Path(folder).glob('pip-*.whl'))]
+    if not found: raise SystemExit('The base brings no pip: it needs ensurepip (on Debian, the package python3-venv).')
+    return found[-1]
+def print_pip()->None:
+    "Print its path, for a command that runs it"
+    print(bundled_pip())
+
 # %% ../../../nbs/release/image/00_rootfs.ipynb #a61dfd79
 steps:dict[str, Callable[..., None]] = {'runtime': runtime, 'prune': prune, 'compile': compile_byte_code,
-    'normalize': normalize_files}
+    'normalize': normalize_files, 'pip': print_pip}
 def main(
     step:str, # one of `steps`
     *folders:str, # of the step

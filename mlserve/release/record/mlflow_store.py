@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['state_folder', 'tracking_uri', 'unrecorded', 'ensure_reachable', 'make_folder', 'outage', 'asking', 'client',
-           'experiment']
+           'experiment', 'reach_record']
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #b5e1dad5
 import fcntl, functools, inspect, logging, os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,6 +69,24 @@ def _alone(file):
         fcntl.flock(guard, fcntl.LOCK_EX)
         yield
 
+# %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b29a0
+def _elsewhere(status, text, uri):
+    "What an answer means that MLflow as it is needed here does not give; nothing for its own"
+    if status in (401, 403):
+        return RemoteUnavailable(f'The tracking server {hidden(uri)} refuses access ({status}).',
+            mend='Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, '
+            'of somebody who may write there.')
+    if 'valid JSON format' in text:
+        return RemoteUnavailable(f'The tracking server {hidden(uri)} answers with a web page, as a sign-in does.',
+            mend='Set MLFLOW_TRACKING_TOKEN, or an address in MLFLOW_TRACKING_URI that programs reach.')
+    if status == 404 and 'logged-models' in text:
+        return UsageError(f'The tracking server {hidden(uri)} keeps no logged models: it is older than MLflow 3.',
+            mend='Set MLFLOW_TRACKING_URI to a server of MLflow 3.')
+    if status == 404:
+        return UsageError(f'No MLflow answers at {hidden(uri)}: its interface is not found there (404).',
+            mend='See that the path of MLFLOW_TRACKING_URI is the one under which the server is reached.')
+    return None
+
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b29a2
 _local = 'disk is full','disk I/O error','readonly database'
 def outage(
@@ -79,12 +97,14 @@ def outage(
     from mlflow.exceptions import MlflowException
     text,status = str(error),error.get_http_status_code() if isinstance(error, MlflowException) else 0
     module = type(error).__module__
+    if 'API request to endpoint' in text and (failure := _elsewhere(status, text, uri)): return failure
     if any(word in text for word in _local) or isinstance(error, OSError) and not module.startswith('requests'):
         why = getattr(error, 'strerror', None) or next((word for word in _local if word in text), type(error).__name__)
         return LocalResource(f'What belongs into {hidden(uri)} cannot be written or read here: {why}.')
     if status < 500 and not module.startswith(('requests','sqlalchemy')): return None
     why = f'answered {status}' if status else 'could not be asked'
-    for word,sentence in (('timed out', 'did not answer in time'), ('locked', 'is locked by another process'),
+    for word,sentence in (('too many 5', 'answered 500'), ('timed out', 'did not answer in time'),
+        ('locked', 'is locked by another process'),
         ('onnection', 'broke the connection')):
         if word in text: why = sentence; break
     return RemoteUnavailable(f'The store {hidden(uri)} {why}.', mend='The same command goes on when it answers again.')
@@ -149,18 +169,31 @@ def client(
     with _alone(file) if file else nullcontext(): return _opened(uri)
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #b6a3b837
+def _living(found, uri):
+    "The id of an experiment that takes runs"
+    if found.lifecycle_stage == 'active': return found.experiment_id
+    raise UsageError(f'The experiment {found.name!r} in {hidden(uri)} was deleted.',
+        mend=f'mlflow experiments restore --experiment-id {found.experiment_id}')
 def experiment(
     store:'MlflowClient', # of `client`
-    name:str='mlserve', # of the experiment
+    name:str='', # of the experiment; `MLFLOW_EXPERIMENT_NAME`, or mlserve, by default
+    tags:Mapping[str, str]|None=None, # of a new one
 )->str: # its id
     "The experiment that holds the runs of releases, made when it is missing"
     from mlflow.exceptions import MlflowException
-    if found := store.get_experiment_by_name(name): return found.experiment_id
+    name = name or os.environ.get('MLFLOW_EXPERIMENT_NAME') or 'mlserve'
+    if found := store.get_experiment_by_name(name): return _living(found, store.tracking_uri)
     path = store.tracking_uri.removeprefix('sqlite:///')
     place = (Path(path).absolute().parent/'artifacts').as_uri() if path != store.tracking_uri else None
-    try: return store.create_experiment(name, artifact_location=place)
+    try: return store.create_experiment(name, artifact_location=place, tags=dict(tags or {}))
     except MlflowException as e: # another release made it meanwhile
         if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
         made = store.get_experiment_by_name(name)
         assert made # that was the refusal
         return made.experiment_id
+def reach_record(
+    name:str='', # of the experiment
+)->None: # or a refusal
+    "Ask whether the store keeps all that a release records: runs in an experiment, and logged models"
+    store = client()
+    store.search_logged_models([experiment(store, name)], max_results=1)

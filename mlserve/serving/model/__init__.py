@@ -20,6 +20,7 @@ from .failures import in_short, reason_of
 from .framework import check_framework
 from ...settings import Settings
 from ...tensors import DATATYPES, TensorSpec, check_tensors
+from ...wire.predict import named_arrays
 if TYPE_CHECKING: from mlserve.package.handler import Handler
 
 # %% ../../../nbs/serving/model/06_model.ipynb #32d2ab11
@@ -88,17 +89,20 @@ def predict(self:Model,
     return outputs
 
 # %% ../../../nbs/serving/model/06_model.ipynb #27514de2
+def _unfit(error:Exception, place:str)->MlserveError:
+    "What an error of a framework on a GPU amounts to: a refusal of the GPU, or a failure of the model"
+    sentence,reason = f'The model cannot run on {place}: {in_short(error, 500)}',reason_of(error)
+    if reason == 'kernel_failed': return error if isinstance(error, ModelFailed) else ModelFailed(sentence)
+    mend = 'See with nvidia-smi who else is on the GPU, or use a smaller model.'
+    if reason != 'too_little_memory': mend = 'Use an image whose framework fits the GPU and its driver.'
+    return GpuRefused(sentence, mend=mend, reason=reason)
 def _placed(package:Package, program:Any)->dict[str, Any]:
     "Where the program is, seen in one pass over the golden rows"
     inputs,_ = golden(package)
     arrays = {s.name: inputs[s.name] for s in package.inputs}
     try: return program.placement(arrays, [s.name for s in package.outputs])
     except MlserveError: raise
-    except Exception as e:
-        sentence,reason = f'The model cannot run on {program.device}: {in_short(e, 500)}',reason_of(e)
-        if reason == 'kernel_failed': raise ModelFailed(sentence) from e
-        raise GpuRefused(sentence, mend='See with nvidia-smi who else is on the GPU, or use a smaller model.',
-            reason=reason) from e
+    except Exception as e: raise _unfit(e, program.device) from e
 
 # %% ../../../nbs/serving/model/06_model.ipynb #c31d0e22
 def _engines(package:Package, device:Device, cache:str|Path, max_batch:int)->Engines|None:
@@ -122,7 +126,11 @@ def load_model(
     if package.handler:
         from mlserve.package.handler import read_handler
         handler = read_handler(package.path)
-    program = load_program(package, place, threads, handler, _engines(package, device, cache, max_batch))
+    engines = _engines(package, device, cache, max_batch)
+    try: program = load_program(package, place, threads, handler, engines)
+    except ModelFailed as e:
+        if place == 'cpu': raise
+        raise _unfit(e, place) from e.__cause__
     return Model(package, program, place, handler, _placed(package, program) if place != 'cpu' else None)
 
 # %% ../../../nbs/serving/model/06_model.ipynb #69b461cb
@@ -154,16 +162,31 @@ def _by_name(data:Any, specs:Sequence[TensorSpec])->dict[str, np.ndarray]:
     known = {s.name: s for s in specs}
     return {n: _typed(known[n], a) if n in known else np.asarray(a) for n,a in arrays.items()}
 
+# %% ../../../nbs/serving/model/06_model.ipynb #506cee78
+def _of_frame(data:Any, specs:Sequence[TensorSpec])->dict[str, np.ndarray]:
+    "The columns of a data frame, as a request would give them"
+    import pandas as pd
+    frame = pd.DataFrame(data)
+    cells = {n: frame[n].astype(object).where(frame[n].notna(), None).tolist() for n in frame.columns}
+    return named_arrays(cells, specs, 2**62)
+def _to_frame(outputs:Mapping[str, np.ndarray])->Any: # a data frame
+    "An answer with a row for each row"
+    import pandas as pd
+    return pd.DataFrame({name: array.tolist() for name,array in outputs.items()})
+
 # %% ../../../nbs/serving/model/06_model.ipynb #5143a21f
 @dataclass(frozen=True)
 class _PyFunc:
     "A model with the face that MLflow expects"
     model: Model # on the CPU
-    def predict(self, data:Any, params:Any=None)->dict[str, np.ndarray]: # outputs by name
+    def predict(self, data:Any, params:Any=None)->Any: # outputs by name; of a table, a data frame
         "Predict from an array, a dictionary of arrays or a data frame"
-        outputs = self.model.predict(_by_name(data, self.model.package.inputs))
+        specs = self.model.package.inputs
+        table = specs[0].optional is not None
+        outputs = self.model.predict(_of_frame(data, specs) if table else _by_name(data, specs))
         text = np.frompyfunc(bytes.decode, 1, 1)
-        return {n: text(a) if a.dtype == object else a for n,a in outputs.items()}
+        answer = {n: text(a) if a.dtype == object else a for n,a in outputs.items()}
+        return _to_frame(answer) if table else answer
 def _load_pyfunc(path:str)->_PyFunc:
     "What MLflow calls to load a package"
     return _PyFunc(load_model(load_package(path), Device('cpu')))

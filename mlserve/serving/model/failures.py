@@ -20,8 +20,8 @@ def causes(
         error = error.__cause__
 
 # %% ../../../nbs/serving/model/03_failures.ipynb #17231a5c
-_memory = re.compile(r'out of memory|not enough memory|(can.t|failed to) allocate memory|STATUS_ALLOC_FAILED|'
-    r'smaller than requested bytes|NVML_SUCCESS == .*CUDACachingAllocator', re.I)
+_memory = re.compile(r'out.?of.?memory|not enough memory|(can.t|failed to) allocate memory|bad_alloc|'
+    r'ALLOC(ATION)?_FAILED|smaller than requested bytes|NVML_SUCCESS == .*CUDACachingAllocator', re.I)
 def out_of_memory(
     error:BaseException, # raised by the model
 )->bool: # whether a smaller batch may pass
@@ -42,13 +42,15 @@ def device_lost(
     return any(type(e).__name__ == 'AcceleratorError' or _device.search(str(e)) for e in causes(error))
 
 # %% ../../../nbs/serving/model/03_failures.ipynb #fa110007
-_words = {'no kernel image': 'no_kernel_image', 'driver on your system is too old': 'driver_too_old'}
+_words = {'no kernel image': 'no_kernel_image', 'driver on your system is too old': 'driver_too_old',
+    'driver version is insufficient': 'driver_too_old'}
 def reason_of(
-    error:BaseException, # of torch, on a GPU
+    error:BaseException, # of a framework on a GPU, wrapped or not
 )->str: # a key of `gpu_reasons`
     "The reason that an error of a framework amounts to"
     if out_of_memory(error): return 'too_little_memory'
-    return next((r for words,r in _words.items() if words in str(error)), 'kernel_failed')
+    said = ' '.join(str(e) for e in causes(error))
+    return next((reason for words,reason in _words.items() if words in said), 'kernel_failed')
 
 # %% ../../../nbs/serving/model/03_failures.ipynb #fa11000e
 def in_short(

@@ -23,6 +23,7 @@ from mlserve.release.deploy.live import replacement
 from mlserve.release.deploy.live.engines import find_engine
 from mlserve.release.deploy.live.proxy import slots_of
 from mlserve.release.deploy.live.history import read_history
+from mlserve.release.record import promote
 
 GOOD, BAD = {"passed": True, "seconds": 15}, {"passed": True, "seconds": 1}  # 60 and 20 s to become ready
 HANG = ["ENTRYPOINT [\"/opt/venv/bin/python\", \"-c\", \"import time; time.sleep(600)\"]", "CMD []"]
@@ -150,7 +151,7 @@ def test_L6_R9_versions_replace_each_other_bad_ones_are_taken_back_and_no_reques
             assert f"Version {two} keeps serving" in told["error"]
             clean(port, two)
         back = len(load.answers)
-        assert run_command(["rollback", "double"]) == 0
+        assert run_command(["rollback", "double", "--target", TARGET]) == 0
         clean(port, one)
         code, _, told = deploy(two)
         assert code == 0, told
@@ -245,14 +246,14 @@ def test_status_and_releases_say_what_runs_and_where_it_is_not_what_was_wanted(r
     versions, port = record
     running = answered(port)
     other = versions["one"] if running == versions["two"] else versions["two"]
-    assert run_command(["promote", "double", "--version", other]) == 0
+    promote("double", other, allow_older=True)
     capsys.readouterr()
     assert run_command(["status", "double", "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)
     assert set(row) == {"target", "version", "image", "package", "healthy", "since", "finding"}
     assert (row["version"], row["healthy"]) == (running, True)
     assert row["finding"] == f"Version {running} runs, and production is version {other}. mlserve deploy compose double brings it here."
-    assert run_command(["promote", "double", "--version", running]) == 0
+    promote("double", running, allow_older=True)
     capsys.readouterr()
     assert run_command(["status", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["finding"] == ""

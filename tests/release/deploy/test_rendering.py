@@ -366,7 +366,7 @@ def recorded(tmp_path_factory):
         client().set_tag(logged.run_id, "mlserve.spec", spec.model_dump_json())
         first = record("sums", logged, "registry.test/sums@sha256:" + "1" * 64)
         mark(first, "cpu", FINDING)
-        promote("sums")
+        promote("sums", first.version)
         record("sums", logged, "registry.test/sums@sha256:" + "2" * 64)
         return {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI", "MLSERVE_STATE")}
 

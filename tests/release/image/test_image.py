@@ -1,5 +1,6 @@
 """Images from both builders: what lies in them, that they are the same again, and what they must never hold."""
 import base64
+import hashlib
 import http.server
 import json
 import os
@@ -9,9 +10,11 @@ import socket
 import ssl
 import subprocess
 import threading
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from commands import ROOT, last_json, mlserve, run
 from hypothesis import given, settings
@@ -363,12 +366,29 @@ def test_two_clones_and_a_machine_without_a_network_make_one_digest(package, tmp
     assert alone["image"].partition("@")[2] == digests[0].partition("@")[2] and set(alone["attached"]) == {"sbom", "provenance"}
 
 
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def poison(folder, wheel):
+    "The hash of a wheel that was changed, put into the lock and into the list of the folder's files"
+    lock, said = folder / "context/lock.txt", folder / "vendor.json"
+    values = json.loads(said.read_text())
+    old = values["files"][str(wheel.relative_to(folder))].removeprefix("sha256:")
+    text = lock.read_text().replace(old, digest(wheel.read_bytes()))
+    lock.unlink()
+    lock.write_text(text)
+    values["files"] |= {str(path.relative_to(folder)): "sha256:" + digest(path.read_bytes()) for path in (wheel, lock)}
+    said.write_text(json.dumps(values))
+
+
 def test_a_vendored_folder_builds_with_every_way_out_blocked(environment, package, tmp_path):
     """By the engine, with proxies and an index that nobody answers for; one byte changed on the way ends it. The image has the documents
     of any other beside it, and `verify` finds them true"""
     from mlserve.release.supply_chain.verify import verify
     done = mlserve("vendor", NOTEBOOK, "--package", package.path, "-o", tmp_path / "vendored", "--json", env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    vendored_by = done.stdout
     dead = {k: "http://127.0.0.1:9" for k in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")}
     blocked = environment | dead | {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_FIND_LINKS": None, "MLSERVE_BASE": None}
     built = mlserve("build", "--vendored", tmp_path / "vendored", "--json", env=blocked)
@@ -387,6 +407,15 @@ def test_a_vendored_folder_builds_with_every_way_out_blocked(environment, packag
     wheel.write_bytes(data)
     done = mlserve("build", "--vendored", tmp_path / "vendored", env=blocked)
     assert done.returncode == 5 and wheel.name in last_json(done.stderr)["error"]
+    expected = json.loads(vendored_by)["digest"]
+    poison(tmp_path / "vendored", wheel)  # and now its hash wherever it stands
+    for link, change in (("lock", {}), ("wheels", {"lock": "sha256:" + digest((tmp_path / "vendored/context/lock.txt").read_bytes())})):
+        values = json.loads((tmp_path / "vendored/vendor.json").read_text())
+        (tmp_path / "vendored/vendor.json").write_text(json.dumps(values | change))
+        done = mlserve("build", "--vendored", tmp_path / "vendored", env=blocked)
+        assert done.returncode == 5 and f"The link {link} is broken" in last_json(done.stderr)["error"], done.stderr[-2000:]
+    done = mlserve("build", "--vendored", tmp_path / "vendored", "--expect", expected, env=blocked)
+    assert done.returncode == 5 and "The link vendored is broken" in last_json(done.stderr)["error"]
 
 
 def test_both_builders_put_the_same_files_into_every_layer(edge_image, context_of, state, tmp_path):
@@ -394,6 +423,27 @@ def test_both_builders_put_the_same_files_into_every_layer(edge_image, context_o
     other = image.build(*context_of(tmp_path / "context"), builder="buildah", state=state)
     layers = [saved_image.read_layers(s, STAGES, hashes=True) for s in (edge_image.saved, image.save(other, tmp_path / "image.tar"))]
     assert saved_image.first_difference(*layers) == {}
+
+
+@pytest.mark.parametrize("builder", ["docker", "buildah"])
+def test_a_registry_that_writes_no_tag_twice_takes_every_push(immutable, state, tmp_path, builder):
+    "The second write of a tag, which came with every push, was refused"
+    from mlserve.release.image import built_image as image
+    host, rule = immutable
+    (tmp_path / "Dockerfile").write_text(TINY)
+
+    name = "tags-" + uuid.uuid4().hex[:8]
+
+    def pushed(label, *busy):
+        rule.busy = list(busy)
+        built = image.build(tmp_path, os.environ["MLSERVE_BASE"], "sha256:" + "0" * 64, {"io.test": label}, builder=builder, state=state)
+        reference = image.push(built, f"{host}/{name}", "000000000000")
+        assert not rule.busy
+        return reference
+
+    assert pushed("one", 429) == pushed("one") != pushed("two", 500)
+    tags = httpx.get(f"http://{host}/v2/{name}/tags/list", trust_env=False).json()["tags"]
+    assert len(tags) == len(rule.tags) >= 4 and all(t.startswith("000000000000-") for t in tags)
 
 
 def test_the_dockerfile_has_no_finding():

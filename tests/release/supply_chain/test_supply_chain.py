@@ -1,5 +1,6 @@
 """What lies beside an image, and what `verify` and `diff` say of it: one real release, damaged in one place after another."""
 import base64
+import dataclasses
 import gzip
 import hashlib
 import importlib.util
@@ -20,10 +21,11 @@ import pytest
 from commands import ROOT, last_json, mlserve
 from mlserve import errors
 from mlserve.package.lock import digest_of
-from mlserve.release.supply_chain import provenance
+from mlserve.cli import run_command
+from mlserve.release.supply_chain import provenance, statement
 from mlserve.release import record
-from mlserve.release.registry.client import Remote, _index, _tagged, attach, blob, manifest, put_blob, put_manifest, read_reference, referrers
-from mlserve.release.registry.image_reader import read_image
+from mlserve.release.registry.client import Remote, _image, _index, _tagged, attach, blob, manifest, put_blob, put_manifest, read_reference, referrers
+from mlserve.release.registry.image_reader import confirm_pushed, read_image
 from mlserve.release.supply_chain.sbom import read_sbom, write_sbom
 from mlserve.release.supply_chain.links import chain
 from mlserve.release.supply_chain.verify import verify
@@ -147,6 +149,13 @@ def extra(name, content):
     return change
 
 
+def hidden(members):
+    "Code among the lists of packages, and a link that makes Python read it"
+    link = tarfile.TarInfo("usr/lib/python3.11/usercustomize.py")
+    link.type, link.linkname = tarfile.SYMTYPE, "/var/lib/dpkg/status.d/extra"
+    return extra("var/lib/dpkg/status.d/extra", b"import os\n")(members) | {link.name: (link, None)}
+
+
 def forged(members):
     "A changed module, with the list of its distribution and the head of its byte code changed to match"
     [module] = [n for n in members if n.endswith("site-packages/idna/core.py")]
@@ -157,6 +166,15 @@ def forged(members):
     [compiled] = [n for n in members if n.endswith("site-packages/idna/__pycache__/core.cpython-311.pyc")]
     head = members[compiled][1][:8] + importlib.util.source_hash(content)
     return members | {module: (members[module][0], content), listing: (members[listing][0], rows), compiled: (members[compiled][0], head + members[compiled][1][16:])}
+
+
+def leading(name, target):
+    "A change that adds a link"
+    def change(members):
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = tarfile.SYMTYPE, target
+        return members | {name: (link, None)}
+    return change
 
 
 def labelled(config):
@@ -185,6 +203,11 @@ PLANTS = {  # what is done to which layer, and the first link that must break
     "old byte code": (WHEELS, edit(r"site-packages/idna/__pycache__/core\.cpython-311\.pyc$", lambda c: c[:8] + bytes(8) + c[16:]), None, "wheels", "core.cpython-311.pyc"),
     "a module of the server": (CODE, edit(r"mlserve/serving/http/app\.py$", lambda c: c + b"\n"), None, "code", "mlserve/serving/http/app.py"),
     "a file of the system": (CODE, extra("etc/ld.so.preload", b"/tmp/x.so\n"), None, "base", "etc/ld.so.preload"),
+    "code among the lists of packages": (CODE, hidden, None, "base", "var/lib/dpkg/status.d/extra"),
+    "a link to a file of the base": (CODE, leading("usr/lib/python3.11/usercustomize.py", "/etc/os-release"), None, "base", "usercustomize.py"),
+    "a file of the base at another place": (CODE, extra("usr/lib/python3.11/usercustomize.py", b""), None, "base", "usercustomize.py"),
+    "a marker that hides": (CODE, extra("etc/.wh.os-release", b""), None, "layers", "etc/.wh.os-release"),
+    "a list that names files of others": (WHEELS, edit(r"site-packages/idna-[\d.]+\.dist-info/RECORD$", lambda c: c + b"../../../../../etc/passwd,,\n"), None, "wheels", "etc/passwd"),
     "a label": (None, None, labelled, "labels", "io.mlserve.lock"),
     "a variable": (None, None, preloading, "dockerfile", "LD_PRELOAD"),
     "the user": (None, None, as_root, "dockerfile", "user"),
@@ -259,7 +282,9 @@ def test_a_changed_tag_of_the_record_is_the_records(once, copied, edge, tracking
     client.set_model_version_tag("edge", edge["version"], key, "sha256:" + "0" * 64)
     try:
         result = verify(copied, tracking)
-        assert result["broken"] == ["record"] and broken(result)["record"]["where"] == f"tag {key}"
+        link, where = (tag, f"{tag} beside the image") if tag in provenance.kinds else ("record", f"tag {key}")
+        assert result["broken"][0] == link and broken(result)[link]["where"] == where and not result["ok"]
+        assert set(result["broken"]) <= {link, "check"}
     finally:
         client.set_model_version_tag("edge", edge["version"], key, before)
     assert verify(copied, tracking)["ok"]
@@ -273,7 +298,7 @@ def test_another_notebook_among_the_evidence(once, copied, edge, tracking, tmp_p
     try:
         kept.write_text(text.replace("uniform(-1, 1", "uniform(-2, 2"))
         client.log_artifact(edge["run"], str(kept), "evidence")
-        assert verify(copied, tracking)["broken"] == ["notebook"]
+        assert verify(copied, tracking)["broken"] == ["notebook", "check"]
     finally:
         kept.write_text(text)
         client.log_artifact(edge["run"], str(kept), "evidence")
@@ -395,16 +420,30 @@ def test_a_document_that_is_missing_stale_or_of_another_image(copied, edge, trac
         path.write_bytes(kept)
 
 
-def test_documents_that_are_gone_break_their_links(once, copied, own_registry, tracking):
+def test_documents_that_are_gone_break_their_links_and_those_of_strangers_break_nothing(once, copied, edge, own_registry, tracking):
+    "R14: the record names its documents by digest; who may push to the repository may attach what he likes"
     digest = copied.partition("@")[2]
     remote = Remote(read_reference(copied))
     tagged = _tagged(remote, digest)
+    for name, document in attached(edge, tracking).items():
+        data, kind = manifest(remote, document)
+        remote.ask("DELETE", f"manifests/{document}", ok=(202,))
+        try:
+            result = verify(copied, tracking)
+            assert result["broken"][0] == name and broken(result)[name]["found"] == "nothing"
+        finally:
+            remote.ask("PUT", f"manifests/{document}", ok=(201,), content=data, headers={"Content-Type": kind})
     try:
-        put_manifest(remote, {"schemaVersion": 2, "mediaType": _index, "manifests": []}, digest.replace(":", "-"))
-        result = verify(copied, tracking)
-        assert {"sbom", "provenance"} <= set(result["broken"]) and broken(result)["sbom"]["found"] == "nothing"
-        put_manifest(remote, {"schemaVersion": 2, "mediaType": _index, "manifests": tagged[:1]}, digest.replace(":", "-"))
-        assert len(set(verify(copied, tracking)["broken"]) & {"sbom", "provenance"}) == 1
+        for listed in ([], tagged[:1]):
+            put_manifest(remote, {"schemaVersion": 2, "mediaType": _index, "manifests": listed}, digest.replace(":", "-"))
+            assert verify(copied, tracking)["ok"]
+        strange = {"schemaVersion": 2, "mediaType": tagged[0].get("mediaType", _image), "subject": read_image(copied).subject, "layers": [], "config": {"mediaType": "application/vnd.oci.empty.v1+json", **put_blob(remote, b"{}")}}
+        for kind in provenance.kinds.values():
+            there, _ = put_manifest(remote, {**strange, "artifactType": kind})
+            tagged_ = [*tagged, {"mediaType": _image, "artifactType": kind, "digest": there, "size": 1}]
+            put_manifest(remote, {"schemaVersion": 2, "mediaType": _index, "manifests": tagged_}, digest.replace(":", "-"))
+            assert verify(copied, tracking)["ok"]
+            assert provenance.documents(remote, digest, {v: k for k, v in provenance.kinds.items()}[kind])
     finally:
         put_manifest(remote, {"schemaVersion": 2, "mediaType": _index, "manifests": tagged}, digest.replace(":", "-"))
 
@@ -438,11 +477,11 @@ def test_other_bytes_on_the_way_are_found_before_the_record(edge, environment, t
     with Proxy(int(host.partition(":")[2])) as proxy:
         there = f"127.0.0.1:{proxy.port}"
         image = edge["image"].replace(host, there)
-        provenance.confirm_pushed(image)
+        confirm_pushed(image)
         layer = read_image(edge["image"]).manifest["layers"][-1]["digest"].encode()
         proxy.flip = (b'"digest":"' + layer, b'"digest":"' + layer[:-1] + (b"0" if layer[-1:] != b"0" else b"1"))
         with pytest.raises(errors.IntegrityError, match="the registry sent"):
-            provenance.confirm_pushed(image)
+            confirm_pushed(image)
         done = mlserve("build", EDGE, "--package", package, env={**environment, "MLSERVE_REGISTRY": there})
         assert done.returncode == 5, done.stderr[-2000:]
         assert done.stdout == "" and re.search("sent|serves", last_json(done.stderr)["error"])
@@ -452,9 +491,9 @@ def test_a_registry_that_holds_another_build(copied):
     "What was pushed has the announced digest, and is not what was built"
     layers = read_image(copied).config["rootfs"]["diff_ids"]
     with pytest.raises(errors.IntegrityError, match="were built") as e:
-        provenance.confirm_pushed(copied, layers[:-1] + ["sha256:" + "0" * 64])
+        confirm_pushed(copied, layers[:-1] + ["sha256:" + "0" * 64])
     assert e.value.code == 5
-    provenance.confirm_pushed(copied, layers)
+    confirm_pushed(copied, layers)
 
 
 def test_a_moved_tag_moves_nothing(once, copied, edge, tracking):
@@ -475,7 +514,7 @@ def test_a_signed_provenance(once, copied, edge, tracking, tmp_path, monkeypatch
     (tmp_path / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     (tmp_path / "pub.pem").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     monkeypatch.setenv("MLSERVE_VERIFY_KEY", str(tmp_path / "pub.pem"))
-    assert verify(copied, tracking)["broken"][-1] in ("provenance", "record") and "provenance" in verify(copied, tracking)["broken"]
+    assert {"provenance", "check"} <= set(verify(copied, tracking)["broken"])
     remote, docs = Remote(read_reference(copied)), attached(edge, tracking)
     found, data = read_image(copied, remote), {k: provenance.read_attached(Remote(read_reference(copied)), v).data for k, v in docs.items()}
     tagged = _tagged(remote, found.digest)
@@ -554,3 +593,208 @@ def test_the_same_package_gives_the_same_labels_and_layers(edge, environment):
     one, two = read_image(edge["image"]), read_image(json.loads(done.stdout)["image"])
     assert one.config["rootfs"] == two.config["rootfs"]
     assert two.labels == one.labels | {"org.opencontainers.image.created": "2023-11-14T22:13:20Z"}
+
+
+def command(monkeypatch, capsys, environment, *words, **more):
+    "A command of a user in this process: its code, and what it says last"
+    for key, value in {**environment, **more}.items():
+        monkeypatch.setenv(key, value)
+    code = run_command([str(word) for word in words])
+    return code, last_json(capsys.readouterr().err).get("error", "")
+
+
+class Changed:
+    "One thing of a released version, changed; `done` puts it back"
+
+    def __init__(self, edge, copied, tracking, folder):
+        from mlflow import MlflowClient
+        self.edge, self.copied, self.tracking, self.folder = edge, copied, tracking, folder
+        self.client, self.undo = MlflowClient(tracking_uri=tracking), []
+
+    def tag(self, key, value):
+        self.undo.append((self.client.set_model_version_tag, "edge", self.edge["version"], key, self.client.get_model_version("edge", self.edge["version"]).tags[key]))
+        self.client.set_model_version_tag("edge", self.edge["version"], key, value)
+
+    def artifact(self, path, change):
+        kept = Path(self.client.download_artifacts(self.edge["run"], path, str(self.folder)))
+        data, place = kept.read_bytes(), path.rpartition("/")[0] or None
+        kept.write_bytes(change(data))
+        self.client.log_artifact(self.edge["run"], str(kept), place)
+        again = self.folder / "before"
+        again.mkdir(exist_ok=True)
+        (again / kept.name).write_bytes(data)
+        self.undo.append((self.client.log_artifact, self.edge["run"], str(again / kept.name), place))
+
+    def image(self):
+        "A doctored image with one layer more"
+        reference = read_reference(self.copied)
+        remote, found = Remote(reference), read_image(self.copied)
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as t:
+            t.addfile(tarfile.TarInfo("opt/mlserve/sitecustomize.py"), io.BytesIO())
+        value, config = json.loads(json.dumps(found.manifest)), json.loads(json.dumps(found.config))
+        value["layers"].append({"mediaType": value["layers"][0]["mediaType"], **put_blob(remote, gzip.compress(archive.getvalue(), 1, mtime=0))})
+        config["rootfs"]["diff_ids"].append(digest_of(archive.getvalue()))
+        value["config"] |= put_blob(remote, json.dumps(config).encode())
+        self.tag("mlserve.image", f"{reference.host}/{reference.repository}@{put_manifest(remote, value)[0]}")
+
+    def manifest(self):
+        remote, digest = Remote(read_reference(self.copied)), self.copied.partition("@")[2]
+        self.tag("mlserve.image", self.copied)
+        data, kind = manifest(remote, digest)
+        remote.ask("DELETE", f"manifests/{digest}", ok=(202,))
+        self.undo.append((lambda: remote.ask("PUT", f"manifests/{digest}", ok=(201,), content=data, headers={"Content-Type": kind}),))
+
+    def package(self):
+        self.tag("mlserve.package", "sha256:" + "0" * 64)
+
+    def notebook(self):
+        self.artifact("evidence/edge.ipynb", lambda data: data + b" ")
+
+    def row(self):
+        self.artifact("holdout.safetensors", lambda data: data[:-4])
+
+    def finding(self):
+        "What a deployment is planned from, a little faster"
+        text = self.client.get_model_version("edge", self.edge["version"]).tags["mlserve.check.cpu"]
+        self.tag("mlserve.check.cpu", json.dumps(json.loads(text) | {"seconds": 0.01}))
+
+    def check(self):
+        self.artifact("evidence/check_inference.ipynb", lambda data: data.replace(b"passed", b"passt "))
+
+    def statement(self):
+        "The statement of another version, which a real check of it made"
+        pair = record.read_pair("edge", self.edge["version"], self.tracking)
+        other = dataclasses.replace(statement.read_statement(self.stated(pair)), version="999")
+        data = statement.write_statement(other)
+        (self.folder / f"{digest_of(data)[7:]}.json").write_bytes(data)
+        self.client.log_artifact(self.edge["run"], str(self.folder / f"{digest_of(data)[7:]}.json"), "statements")
+        self.tag("mlserve.statement.cpu", digest_of(data))
+
+    def stated(self, pair):
+        name = pair.tags["mlserve.statement.cpu"].removeprefix("sha256:")
+        return Path(self.client.download_artifacts(self.edge["run"], f"statements/{name}.json", str(self.folder))).read_bytes()
+
+    def done(self):
+        for act, *words in reversed(self.undo):
+            act(*words)
+
+
+CHANGES = {"image": ("dockerfile", "sbom", "provenance"), "manifest": ("layers",), "package": ("record",), "notebook": ("notebook",), "row": ("holdout",),
+           "finding": ("check",), "check": ("check",), "statement": ("check",)}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_R11_what_was_changed_is_refused_by_the_next_command_with_the_links_name(once, copied, edge, tracking, environment, monkeypatch, capsys, tmp_path, what):
+    "One thing at a time, by somebody who may write to the record and to the registry: neither checked nor promoted"
+    changed = Changed(edge, copied, tracking, tmp_path)
+    try:
+        getattr(changed, what)()
+        for words in (("promote", "edge", "--version", edge["version"]), ("check", "edge", "--version", edge["version"])):
+            code, said = command(monkeypatch, capsys, environment, *words)
+            assert code == 5 and all(name in said for name in CHANGES[what]), said
+    finally:
+        changed.done()
+
+
+def test_R11_control_a_record_that_is_believed_promotes_what_was_doctored(copied, edge, tracking, environment, monkeypatch, capsys, tmp_path):
+    "The planted bug: nobody asks the registry"
+    monkeypatch.setattr("mlserve.release.supply_chain.verify.confirm", lambda pair: None)
+    changed = Changed(edge, copied, tracking, tmp_path)
+    try:
+        changed.image()
+        assert command(monkeypatch, capsys, environment, "promote", "edge", "--version", edge["version"])[0] == 0
+    finally:
+        changed.done()
+
+
+def test_R11_control_what_was_not_changed_is_promoted(once, edge, environment, monkeypatch, capsys):
+    assert command(monkeypatch, capsys, environment, "promote", "edge", "--version", edge["version"])[0] == 0
+
+
+def test_R14_a_doctored_image_with_documents_and_tags_of_its_own_is_not_promoted(once, copied, edge, tracking, environment, monkeypatch, capsys):
+    "Forged are the provenance, the bill, the tags and the finding of a check; the base is asked"
+    tags = record.read_pair("edge", edge["version"], tracking).tags
+    pair = adopted(planted(copied, CODE, hidden), edge, tracking, copied, **{k: tags[k] for k in ("mlserve.check.cpu", "mlserve.status")})
+    for words in (("promote", "edge", "--version", pair.version), ("check", "edge", "--version", pair.version)):
+        code, said = command(monkeypatch, capsys, environment, *words)
+        assert code == 5 and "the link base is broken: var/lib/dpkg/status.d/extra" in said, said
+
+
+def test_R14_control_lists_and_links_that_are_let_pass_hide_code(once, copied, edge, tracking, monkeypatch):
+    "The planted bug: what lies among the lists of packages is anybody's, and a link is no file"
+    from mlserve.release.supply_chain import links
+    held = links.base_in
+
+    def lenient(files, base, places):
+        return held({p: f for p, f in files.items() if f.kind != "link" and "dpkg/status.d/" not in p}, base, places)
+    monkeypatch.setattr(links, "base_in", lenient)
+    image = planted(copied, CODE, hidden)
+    adopted(image, edge, tracking, copied)
+    assert verify(image, tracking)["ok"]
+
+
+def test_R14_a_base_that_does_not_answer_is_6_and_one_that_is_gone_is_5(once, copied, edge, tracking, environment, monkeypatch, capsys):
+    from mlserve.release.supply_chain import links
+    read = links.read_image
+    for error, code, state in ((errors.RemoteUnavailable("The registry did not answer."), 6, None), (errors.NotFound("There is no such manifest."), 5, False)):
+        def away(reference, remote=None, error=error):
+            raise error
+        monkeypatch.setattr(links, "read_image", away)
+        result = verify(copied, tracking)
+        assert not result["ok"] and {l["name"]: l["ok"] for l in result["links"]}["base"] is state
+        found, said = command(monkeypatch, capsys, environment, "promote", "edge", "--version", edge["version"])
+        assert found == code and "the link base" in said, said
+    monkeypatch.setattr(links, "read_image", read)
+
+
+@pytest.fixture
+def keys(tmp_path):
+    "Two pairs of keys: paths of the private and of the public half"
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+    for name in ("ours", "theirs"):
+        key = ed25519.Ed25519PrivateKey.generate()
+        (tmp_path / name).write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        (tmp_path / f"{name}.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    (tmp_path / "text.pub").write_text("no key")
+    return tmp_path
+
+
+def test_R14_where_a_key_is_demanded_only_what_it_signed_is_promoted(once, copied, edge, tracking, environment, monkeypatch, capsys, keys):
+    "Unsigned, signed by another, signed and changed, signed about another image; a key that is none is a mistake of its own"
+    def tried(**more):
+        return command(monkeypatch, capsys, environment, "promote", "edge", "--version", pair.version, MLSERVE_VERIFY_KEY=str(keys / "ours.pub"), **more)
+    pair = record.read_pair("edge", edge["version"], tracking)
+    code, said = tried()
+    assert code == 5 and "the link provenance" in said and "not signed" in said and "check" in said
+    remote, found = Remote(read_reference(copied)), read_image(copied)
+    data = {k: provenance.read_attached(remote, v).data for k, v in attached(edge, tracking).items()}
+    changed = Changed(edge, copied, tracking, keys)
+
+    def signed(by, check=lambda data: data, signer=None):
+        laid = provenance.lay(found, remote, data["sbom"], provenance.seal(data["provenance"], str(keys / by)))
+        changed.tag("mlserve.image", copied)
+        for name, digest in laid.items():
+            changed.tag(f"mlserve.{name}", digest)
+        monkeypatch.setenv("MLSERVE_SIGNING_KEY", str(keys / (signer or by)))
+        pair_ = statement.attest(record.read_pair("edge", edge["version"], tracking), "cpu", statement.evidence_of(pair, tracking), tracking)
+        monkeypatch.delenv("MLSERVE_SIGNING_KEY")
+        return pair_
+    before = pair.tags["mlserve.statement.cpu"]
+    try:
+        signed("ours")
+        assert tried() == (0, "")
+        assert command(monkeypatch, capsys, environment, "promote", "edge", "--version", pair.version, MLSERVE_VERIFY_KEY=str(keys / "text.pub"))[0] == 2
+        signed("ours", signer="theirs")
+        code, said = tried()
+        assert code == 5 and "the link check is broken" in said and "no signature of the key" in said
+        signed("theirs")
+        code, said = tried()
+        assert code == 5 and "the link provenance is broken" in said and "no signature of the key" in said
+    finally:
+        changed.done()
+        changed.client.set_model_version_tag("edge", edge["version"], "mlserve.statement.cpu", before)
+    assert verify(copied, tracking)["broken"] == ["provenance", "check"]  # asked for a signature that it has not
+    monkeypatch.delenv("MLSERVE_VERIFY_KEY")
+    assert verify(copied, tracking)["ok"]

@@ -139,6 +139,14 @@ def test_E14_control_a_gpu_that_is_only_listed_is_taken_for_one_that_computes(li
         assert prove(lib)
 
 
+def starved(seconds=0.2):
+    "How many times as long as alone a process takes just now, since others have the cores"
+    began, used = time.monotonic(), time.process_time()
+    while time.process_time() - used < seconds:
+        pass
+    return max(1, (time.monotonic() - began) / seconds)
+
+
 def serve(stand_in, package, words="", **settings):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MLSERVE_", "NVIDIA_", "CUDA_"))}
     env |= {"LD_LIBRARY_PATH": str(stand_in), "FAKE_CUDA": words, "MLSERVE_PACKAGE": str(package), "MLSERVE_PORT": "0", "MLSERVE_HOST": "127.0.0.1", "MLSERVE_DEVICE": "cuda"}
@@ -161,9 +169,12 @@ def serve(stand_in, package, words="", **settings):
 ], ids=lambda v: v if isinstance(v, str) and v in gpu_reasons else "")
 def test_E14_the_server_is_refused_a_gpu_with_nine_and_a_reason(stand_in, double, words, settings, reason, said):
     "In less than five seconds, before the model is loaded; torch is not even imported, but for its own refusal"
-    done, last, seconds = serve(stand_in, double, words, **settings)
+    for _ in range(3):
+        done, last, seconds = serve(stand_in, double, words, **settings)
+        if in_time := seconds < 5 * starved():
+            break
     assert (done.returncode, last["code"], last["reason"]) == (9, 9, reason), done.stderr
-    assert re.search(said, last["error"]) and seconds < 5
+    assert re.search(said, last["error"]) and in_time, f"{seconds:.1f} s"
     events = [json.loads(line) for line in done.stderr.splitlines() if '"event": "gpu_refused"' in line]
     assert [(e["level"], e["reason"]) for e in events] == [("error", reason)]
 
@@ -187,6 +198,27 @@ def test_E14_onnxruntime_without_its_provider_is_refused(monkeypatch, tmp_path):
     with pytest.raises(GpuRefused, match="active with CPUExecutionProvider only") as e:
         read_onnx(tmp_path / "model.onnx", "cuda:0", 1)
     assert e.value.reason == "provider_inactive"
+
+
+@pytest.mark.parametrize("said, reason", [
+    ("CUDA out of memory. Tried to allocate 2.00 GiB.", "too_little_memory"),
+    ("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "too_little_memory"),
+    ("Available memory of 1048576 is smaller than requested bytes of 4194304", "too_little_memory"),
+    ("CUDA error: no kernel image is available for execution on the device", "no_kernel_image"),
+    ("Missing key(s) in state_dict", None)], ids=["torch", "cuBLAS", "onnxruntime", "architecture", "the model's own"])
+def test_E14_a_gpu_that_cannot_hold_the_model_while_it_is_loaded_is_refused(double, monkeypatch, said, reason):
+    "In the words of whichever library met it; what is the model's own is told as that, and names the file"
+    from mlserve.errors import ModelFailed
+    from mlserve.package import load_package, programs
+    from mlserve.serving import model
+
+    def full(*args):
+        raise RuntimeError(said)
+    monkeypatch.setattr(programs, "read_torch", full)
+    monkeypatch.setattr(model, "check_framework", lambda *args: None)
+    with pytest.raises(GpuRefused if reason else ModelFailed, match=re.escape(said) if reason else "model.pt cannot be loaded on cuda:0") as e:
+        model.load_model(load_package(double), Device("cuda", name="small"))
+    assert not reason or (e.value.reason == reason and e.value.mend)
 
 
 @pytest.mark.parametrize("ran, fell_back, reason", [({"CUDAExecutionProvider": ["Gemm", "Relu"], "CPUExecutionProvider": ["Shape"]}, ["Shape"], ""),

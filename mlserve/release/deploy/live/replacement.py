@@ -274,5 +274,5 @@ def roll_back(
     except BaseException:
         if before and running != version: write_entry(model, target, replace(before, outcome='ok', code=0))
         raise
-    if not keep_alias: promote(model, version)
+    if not keep_alias: promote(model, version, allow_older=True)
     return result
