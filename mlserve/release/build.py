@@ -170,8 +170,8 @@ def vendor(
         os.rename(part, out)
     finally: shutil.rmtree(part, ignore_errors=True)
     megabytes = sum(file.stat().st_size for file in out.rglob('*')) / 1e6
-    return {'folder': str(out), 'digest': folder_digest(out), 'mb': round(megabytes, 1), 'package': plan.package, 'lock': plan.lock.digest,
-        'base': plan.base}
+    return {'folder': str(out), 'digest': folder_digest(out), 'mb': round(megabytes, 1), 'package': plan.package,
+        'lock': plan.lock.digest, 'base': plan.base}
 
 # %% ../../nbs/release/07_build.ipynb #06716512
 def load_base(

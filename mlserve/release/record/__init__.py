@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from ...errors import CheckFailed, Conflict, NotFound, Refused, RemoteUnavailable, UsageError
 from .ledger import Move, move, standing
-from .logged_package import (Logged, artifact_hash as artifact_hash,
-    fetch_holdout as fetch_holdout, fetch_package as fetch_package, log_package as log_package, read_logged as read_logged)
+from mlserve.release.record.logged_package import (Logged, artifact_hash as artifact_hash,
+    fetch_holdout as fetch_holdout, fetch_package as fetch_package, log_package as log_package,
+    read_logged as read_logged)
 from .mlflow_store import client, ensure_reachable, unrecorded
 from ..spec import checked_device
 
