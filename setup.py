@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "torch", "onnx", "s3", "gs", "az", "registry", "otel", "release", "dev")}
+wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "torch", "onnx", "s3", "gs", "az", "registry", "tables", "otel", "release", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -33,9 +33,10 @@ setup(
         "gs": wings["gs"],
         "az": wings["az"],
         "registry": wings["registry"],
+        "tables": wings["tables"],
         "otel": wings["otel"],
         "release": wings["release"],
-        "dev": wings["serving"] + wings["torch"] + wings["onnx"] + wings["s3"] + wings["gs"] + wings["az"] + wings["otel"] + wings["release"] + wings["dev"],
+        "dev": wings["serving"] + wings["torch"] + wings["onnx"] + wings["s3"] + wings["gs"] + wings["az"] + wings["tables"] + wings["otel"] + wings["release"] + wings["dev"],
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

@@ -10,9 +10,12 @@ import json, tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, NamedTuple, Sequence
+from typing import TYPE_CHECKING, Any, Sequence
 import numpy as np
 from .arrays import check_described, load_tensors, save_tensors
+from .convert import convert_table, format_of, golden_rows, prove_table, table_tolerance
+from .convert.columns import to_arrays
+from .convert.original import TableModel
 from .export.confined import ConfinedProgram
 from .environment import environment
 from ..errors import IntegrityError, LocalResource, MlserveError, ModelFailed, Refused, UsageError
@@ -21,6 +24,7 @@ from .programs import FORMATS, check_format, read_program
 from .programs.onnx_program import Engines, OnnxProgram
 from .programs.torch_program import Program, TorchProgram
 from .export import freeze, live_program, unused
+from .export.given import Given
 from .export.example import check_order, example_arrays, example_specs, first_answer
 from .programs.half import HALVES, check_dtype, check_half, halved
 from .holdout import beside, check_beside, discard, live_answers
@@ -43,7 +47,7 @@ class Package:
     file: str # the model's program, relative to `path`
     inputs: tuple[TensorSpec,...] # what the model takes, in call order
     outputs: tuple[TensorSpec,...] # what it gives
-    tolerance: dict[str,float] # `rtol` and `atol` within which golden outputs must be reproduced
+    tolerance: dict[str,Any] # `rtol` and `atol` within which golden outputs must be reproduced; `ties` of labels
     digest: str # `sha256:…`, the model's identity
     handler: str|None=None # 'handler.py', where the notebook wrote pre- and post-processing
     module: dict[str,Any]|None=None # `class` and `arguments`, where the file holds weights only
@@ -162,22 +166,10 @@ def _halve(origin:TorchProgram, ours:dict[str,Any], arrays:Arrays, names:list[st
     return half,own
 
 # %% ../../nbs/package/09_package.ipynb #d9be40b2
-Live = TorchProgram|ConfinedProgram
-class _Given(NamedTuple):
-    "What `save_package` was given"
-    model: Any # a torch module, or the path of a model file
-    arrays: Arrays # the example
-    names: list[str] # of the outputs
-    handler: Any=None # as `write_handler` takes it
-    files: Iterable[str|Path]=() # that the handler needs
-    holdout: tuple|None=None # inputs and labels
-    @property
-    def rows(self)->int:
-        "How many rows the example has"
-        return len(next(iter(self.arrays.values())))
+Live = TorchProgram|ConfinedProgram|TableModel
 
 # %% ../../nbs/package/09_package.ipynb #d108b1f2
-def _proven(temp:Path, ours:dict[str,Any], given:_Given, origin:Live, live:Live, own:Arrays, specs:tuple)->tuple:
+def _proven(temp:Path, ours:dict[str,Any], given:Given, origin:Live, live:Live, own:Arrays, specs:tuple)->tuple:
     "The program that was written and read back, and its package; it answers as the live one"
     freeze(origin, temp/ours['file'], ours['format'], given.arrays, given.names)
     inputs,outputs = specs
@@ -187,14 +179,15 @@ def _proven(temp:Path, ours:dict[str,Any], given:_Given, origin:Live, live:Live,
     program = live if foreign else load_program(saved)
     def fresh()->list[Program]: return [unused(origin)] if foreign else [unused(origin), load_program(saved)]
     batch,nonfinite = ours.get('batch', True),bool(ours.get('nonfinite'))
-    prove_program(live, program, given.arrays, given.names, own, ours['tolerance'], batch, nonfinite, fresh)
+    if isinstance(live, TableModel): prove_table(live, program, ours['tolerance'])
+    else: prove_program(live, program, given.arrays, given.names, own, ours['tolerance'], batch, nonfinite, fresh)
     return program,saved
 
 # %% ../../nbs/package/09_package.ipynb #2541a059
-def _fill(temp:Path, ours:dict[str,Any], given:_Given)->None:
+def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     "Write, run and prove everything of a package in a scratch folder"
     from mlserve.package.handler import write_handler
-    inputs,batch,nonfinite = example_specs(given.arrays),ours.get('batch', True),ours.get('nonfinite')
+    inputs,batch,nonfinite = given.inputs,ours.get('batch', True),ours.get('nonfinite')
     origin = live_program(given.model, temp/ours['file'], ours['format'])
     live = unused(origin) if isinstance(origin, TorchProgram) else origin
     check_order(live, list(given.arrays))
@@ -211,14 +204,15 @@ def _fill(temp:Path, ours:dict[str,Any], given:_Given)->None:
     program,saved = _proven(temp, ours, given, origin, live, own, (inputs, outputs))
     held = live_answers(reference, program, given.holdout, saved, 32 if batch else given.rows, bool(nonfinite))
     save_tensors(temp/'golden.safetensors', inputs=given.arrays, outputs=expected)
-    texts = example_files(given.arrays, 1 if batch else None) | {'MLmodel': mlmodel(ours, inputs, outputs)}
+    texts = example_files(given.arrays, 1 if batch else None, inputs[0].optional is not None)
+    texts |= {'MLmodel': mlmodel(ours, inputs, outputs)}
     texts['environment.json'] = json.dumps(environment(), indent=1, sort_keys=True) + '\n'
     for name,text in texts.items(): (temp/name).write_text(text)
     digest = write_lock(temp)
     if held: write_holdout(beside(temp), digest, reference_of(given.model), **held)
 
 # %% ../../nbs/package/09_package.ipynb #91c99f94
-def _save(path:Path, ours:dict[str,Any], given:_Given)->Package:
+def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
     "Fill a scratch folder beside `path`, then rename it"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,12 +240,12 @@ def _plain(arguments:dict[str,Any])->dict[str,Any]:
 
 # %% ../../nbs/package/09_package.ipynb #cc3d4194
 def save_package(
-    model:Any, # a live torch module, or the path of a model file
+    model:Any, # a live torch module, a fitted table model, or the path of a model file
     path:str|Path, # the folder to make; a package there is replaced
     name:str, # of the model: lower-case letters, digits, `.`, `_` and `-`
-    inputs:Mapping[str,Any], # one example batch, by name, in call order; batch first
+    inputs:Any, # one example batch by name, in call order; or the rows of a table
     outputs:Sequence[str], # names of what the model gives, in its order
-    format:str='torchscript', # or 'export', 'onnx', 'safetensors'
+    format:str|None=None, # 'torchscript', 'export', 'onnx', 'safetensors'; by default what the model is
     tolerance:dict[str,float]|None=None, # `rtol` and `atol`; by default those of the output's type
     handler:bool|str|Path|None=None, # True for the exported cells of this notebook, or the path of a .py file
     files:Sequence[str|Path]=(), # files and folders that the handler needs
@@ -260,6 +254,7 @@ def save_package(
     nonfinite:str|None=None, # 'strings': NaN and infinities are answers, and words in JSON
     dtype:str|None=None, # 'float16' or 'bfloat16': compute in half precision, for a GPU; answers stay float32
     providers:Sequence[str]=PROVIDERS[0], # of onnxruntime on a GPU; or ('tensorrt', 'cuda')
+    optional:Sequence[str]=(), # columns of a table that may miss a value, beside those with a gap in the example
     holdout:tuple|None=None, # inputs and labels that training did not see; their answers are kept beside the folder
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
@@ -271,6 +266,7 @@ def save_package(
     path = Path(path).absolute()
     if not is_name(name): raise Refused(f"The name '{name}' cannot be part of an image name; "
         'allowed are a-z, 0-9 and single . _ - inside, at most 63.')
+    format = format or format_of(model, inputs)
     check_format(format)
     check_dtype(dtype, model, format)
     check_providers(providers, format, batch)
@@ -283,4 +279,9 @@ def save_package(
     ours:dict[str,Any] = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
     ours |= {key: value for key,value in said.items() if value is not None}
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
-    return _save(path, ours, _Given(model, example_arrays(inputs), list(outputs), handler, files, holdout))
+    arrays = example_arrays(inputs) if isinstance(inputs, Mapping) else {}
+    if not arrays:
+        model = convert_table(model, inputs, list(outputs), optional)
+        arrays,ours['tolerance'] = golden_rows(model),table_tolerance(model) | (tolerance or {})
+        holdout = holdout and (to_arrays(holdout[0], model.columns), holdout[1])
+    return _save(path, ours, Given(model, arrays, list(outputs), handler, files, holdout))

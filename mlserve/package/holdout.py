@@ -7,7 +7,7 @@ __all__ = ['LIVE', 'SAVED', 'held_rows', 'answers', 'Contract', 'live_answers', 
            'read_holdout', 'check_beside', 'move_beside', 'discard']
 
 # %% ../../nbs/package/04_holdout.ipynb #9cd94dc4
-import os, shutil
+import os, shutil, sys
 from pathlib import Path
 from typing import Any, Mapping, Protocol, Sequence
 import numpy as np
@@ -66,7 +66,7 @@ class Contract(Protocol):
     @property
     def outputs(self)->Sequence[TensorSpec]: ...
     @property
-    def tolerance(self)->dict[str,float]: ...
+    def tolerance(self)->dict[str,Any]: ...
 def live_answers(
     live:Program, # what answers as the model does
     program:Program, # the same, from its file
@@ -94,8 +94,8 @@ def reference_of(
 )->str: # `live model` or `saved program`
     "Whether a live model or a saved program answers"
     if isinstance(model, (str, Path)): return SAVED
-    import torch
-    return SAVED if isinstance(model, torch.jit.TracedModule) else LIVE
+    torch = sys.modules.get('torch') # a module of torch has imported it
+    return SAVED if torch and isinstance(model, torch.jit.TracedModule) else LIVE
 
 # %% ../../nbs/package/04_holdout.ipynb #6cfa899f
 def beside(

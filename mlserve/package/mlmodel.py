@@ -15,11 +15,15 @@ from .programs import FORMATS
 from ..tensors import DATATYPES, TensorSpec
 
 # %% ../../nbs/package/08_mlmodel.ipynb #b7994e32
+_columns = {'FP64': 'double', 'FP32': 'float', 'INT64': 'long', 'BOOL': 'boolean', 'BYTES': 'string'}
 def _signature(specs:Iterable[TensorSpec])->str:
-    "Tensor specs as MLflow writes them"
+    "Tensor specs, or the columns of a table, as MLflow writes them"
     def described(spec:TensorSpec)->dict[str,Any]:
         return {'dtype': DATATYPES[spec.datatype].name, 'shape': list(spec.shape)}
-    return json.dumps([{'name': s.name, 'type': 'tensor', 'tensor-spec': described(s)} for s in specs])
+    def column(spec:TensorSpec)->dict[str,Any]:
+        return {'name': spec.name, 'type': _columns[spec.datatype], 'required': not spec.optional}
+    return json.dumps([{'name': s.name, 'type': 'tensor', 'tensor-spec': described(s)} if s.optional is None
+        else column(s) for s in specs])
 
 # %% ../../nbs/package/08_mlmodel.ipynb #c303b540
 def mlmodel(
@@ -30,8 +34,9 @@ def mlmodel(
     "Two flavors, a signature and an example, always in the same form"
     ours = ours | {'inputs': [s.to_dict() for s in inputs], 'outputs': [s.to_dict() for s in outputs]}
     function = {'loader_module': 'mlserve.serving.model', 'python_version': platform.python_version()}
-    example = {'artifact_path': 'input_example.json', 'serving_input_path': 'serving_input_example.json',
-        'type': 'ndarray', 'format': 'tf-serving'}
+    example = {'artifact_path': 'input_example.json', 'serving_input_path': 'serving_input_example.json'}
+    example |= {'type': 'ndarray', 'format': 'tf-serving'} if inputs[0].optional is None else {'type': 'dataframe',
+        'pandas_orient': 'split'}
     text = {'flavors': {'mlserve': ours, 'python_function': function}, 'saved_input_example_info': example,
         'signature': {'inputs': _signature(inputs), 'outputs': _signature(outputs), 'params': None}}
     return json.dumps(text, indent=2, sort_keys=True) + '\n'
@@ -43,13 +48,18 @@ def _plain(array:np.ndarray)->list:
     return np.frompyfunc(lambda text: text.decode(errors='replace'), 1, 1)(array).tolist()
 
 # %% ../../nbs/package/08_mlmodel.ipynb #330f0fe6
+def _cell(value:Any)->Any:
+    "A cell of a table, in which a gap is null"
+    return None if value in ('', None) or value != value else value
 def example_files(
     inputs:Mapping[str,np.ndarray], # an example batch by name
     rows:int|None=1, # as many as make a request; all of them where they belong together
+    table:bool=False, # the inputs are columns
 )->dict[str,str]: # texts by file name
     "The input example in MLflow's two forms"
-    row = {name: _plain(array[:rows]) for name,array in inputs.items()}
-    body = json.dumps({'inputs': row}) + '\n'
+    row:Any = {name: _plain(array[:rows]) for name,array in inputs.items()}
+    if table: row = {'columns': list(row), 'data': [[_cell(v) for v, in cells] for cells in zip(*row.values())]}
+    body = json.dumps({'dataframe_split' if table else 'inputs': row}) + '\n'
     return {'input_example.json': json.dumps(row) + '\n', 'serving_input_example.json': body}
 
 # %% ../../nbs/package/08_mlmodel.ipynb #90821406
@@ -62,12 +72,16 @@ def is_name(
 # %% ../../nbs/package/08_mlmodel.ipynb #bd557781
 WIDEST = {'rtol': 0.1, 'atol': 1e30}
 def check_tolerance(
-    tolerance:Mapping[str,float], # `rtol` and `atol`
+    tolerance:Mapping[str,Any], # `rtol` and `atol`; and `ties`, where probabilities decide a label
 )->None: # or UsageError
     "Refuse a tolerance that is not two numbers from 0"
-    if set(tolerance) != set(WIDEST):
+    if set(tolerance) - {'ties'} != set(WIDEST):
         raise UsageError(f"The tolerance has {', '.join(map(str, tolerance))}; it needs rtol and atol.")
+    ties = tolerance.get('ties', {})
+    if not isinstance(ties, dict) or not all(isinstance(name, str) for name in [*ties, *ties.values()]):
+        raise UsageError(f'ties is {ties!r}; names of probabilities by names of labels are allowed.')
     for name,value in tolerance.items():
+        if name == 'ties': continue
         if type(value) in (int, float) and 0 <= value <= WIDEST[name]: continue
         raise UsageError(f'{name} is {value!r}; a number from 0 to {WIDEST[name]:g} is allowed.')
 
@@ -83,7 +97,8 @@ def _are_specs(value:Any)->bool:
     "Whether something describes tensors of different names"
     if not isinstance(value, list) or not value: return False
     names = {TensorSpec.from_dict(spec).name for spec in value}
-    return len(names) == len(value) and all(set(spec) == {'name', 'datatype', 'shape'} for spec in value)
+    keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'}
+    return len(names) == len(value) and all(set(spec) in keys for spec in value)
 def _is_module(value:Any)->bool:
     "Whether something says which class takes the weights"
     if value is None: return True
@@ -135,12 +150,14 @@ def check_types(
     **given:Any, # by the names that `save_package` has for them
 )->None: # or UsageError
     "Refuse arguments of another type than is allowed"
+    table = type(given.get('inputs')).__name__ == 'DataFrame' # pandas is not imported for that
     allowed:dict[str,tuple[Any,str]] = {'name': (str, 'text'), 'path': ((str, os.PathLike), 'a path'),
         'inputs': (Mapping, 'a dictionary of example tensors by name'), 'outputs': ((list, tuple), 'a list of names'),
         'tolerance': ((dict, type(None)), 'a dictionary of rtol and atol'), 'files': ((list, tuple), 'a list of paths'),
         'arguments': ((dict, type(None)), 'a dictionary')}
     for what,value in given.items():
         kind,text = allowed[what]
+        if table and what == 'inputs': continue
         if not isinstance(value, kind):
             raise UsageError(f'{what} is of type {type(value).__name__}; {text} is allowed.')
         if not value and what in ('inputs', 'outputs'): raise UsageError(f'{what} is empty; {text} is allowed.')

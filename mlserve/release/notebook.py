@@ -142,7 +142,7 @@ def _quiet_kernels(): # imported late, for `run_cells` needs no kernel
         async def _async_launch_kernel(self, kernel_cmd, **kw):
             await super()._async_launch_kernel(kernel_cmd, **kw, stderr=subprocess.DEVNULL)
         _launch_kernel = _async_launch_kernel
-        opened = () # nbclient closes no client of a kernel that it was given
+        opened: tuple[Any, ...] = () # nbclient closes no client of a kernel that it was given
         def client(self, **kw:Any)->Any:
             self.opened = *self.opened,super().client(**kw)
             return self.opened[-1]
@@ -156,7 +156,8 @@ def shared_kernel()->Iterator[Any]: # a manager of Jupyter's
     manager = _quiet_kernels()(kernel_name='python3')
     try: yield manager
     finally:
-        with contextlib.suppress(RuntimeError): run_sync(manager.shutdown_kernel)()
+        with contextlib.suppress(RuntimeError):
+            if manager.has_kernel: run_sync(manager.shutdown_kernel)()
         for client in manager.opened: client.stop_channels()
 async def _forget(manager):
     "Take back the names that a notebook left in a kernel, and the numbers of its cells"

@@ -56,7 +56,17 @@ def from_bytes(
     if len(data) > limit: raise TooLarge(f"Input '{spec.name}' would take {len(data)} bytes; the limit is {limit}.")
     if dtype.kind == 'b' and (np.frombuffer(data, np.uint8) > 1).any():
         raise InvalidInput(f"Input '{spec.name}' has a byte that is neither 0 nor 1; BOOL takes these.")
-    return np.ndarray(shape, dtype, data).copy()
+    array = np.ndarray(shape, dtype, data).copy()
+    if spec.optional is not None and dtype.kind == 'f': _check_column(array, spec)
+    return array
+
+def _check_column(array, spec):
+    "Refuse infinity in a column, and a gap in one that may not miss a value"
+    wrong = np.isinf(array) if spec.optional else ~np.isfinite(array)
+    if not wrong.any(): return
+    takes = 'finite numbers, and NaN for a gap' if spec.optional else 'finite numbers'
+    row = int(wrong.ravel().argmax())
+    raise InvalidInput(f"Input '{spec.name}' is {array[wrong][0]} in row {row}; it takes {takes}.")
 
 def _from_texts(data, shape, count, spec, limit):
     "A BYTES array, reserved only after the bytes for so many elements were seen"

@@ -11,6 +11,10 @@ from typing import Any
 from ..tensors import TensorSpec
 
 # %% ../../nbs/wire/08_metadata.ipynb #113307a5
+def _tensor(s:TensorSpec)->dict[str, Any]:
+    "A tensor in V2's words; whether a column may miss a value is one of its parameters"
+    known = {'name': s.name, 'datatype': s.datatype, 'shape': list(s.shape)}
+    return known if s.optional is None else known | {'parameters': {'optional': s.optional}}
 def model_metadata(
     name:str, # the model's name
     versions:Sequence[str], # versions that are served
@@ -21,7 +25,7 @@ def model_metadata(
 )->dict[str, Any]: # V2's model metadata
     "What V2 says about a model"
     o:dict[str, Any] = {'name': name, 'versions': list(versions), 'platform': platform,
-         'inputs': [s.to_dict() for s in inputs], 'outputs': [s.to_dict() for s in outputs]}
+         'inputs': list(map(_tensor, inputs)), 'outputs': list(map(_tensor, outputs))}
     if properties: o['properties'] = {k: str(v) for k,v in properties.items()}
     return o
 
@@ -37,7 +41,8 @@ def model_config(
     batched = all(s.shape[0] == -1 for s in (*inputs, *outputs))
     def tensor(s:TensorSpec)->dict[str, Any]:
         kind = 'STRING' if s.datatype == 'BYTES' else s.datatype
-        return {'name': s.name, 'data_type': f'TYPE_{kind}', 'dims': list(s.shape[1:] if batched else s.shape)}
+        known = {'name': s.name, 'data_type': f'TYPE_{kind}', 'dims': list(s.shape[1:] if batched else s.shape)}
+        return known | ({'optional': True} if s.optional else {})
     return {'name': name, 'platform': platform, 'max_batch_size': max_batch if batched else 0,
         'input': [tensor(s) for s in inputs], 'output': [tensor(s) for s in outputs]}
 

@@ -39,6 +39,7 @@ def from_rows(
     what:str='instances', # where the rows stood, for the message
 )->dict[str, np.ndarray]: # name to array
     "The arrays of a list of rows"
+    if specs[0].optional is not None: return named_arrays(rows, specs, limit, booleans, what)
     if type(rows) is list and rows and type(rows[0]) is dict: rows = columns_of(rows, what)
     elif type(rows) is dict:
         raise InvalidInput(f'{what!r} is an object; allowed is a list with one entry for each row.')
@@ -89,6 +90,8 @@ def from_table(
         raise InvalidInput('The columns of the table are not a list of names, each once.')
     if type(rows) is not list or any(type(r) is not list or len(r) != len(columns) for r in rows):
         raise InvalidInput(f'The data of the table is not a list of rows with {len(columns)} values each.')
+    if specs[0].optional is not None and {*columns} & {s.name for s in specs}:
+        return named_arrays(dict(zip(columns, map(list, zip(*rows)))), specs, limit, booleans, 'a table')
     if set(columns) != {s.name for s in specs}: return named_arrays(rows, specs, limit, booleans, 'a table')
     cells = dict(zip(columns, map(list, zip(*rows))))
     for s in specs:
@@ -113,8 +116,9 @@ def _cells(texts, kinds, i):
     "The values of one line"
     words = list(texts) # as JSON has them
     for at,kind in enumerate(kinds):
-        if kind == 'BOOL': words[at] = words[at].lower()
-        elif kind == 'BYTES': words[at] = dump(words[at]).decode()
+        if kind.endswith('?') and not words[at]: words[at] = 'null' # of a table; only some columns may miss a value
+        elif kind == 'BOOL?' or kind == 'BOOL': words[at] = words[at].lower()
+        elif kind == 'BYTES?' or kind == 'BYTES': words[at] = dump(words[at]).decode()
     try: values = orjson.loads('[' + ','.join(words) + ']')
     except (orjson.JSONDecodeError, UnicodeEncodeError): values = None
     if values is not None and len(values) == len(texts): return values
@@ -124,13 +128,14 @@ def _cells(texts, kinds, i):
 # %% ../../nbs/wire/06_rows.ipynb #d0a10024
 def _kinds(columns, specs):
     "The datatype of each column"
-    types = {s.name: s.datatype for s in specs}
+    types = {s.name: s.datatype if s.optional is None else f'{s.datatype}?' for s in specs}
     return [types.get(c, specs[0].datatype) for c in columns]
 
 def _has_header(first, columns, specs):
     "Whether the first line is the names of the inputs; refused if it is neither that nor values"
     names = [s.name for s in specs]
     if sorted(first) == sorted(names): return True
+    if specs[0].optional is not None and {s.name for s in specs if not s.optional} <= {*first} <= {*names}: return True
     try: _cells(first, _kinds(columns, specs), 0)
     except InvalidInput:
         raise InvalidInput(f'The first line of the CSV body is {ascii(",".join(first)[:80])}, '

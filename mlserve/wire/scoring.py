@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from .json_body import check_keys, dump, jsonable, may_hold_booleans, read_object
 from ..errors import InvalidInput, ModelFailed, UnsupportedMedia
-from .predict import InferRequest, named_arrays
+from .predict import InferRequest, named_arrays, objects_of
 from .rows import (columns_of, from_csv, from_lines, from_rows, from_table,
     to_base64, to_csv, to_lines, with_bytes)
 from ..tensors import TensorSpec
@@ -70,6 +70,7 @@ def _from_records(value, specs, limit, booleans):
     "The arrays of a data frame as a list of objects"
     if type(value) is not list or not value or type(value[0]) is not dict:
         raise InvalidInput("'dataframe_records' is not a list of objects.")
+    if specs[0].optional is not None: return named_arrays(value, specs, limit, booleans, 'dataframe_records')
     columns = columns_of(value, 'dataframe_records')
     return from_table(list(columns), [list(row) for row in zip(*columns.values())], specs, limit, booleans)
 
@@ -121,7 +122,8 @@ def decode_invocations(
     if kind == 'text/csv': arrays = from_csv(body, specs, limit, header)
     elif kind == 'application/jsonlines': arrays = from_lines(body, specs, limit)
     else: arrays,ignored = _from_json(body, specs, limit)
-    return InferRequest(arrays, form=_form(accept), ignored=ignored)
+    form = _form(accept) or ('rows' if specs[0].optional is not None else '')
+    return InferRequest(arrays, form=form, ignored=ignored)
 
 # %% ../../nbs/wire/07_scoring.ipynb #53cc51f6
 def encode_invocations(
@@ -141,4 +143,5 @@ def answer_invocations(
     "The answer of `/invocations` in the form that was asked for"
     if request.form == 'csv': return to_csv(outputs, nonfinite),'text/csv'
     if request.form == 'lines': return to_lines(outputs, nonfinite),'application/jsonlines'
+    if request.form == 'rows': return dump({'predictions': objects_of(outputs, nonfinite)}),'application/json'
     return encode_invocations(outputs, nonfinite),'application/json'

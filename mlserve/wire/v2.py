@@ -11,12 +11,13 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 import numpy as np
 from .binary import from_base64, from_bytes, from_raw, split, to_bytes
-from .json_body import check_keys, dump, jsonable, lift_words, may_hold_booleans, put_words, read_object
+from .json_body import (check_keys, dump, has_gaps, jsonable, lift_words, may_hold_booleans, put_words,
+    read_object, with_nulls)
 from .classification import classify
 from ..errors import InvalidInput, MlserveError, ModelFailed
 from .predict import InferRequest
 from ..tensors import TensorSpec, check_names, claimed_shape, count_rows, datatype_of, objects
-from .lists import from_flat
+from .lists import from_flat, suits
 
 # %% ../../nbs/wire/05_v2.ipynb #ce5a7ca9
 _top = dict.fromkeys(['inputs', 'outputs', 'id', 'parameters', 'model_name', 'model_version'])
@@ -76,7 +77,7 @@ def _claim(e, spec, codec=None):
     "What one input of a V2 request claims: its contract, shape, size in bytes or data, and whether that is base64"
     what,size,data,shape = f"Input '{spec.name}'",None,e.get('data'),e.get('shape')
     datatype = e.get('datatype')
-    if datatype != spec.datatype:
+    if datatype != spec.datatype and (data is None or not suits(datatype, spec)):
         shown = ascii(datatype[:40]) if type(datatype) is str else type(datatype).__name__
         raise InvalidInput(f'{what} has datatype {shown}; the model takes {spec.datatype}.')
     if 'parameters' in e:
@@ -89,7 +90,8 @@ def _claim(e, spec, codec=None):
         raise InvalidInput(f'{what} is FP16, which has no JSON form in V2; send it as binary.')
     if codec in ('str', 'base64') and spec.datatype != 'BYTES':
         raise InvalidInput(f'{what} has the content_type {codec}, which is for BYTES; the model takes {spec.datatype}.')
-    return spec,claimed_shape(_column(shape, spec) if codec else shape, spec),size,data,codec == 'base64'
+    if codec or spec.optional is not None: shape = _column(shape, spec)
+    return spec,claimed_shape(shape, spec),size,data,codec == 'base64'
 
 # %% ../../nbs/wire/05_v2.ipynb #8a01286e
 def _claims(o, specs, codec=None):
@@ -182,7 +184,7 @@ def _entry(name, a, error, nonfinite=None):
     "An array as V2's tensor in JSON"
     if a.dtype == np.float16:
         raise InvalidInput(f"Tensor '{name}' is FP16, which has no JSON form in V2; ask for it as binary.")
-    data = jsonable(name, a.ravel(), error, nonfinite)
+    data = [v for v, in with_nulls(a)] if has_gaps(a, error) else jsonable(name, a.ravel(), error, nonfinite)
     return {'name': name, 'shape': a.shape, 'datatype': datatype_of(a), 'data': data}
 
 # %% ../../nbs/wire/05_v2.ipynb #edf38ec8

@@ -1005,7 +1005,7 @@ def test_nan_on_another_batch_size_is_named_too(tmp_path):
 
 def test_a_model_of_scikit_learn_is_told_the_way(tmp_path):
     Forest = type("Forest", (), {"__module__": "sklearn.ensemble"})
-    with pytest.raises(UsageError, match=r"type Forest.*Convert it \(skl2onnx\) and give the path of the .onnx file, format='onnx'"):
+    with pytest.raises(UsageError, match=r"type Forest.*Convert it and give the path of the .onnx file, format='onnx'"):
         save_package(Forest(), tmp_path / "p", "net", {"x": torch.rand(3, 4)}, ["y"])
 
 

@@ -16,6 +16,8 @@ from ..programs.external_data import external_files
 from .confined import ConfinedProgram
 from .dataflow import Place, place_of, readings
 from .example import parameter_names, table_sizes, weight_types
+from ..convert import is_table_model
+from ..convert.original import TableModel
 from ...errors import LocalResource, Refused, UsageError
 from ..programs import FORMATS, read_program
 from ..programs.torch_program import TorchProgram, named
@@ -124,10 +126,11 @@ def _decided_graph(module:'torch.nn.Module', arrays:dict[str,np.ndarray], names:
 
 # %% ../../../nbs/package/export/03_export.ipynb #9b425694
 def unused(
-    live:TorchProgram|ConfinedProgram, # what `live_program` gave
-)->TorchProgram|ConfinedProgram: # a program that was asked nothing yet
+    live:TorchProgram|ConfinedProgram|TableModel, # what `live_program` gave
+)->TorchProgram|ConfinedProgram|TableModel: # a program that was asked nothing yet
     "A copy of a live program that shares its weights; a foreign one is loaded again"
     if isinstance(live, ConfinedProgram): return live.again()
+    if isinstance(live, TableModel): return live
     return TorchProgram(_uncalled(live.module))
 def _uncalled(module:'torch.nn.Module')->'torch.nn.Module':
     "A copy of a module that shares its weights"
@@ -163,7 +166,7 @@ def _quiet()->Iterator[None]:
 # %% ../../../nbs/package/export/03_export.ipynb #065b977c
 _writers:dict[str,Writer] = {'torchscript': _trace, 'export': _export, 'onnx': _onnx, 'safetensors': _weights}
 def freeze(
-    live:TorchProgram|ConfinedProgram, # what `live_program` gave
+    live:TorchProgram|ConfinedProgram|TableModel, # what `live_program` gave
     file:str|Path, # where the model's file goes
     format:str, # a key of `FORMATS`
     arrays:dict[str,np.ndarray], # an example batch by name, in call order
@@ -212,16 +215,19 @@ def _computed(module:'torch.nn.Module')->dict[int,Any]:
 
 # %% ../../../nbs/package/export/03_export.ipynb #58421abc
 def live_program(
-    model:Any, # a torch module, or the path of a model file
+    model:Any, # a torch module, a table model that was converted, or the path of a model file
     file:str|Path, # where the model's file goes
     format:str, # a key of `FORMATS`
-)->TorchProgram|ConfinedProgram: # answers as the model does
+)->TorchProgram|ConfinedProgram|TableModel: # answers as the model does
     "The program that the frozen one must agree with; a model that is a file is copied"
     file = Path(file)
     if isinstance(model, (str, Path)):
         _check_source(Path(model), format)
         arguments = [str(Path(model).absolute()), str(file.absolute()), format]
         return ConfinedProgram(model, 'mlserve.package.export:file_program', arguments)
+    if isinstance(model, TableModel):
+        model.write(file)
+        return model
     import torch
     if isinstance(model, torch.jit.ScriptModule) and format == 'torchscript':
         torch.jit.save(model, str(file))
@@ -229,7 +235,7 @@ def live_program(
         assert isinstance(program, TorchProgram) # as its format says
         return program
     if isinstance(model, torch.nn.Module): return TorchProgram(copy.deepcopy(model, _computed(model)).cpu().eval())
-    tool = ' (skl2onnx)' if type(model).__module__.startswith('sklearn') else ''
+    table = ': give an example as a pandas DataFrame, inputs=df' if is_table_model(model) else ''
     raise UsageError(
         f'A model of type {type(model).__name__} was given; a torch module or the path of a model file is allowed.',
-        mend=f"Convert it{tool} and give the path of the .onnx file, format='onnx'.")
+        mend=f"Convert it{table or ' and give the path of the .onnx file'}, format='onnx'.")

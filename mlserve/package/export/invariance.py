@@ -237,7 +237,7 @@ def prove_program(
     arrays:Arrays, # the example by name, in call order
     names:list[str], # of the outputs
     expected:Arrays, # what the live program answers to the example
-    tolerance:Mapping[str,float], # `rtol` and `atol`
+    tolerance:Mapping[str,Any], # `rtol` and `atol`
     batch:bool=True, # rows stand for themselves, and requests may be joined
     nonfinite:bool=False, # an answer may hold what is no number
     fresh:Callable[[], Iterable[Program]]=lambda: (), # makes programs, live and saved, that were asked nothing yet

@@ -63,7 +63,7 @@ def check_half(
     expected:dict[str,np.ndarray], # outputs by name, in single precision
     got:dict[str,np.ndarray], # the same, in half
     dtype:str, # 'float16' or 'bfloat16'
-    tolerance:Mapping[str,float], # `rtol` and `atol`
+    tolerance:Mapping[str,Any], # `rtol` and `atol`
     nonfinite:bool=False, # an answer may hold what is no number
 )->None: # or CheckFailed
     "Refuse half precision that is too far from single"

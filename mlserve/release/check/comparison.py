@@ -77,12 +77,12 @@ def require_close(
     what:str, # for the sentence
     expected:Mapping[str, 'np.ndarray'], # of the notebook
     answers:Mapping[str, 'np.ndarray'], # of the container
-    tolerance:Mapping[str, float], # `rtol`, `atol`
+    tolerance:Mapping[str, Any], # `rtol`, `atol`; and `ties`, where a label may be either of two
     nan:bool=False, # NaN is an answer
 )->dict[str, float]: # `max_abs`, `max_rel`
     "Differences within the tolerance, or `CheckFailed`"
     rtol,atol = tolerance['rtol'],tolerance['atol']
-    difference = compare(dict(expected), dict(answers), rtol, atol, nan)
+    difference = compare(dict(expected), dict(answers), rtol, atol, nan, tolerance.get('ties'))
     if not difference.passed:
         raise CheckFailed(f"The {what} answers of the container differ from the notebook's: "
             f'{difference.where} is off by {difference.max_abs:.3g} (allowed: rtol {rtol:g}, atol {atol:g}).')

@@ -25,7 +25,7 @@ def read_plain(body:bytes, headers:Headers, package:'Package', limit:int)->Infer
 # %% ../../../nbs/serving/http/04_protocols.ipynb #9bb56cad
 def write_plain(request:InferRequest, outputs:Arrays, package:'Package', version:str)->Written:
     "An answer of the plain format"
-    return encode_predict(outputs, package.nonfinite), JSON, ()
+    return encode_predict(outputs, package.nonfinite, request.form), JSON, ()
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #e4ca85d8
 def read_instances(body:bytes, headers:Headers, package:'Package', limit:int)->InferRequest:

@@ -20,6 +20,7 @@ from .failures import in_short, reason_of
 from .framework import check_framework
 from ...settings import Settings
 from ...tensors import DATATYPES, TensorSpec, check_tensors
+from ...wire.predict import named_arrays
 if TYPE_CHECKING: from mlserve.package.handler import Handler
 
 # %% ../../../nbs/serving/model/06_model.ipynb #32d2ab11
@@ -161,16 +162,31 @@ def _by_name(data:Any, specs:Sequence[TensorSpec])->dict[str, np.ndarray]:
     known = {s.name: s for s in specs}
     return {n: _typed(known[n], a) if n in known else np.asarray(a) for n,a in arrays.items()}
 
+# %% ../../../nbs/serving/model/06_model.ipynb #506cee78
+def _of_frame(data:Any, specs:Sequence[TensorSpec])->dict[str, np.ndarray]:
+    "The columns of a data frame, as a request would give them"
+    import pandas as pd
+    frame = pd.DataFrame(data)
+    cells = {n: frame[n].astype(object).where(frame[n].notna(), None).tolist() for n in frame.columns}
+    return named_arrays(cells, specs, 2**62)
+def _to_frame(outputs:Mapping[str, np.ndarray])->Any: # a data frame
+    "An answer with a row for each row"
+    import pandas as pd
+    return pd.DataFrame({name: array.tolist() for name,array in outputs.items()})
+
 # %% ../../../nbs/serving/model/06_model.ipynb #5143a21f
 @dataclass(frozen=True)
 class _PyFunc:
     "A model with the face that MLflow expects"
     model: Model # on the CPU
-    def predict(self, data:Any, params:Any=None)->dict[str, np.ndarray]: # outputs by name
+    def predict(self, data:Any, params:Any=None)->Any: # outputs by name; of a table, a data frame
         "Predict from an array, a dictionary of arrays or a data frame"
-        outputs = self.model.predict(_by_name(data, self.model.package.inputs))
+        specs = self.model.package.inputs
+        table = specs[0].optional is not None
+        outputs = self.model.predict(_of_frame(data, specs) if table else _by_name(data, specs))
         text = np.frompyfunc(bytes.decode, 1, 1)
-        return {n: text(a) if a.dtype == object else a for n,a in outputs.items()}
+        answer = {n: text(a) if a.dtype == object else a for n,a in outputs.items()}
+        return _to_frame(answer) if table else answer
 def _load_pyfunc(path:str)->_PyFunc:
     "What MLflow calls to load a package"
     return _PyFunc(load_model(load_package(path), Device('cpu')))
