@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Built', 'State', 'Place', 'Vendored', 'Expect',
-           'Twice', 'Recorded', 'Version', 'Asked', 'Model', 'Older', 'Engine', 'Live', 'Image', 'show', 'entry',
-           'release', 'serve_environment', 'serve', 'dockerfile', 'build', 'vendor', 'check', 'promote', 'rollback',
-           'render', 'debug', 'verify', 'diff', 'fail', 'run_command', 'main']
+           'Twice', 'Recorded', 'Version', 'Asked', 'Model', 'Older', 'Back', 'Engine', 'Live', 'Image', 'show',
+           'entry', 'release', 'serve_environment', 'serve', 'dockerfile', 'build', 'vendor', 'check', 'promote',
+           'rollback', 'render', 'debug', 'verify', 'diff', 'fail', 'run_command', 'main']
 
 # %% ../nbs/05_cli.ipynb #105e7ce7
 import json, os, shlex, signal, sys, traceback
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 import typer
 from . import __version__
-from .errors import CheckFailed, Interrupted, MlserveError, UsageError, by_code, hidden, last_line
+from .errors import Interrupted, MlserveError, UsageError, hidden, last_line
 from .settings import port_variable, refuse_unknown, without_platforms
 
 # %% ../nbs/05_cli.ipynb #220b12ee
@@ -181,7 +181,7 @@ def _warn(text): print(f'warning: {text}', file=sys.stderr)
 @app.command()
 def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=False)->None:
     "Run a recorded image by its digest, and prove that it infers."
-    from mlserve.release.recheck import check_again, told_check
+    from mlserve.release.recheck import check_again, failed_check, told_check
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
     from mlserve.release.supply_chain.verify import confirm
@@ -192,10 +192,7 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
     for warning in result['warnings']: _warn(warning)
     if result['passed']: print(told_check(pair, result), file=sys.stderr)
     if full or result['passed']: show(result, 'passed', full)
-    if not result['passed']:
-        error = by_code(result['code'], CheckFailed)(result['reason'])
-        error.step = 'check'
-        raise error
+    if not result['passed']: raise failed_check(result)
 
 # %% ../nbs/05_cli.ipynb #81a259ad
 Model = Annotated[str, typer.Argument(help='Name of the registered model.')]
@@ -209,10 +206,9 @@ def promote(model:Model, version:Version=None, device:Asked=None, allow_older:Ol
     show(asdict(pair), pair.image, full)
 
 # %% ../nbs/05_cli.ipynb #340b7f2c
+Back = Annotated[str|None, typer.Option(help='A version that was in production; the one before by default.')]
 @app.command()
-def rollback(model:Model,
-    to:Annotated[str|None, typer.Option(help='A version that was in production; the one before by default.')]=None,
-    full:Json=False)->None:
+def rollback(model:Model, to:Back=None, full:Json=False)->None:
     "Move production back to the version before, whose check holds."
     from mlserve.release.record import rollback as run
     from mlserve.release.supply_chain.verify import confirm

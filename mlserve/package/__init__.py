@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 import numpy as np
 from .arrays import check_described, load_tensors, save_tensors
-from .convert import convert_table, format_of, golden_rows, prove_table, table_tolerance
-from .convert.columns import to_arrays
+from .convert import format_of, prove_table, table_example
 from .convert.original import TableModel
 from .export.confined import ConfinedProgram
 from .environment import environment
@@ -32,7 +31,7 @@ from .holdout import move_beside, reference_of, write_holdout
 from .export.invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
 from .mlmodel import PROVIDERS, check_outputs, check_providers, check_tolerance, check_types
-from .mlmodel import check_ways, check_width, default_tolerance, example_files, is_name, mlmodel
+from .mlmodel import check_name, check_ways, check_width, default_tolerance, example_files, mlmodel
 from .mlmodel import parse_mlmodel
 from ..tensors import Arrays, TensorSpec
 if TYPE_CHECKING: from mlserve.package.handler import Handler
@@ -238,6 +237,12 @@ def _plain(arguments:dict[str,Any])->dict[str,Any]:
     try: return json.loads(json.dumps(arguments))
     except (TypeError, ValueError) as e: raise UsageError(f'arguments cannot be written as JSON: {e}.') from e
 
+# %% ../../nbs/package/09_package.ipynb #4a0968de
+def _described(name, format, tolerance, **said):
+    "What is written down of a package before it is proved; of the rest, what is otherwise than by default"
+    ours = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
+    return ours | {key: value for key,value in said.items() if value is not None}
+
 # %% ../../nbs/package/09_package.ipynb #cc3d4194
 def save_package(
     model:Any, # a live torch module, a fitted table model, or the path of a model file
@@ -263,10 +268,8 @@ def save_package(
     check_outputs(outputs)
     if tolerance: check_tolerance(tolerance)
     check_ways(batch, nonfinite)
-    path = Path(path).absolute()
-    if not is_name(name): raise Refused(f"The name '{name}' cannot be part of an image name; "
-        'allowed are a-z, 0-9 and single . _ - inside, at most 63.')
-    format = format or format_of(model, inputs)
+    check_name(name)
+    path,format = Path(path).absolute(),format or format_of(model, inputs)
     check_format(format)
     check_dtype(dtype, model, format)
     check_providers(providers, format, batch)
@@ -274,14 +277,11 @@ def save_package(
         raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
     check_replaceable(path)
     check_beside(path)
-    said = {'batch': None if batch else False, 'nonfinite': nonfinite or None, 'dtype': dtype or None,
-        'providers': None if tuple(providers) == PROVIDERS[0] else list(providers)}
-    ours:dict[str,Any] = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
-    ours |= {key: value for key,value in said.items() if value is not None}
+    ours = _described(name, format, tolerance, batch=None if batch else False, nonfinite=nonfinite or None,
+        dtype=dtype or None, providers=None if tuple(providers) == PROVIDERS[0] else list(providers))
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
     arrays = example_arrays(inputs) if isinstance(inputs, Mapping) else {}
     if not arrays:
-        model = convert_table(model, inputs, list(outputs), optional)
-        arrays,ours['tolerance'] = golden_rows(model),table_tolerance(model) | (tolerance or {})
-        holdout = holdout and (to_arrays(holdout[0], model.columns), holdout[1])
+        model,arrays,allowed,holdout = table_example(model, inputs, outputs, optional, holdout)
+        ours['tolerance'] = allowed | (tolerance or {})
     return _save(path, ours, Given(model, arrays, list(outputs), handler, files, holdout))

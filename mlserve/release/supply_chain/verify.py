@@ -148,8 +148,8 @@ def failure(
     also = f" Also: {', '.join(row['name'] for row in rest)}." if rest else ''
     differs = f": expected {first['expected'][:200]}, found {first['found'][:200]}." if broken else ''
     why = f"the link {first['name']} {'is broken' if broken else 'was not checked'}: {first['where']}{differs}{also}"
-    wrong = 'Do not deploy it; mlserve verify lists all findings.'
-    mend = 'Repeat it when that answers.' if first['code'] == 6 else wrong
+    mend = 'Do not deploy it; mlserve verify lists all findings.'
+    if first['code'] == 6: mend = 'Repeat it when that answers.'
     return by_code(first['code'], IntegrityError)(f"{result['image']}: {why}", mend=mend)
 
 # %% ../../../nbs/release/supply_chain/06_verify.ipynb #65ef7487
