@@ -7,13 +7,12 @@ __all__ = ['Live', 'Package', 'load_package', 'golden', 'call_rows', 'load_envir
 
 # %% ../../nbs/package/09_package.ipynb #49239403
 import json, tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 import numpy as np
 from .arrays import check_described, load_tensors, save_tensors
-from .convert import format_of, prove_table, table_example
+from .convert import format_of, prove_table, table_tolerance
 from .convert.original import TableModel
 from .export.confined import ConfinedProgram
 from .environment import environment
@@ -23,15 +22,15 @@ from .programs import FORMATS, check_format, read_program
 from .programs.onnx_program import Engines, OnnxProgram
 from .programs.torch_program import Program, TorchProgram
 from .export import freeze, live_program, unused
-from .export.given import Given
-from .export.example import check_order, example_arrays, example_specs, first_answer
+from .export.given import Given, read_example
+from .export.example import check_order, example_specs, first_answer
 from .programs.half import HALVES, check_dtype, check_half, halved
 from .holdout import beside, check_beside, discard, live_answers
 from .holdout import move_beside, reference_of, write_holdout
 from .export.invariance import prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
 from .mlmodel import PROVIDERS, check_outputs, check_providers, check_tolerance, check_types
-from .mlmodel import check_name, check_ways, check_width, default_tolerance, example_files, mlmodel
+from .mlmodel import check_ways, check_width, default_tolerance, example_files, check_model_name, mlmodel
 from .mlmodel import parse_mlmodel
 from ..tensors import Arrays, TensorSpec
 if TYPE_CHECKING: from mlserve.package.handler import Handler
@@ -194,6 +193,7 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     ours['handler'] = write_handler(given.handler, temp)
     expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite)
     outputs,reference,own = example_specs(expected, given.rows),live,expected
+    if isinstance(live, TableModel): ours['tolerance'] = table_tolerance(live) | (ours['tolerance'] or {})
     ours['tolerance'] = ours['tolerance'] or HALVES.get(ours.get('dtype', '')) or default_tolerance(outputs)
     check_width(ours['tolerance'], expected)
     if ours.get('dtype'):
@@ -237,12 +237,6 @@ def _plain(arguments:dict[str,Any])->dict[str,Any]:
     try: return json.loads(json.dumps(arguments))
     except (TypeError, ValueError) as e: raise UsageError(f'arguments cannot be written as JSON: {e}.') from e
 
-# %% ../../nbs/package/09_package.ipynb #4a0968de
-def _described(name, format, tolerance, **said):
-    "What is written down of a package before it is proved; of the rest, what is otherwise than by default"
-    ours = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
-    return ours | {key: value for key,value in said.items() if value is not None}
-
 # %% ../../nbs/package/09_package.ipynb #cc3d4194
 def save_package(
     model:Any, # a live torch module, a fitted table model, or the path of a model file
@@ -268,8 +262,9 @@ def save_package(
     check_outputs(outputs)
     if tolerance: check_tolerance(tolerance)
     check_ways(batch, nonfinite)
-    check_name(name)
-    path,format = Path(path).absolute(),format or format_of(model, inputs)
+    path = Path(path).absolute()
+    check_model_name(name)
+    format = format or format_of(model, inputs)
     check_format(format)
     check_dtype(dtype, model, format)
     check_providers(providers, format, batch)
@@ -277,11 +272,9 @@ def save_package(
         raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
     check_replaceable(path)
     check_beside(path)
-    ours = _described(name, format, tolerance, batch=None if batch else False, nonfinite=nonfinite or None,
-        dtype=dtype or None, providers=None if tuple(providers) == PROVIDERS[0] else list(providers))
+    said = {'batch': None if batch else False, 'nonfinite': nonfinite or None, 'dtype': dtype or None,
+        'providers': None if tuple(providers) == PROVIDERS[0] else list(providers)}
+    ours:dict[str,Any] = {'name': name, 'format': format, 'file': FORMATS[format], 'tolerance': tolerance}
+    ours |= {key: value for key,value in said.items() if value is not None}
     if format == 'safetensors': ours['module'] = {'class': type(model).__name__, 'arguments': _plain(arguments or {})}
-    arrays = example_arrays(inputs) if isinstance(inputs, Mapping) else {}
-    if not arrays:
-        model,arrays,allowed,holdout = table_example(model, inputs, outputs, optional, holdout)
-        ours['tolerance'] = allowed | (tolerance or {})
-    return _save(path, ours, Given(model, arrays, list(outputs), handler, files, holdout))
+    return _save(path, ours, read_example(Given(model, inputs, list(outputs), handler, files, holdout), optional))

@@ -98,7 +98,8 @@ def _trained(column:Column, array:np.ndarray)->'pd.Series':
         values = pd.Series([gap if column.optional and not t else t for t in texts], dtype=object)
     else: values = pd.Series(flat)
     if isinstance(column.dtype, pd.CategoricalDtype):
-        return pd.Series(pd.Categorical(values, dtype=column.dtype))
+        known = values.where(values.isin(column.dtype.categories))
+        return pd.Series(pd.Categorical(known, dtype=column.dtype))
     if column.datatype == 'FP64': return values
     return values.astype(column.dtype)
 def to_frame(
