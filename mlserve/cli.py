@@ -116,11 +116,14 @@ def dockerfile(notebook:Notebook, device:Device=None, delivery:Delivery=None, st
 # %% ../nbs/05_cli.ipynb #18f2e8e9
 def _refuse_mixed(notebook, package, vendored, expect, more):
     "Refuse a build that was told too little, or two things at once"
+    if expect and not vendored:
+        raise UsageError('--expect was given without --vendored.', mend='It is the digest of a vendored folder.')
     if vendored and any((notebook, package, *more)):
         raise UsageError('--vendored was given with more; the folder says what to build.',
             mend='Give --vendored with --expect, --builder and --state alone.')
-    if not vendored and (expect or not (notebook and package)):
-        raise UsageError('A build needs a notebook and --package, or --vendored.', mend='mlserve build --help')
+    if not vendored and not (notebook and package):
+        raise UsageError('A build needs a notebook and --package, or --vendored.',
+            mend='mlserve build NOTEBOOK --package DIR.')
 
 # %% ../nbs/05_cli.ipynb #c927a4c4
 Vendored = Annotated[Path|None, typer.Option(help='Folder of `mlserve vendor`, instead of a notebook and a package.')]
@@ -159,7 +162,8 @@ def vendor(notebook:Notebook,
     from mlserve.release.spec import read_spec
     spec = read_spec(notebook, name=name, device=device, delivery=delivery, store=store, state=state, builder=builder)
     result = run(spec, package, out)
-    show(result, result['digest'], full)
+    print(f"digest: {result['digest']}", file=sys.stderr)
+    show(result, result['folder'], full)
 
 # %% ../nbs/05_cli.ipynb #4ca931a2
 def _is_digest(image, version):
