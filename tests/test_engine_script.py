@@ -12,7 +12,8 @@ SCRIPT = ROOT / "docker/engine.sh"
 
 
 def script(verb, state, **env):
-    return run("bash", SCRIPT, verb, env={"MLSERVE_STATE": str(state), "MLSERVE_PRIVATE_ENGINE": "1", "DOCKER_HOST": None, "MLSERVE_REGISTRY": None, **env}, timeout=120)
+    return run("bash", SCRIPT, verb, env={"MLSERVE_STATE": str(state), "MLSERVE_PRIVATE_ENGINE": "1", "DOCKER_HOST": None, "MLSERVE_REGISTRY": None,
+               "MLSERVE_PROXY_IMAGE": "x", "MLSERVE_COMPOSE": "x", **env}, timeout=120)
 
 
 def test_a_stranger_that_got_the_number_of_a_dead_engine_is_neither_taken_for_it_nor_ended(tmp_path):
