@@ -937,7 +937,7 @@ def given(**more):
     ({"arguments": {"size": np.int64(3)}, "format": "safetensors", "handler": "net.py"}, "arguments cannot be written as JSON"),
     ({"handler": 3}, "The handler is 3; allowed are True"),
     ({"format": "ONNX"}, "Did you mean 'onnx'?"),
-    ({"format": None}, "The format 'None' is not known"),
+    ({"format": "pt"}, "The format 'pt' is not known"),
     ({"format": ["onnx"]}, "is not known"),
 ])
 def test_what_cannot_be_saved_gets_a_sentence(change, sentence, tmp_path):
