@@ -137,10 +137,11 @@ def stray(
 def _set(store, name, alias, version):
     "Let an alias name a version; one that was deleted meanwhile has none"
     from mlflow.exceptions import MlflowException
-    try:
-        if version: return store.set_registered_model_alias(name, alias, version)
-    except MlflowException as e:
-        if e.error_code != 'RESOURCE_DOES_NOT_EXIST': raise
+    for tried in range(5 if version else 0):
+        try: return store.set_registered_model_alias(name, alias, version)
+        except MlflowException as e: # BAD_REQUEST: another set the new alias in the same instant
+            if e.error_code == 'RESOURCE_DOES_NOT_EXIST': break
+            if e.error_code != 'BAD_REQUEST' or tried == 4: raise
     store.delete_registered_model_alias(name, alias)
 def _follow(store, name, now, run_id):
     "Set the alias to what the ledger has, until the ledger stays as it is"
