@@ -60,6 +60,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture
 def uri(server, monkeypatch):
+    "Of versions whose images are names alone: nothing is asked of a registry"
+    monkeypatch.setattr("mlserve.release.supply_chain.verify.confirm", lambda pair, **more: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
     return server
