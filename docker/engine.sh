@@ -76,59 +76,49 @@ start_registry() {
   fail "The registry did not answer on 127.0.0.1:$port." "Read $dir/registry.log."
 }
 
+debian_image() { # NAME PACKAGES: an image of Debian's packages, pushed; its digest goes to $dir/NAME
+  local registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)} ref
+  ref=$registry/mlserve/$1
+  install_packages mmdebstrap:mmdebstrap
+  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include="$2" bookworm "$dir/$1.tar" >"$dir/$1.log" 2>&1 \
+    || fail "mmdebstrap failed." "Read $dir/$1.log."
+  "${docker[@]}" import "$dir/$1.tar" "$ref:bookworm" >/dev/null
+  "${docker[@]}" push -q "$ref:bookworm" >/dev/null || fail "The image $1 could not be pushed to $registry." "See that it runs; its log is $dir/registry.log."
+  rm -f "$dir/$1.tar"
+  "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" >"$dir/$1"
+}
+
 start_base() { # the official slim image where a registry can be reached, else one from Debian's packages
   if [ -s "$dir/base" ]; then # and it is there
     "${docker[@]}" inspect "$(cat "$dir/base")" >/dev/null 2>&1 && return
     timeout 60 "${docker[@]}" pull -q "$(cat "$dir/base")" >/dev/null 2>&1 && return
     say "the base image $(cat "$dir/base") is gone"
   fi
-  local registry official=python:3.11-slim-bookworm ref
-  registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)}
+  local official=python:3.11-slim-bookworm
   say "looking for the base image $official"
   if timeout 60 "${docker[@]}" pull -q "$official" >/dev/null 2>&1; then
     "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$official" >"$dir/base"; return
   fi
   say "no registry serves it here; making a base image from Debian's packages"
-  install_packages mmdebstrap:mmdebstrap
-  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$dir/base.tar" \
-    >"$dir/base.log" 2>&1 || fail "mmdebstrap failed." "Read $dir/base.log."
-  ref=$registry/mlserve/base
-  "${docker[@]}" import "$dir/base.tar" "$ref:bookworm" >/dev/null
-  "${docker[@]}" push -q "$ref:bookworm" >/dev/null || fail "The base image could not be pushed to $registry." "Read $dir/registry.log."
-  rm -f "$dir/base.tar"
-  "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" >"$dir/base"
+  debian_image base python3,python3-venv,ca-certificates
 }
 
 debug_base() { # made like the base, with the tools of somebody who looks into a container
   mkdir -p "$dir"
-  local docker=(docker) registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)} ref
+  local docker=(docker)
   [ -S "$run/docker.sock" ] && docker=("$(client)" -H "unix://$run/docker.sock")
-  if [ -s "$dir/debug-base" ] && "${docker[@]}" inspect "$(cat "$dir/debug-base")" >/dev/null 2>&1; then cat "$dir/debug-base"; return; fi
-  [ "$registry" != 127.0.0.1: ] || fail "No registry is there to hold the debug base." "Run make engine-start, or set MLSERVE_REGISTRY."
-  install_packages mmdebstrap:mmdebstrap
+  if [ -s "$dir/debug" ] && "${docker[@]}" inspect "$(cat "$dir/debug")" >/dev/null 2>&1; then cat "$dir/debug"; return; fi
+  [ -n "${MLSERVE_REGISTRY:-}" ] || [ -s "$dir/registry.port" ] || fail "No registry is there to hold the debug base." "Run make engine-start, or set MLSERVE_REGISTRY."
   say "making the debug base from Debian's packages"
-  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,strace,gdb,curl,procps,iproute2 bookworm "$dir/debug.tar" \
-    >"$dir/debug.log" 2>&1 || fail "mmdebstrap failed." "Read $dir/debug.log."
-  ref=$registry/mlserve/debug
-  "${docker[@]}" import "$dir/debug.tar" "$ref:bookworm" >/dev/null
-  "${docker[@]}" push -q "$ref:bookworm" >/dev/null || fail "The debug base could not be pushed to $registry." "See that it runs."
-  rm -f "$dir/debug.tar"
-  "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" | tee "$dir/debug-base"
+  debian_image debug python3,python3-venv,ca-certificates,strace,gdb,curl,procps,iproute2
+  cat "$dir/debug"
 }
 
 start_proxy() { # a small image with Debian's haproxy, for `mlserve deploy` and `mlserve render`
   [ -z "${MLSERVE_PROXY_IMAGE:-}" ] && [ ! -s "$dir/proxy" ] || return 0
-  local registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)} ref
-  ref=$registry/mlserve/proxy
   [ -f /etc/debian_version ] || { say "no image of a proxy is made here; name one by its digest: proxy = in [deploy], or MLSERVE_PROXY_IMAGE"; return 0; }
-  install_packages mmdebstrap:mmdebstrap
   say "making the image of a proxy from Debian's haproxy"
-  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include=haproxy bookworm "$dir/proxy.tar" >"$dir/proxy.log" 2>&1 \
-    || fail "mmdebstrap failed." "Read $dir/proxy.log."
-  "${docker[@]}" import "$dir/proxy.tar" "$ref:bookworm" >/dev/null
-  "${docker[@]}" push -q "$ref:bookworm" >/dev/null || fail "The image of the proxy could not be pushed to $registry." "See that it runs."
-  rm -f "$dir/proxy.tar"
-  "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" >"$dir/proxy"
+  debian_image proxy haproxy
 }
 
 composes() { "$@" version --short 2>/dev/null | grep -qE '^v?([3-9]|[1-9][0-9]|2\.([2-9][0-9]))\b'; } # the oldest that was tried is 2.26
@@ -193,7 +183,7 @@ env_lines() {
   [ -n "${MLSERVE_REGISTRY:-}" ] && echo "MLSERVE_REGISTRY=$MLSERVE_REGISTRY" \
     || { [ -s "$dir/registry.port" ] && echo "MLSERVE_REGISTRY=127.0.0.1:$(cat "$dir/registry.port")"; }
   [ -n "${MLSERVE_BASE:-}" ] && echo "MLSERVE_BASE=$MLSERVE_BASE" || { [ -s "$dir/base" ] && echo "MLSERVE_BASE=$(cat "$dir/base")"; }
-  [ -n "${MLSERVE_DEBUG_BASE:-}" ] && echo "MLSERVE_DEBUG_BASE=$MLSERVE_DEBUG_BASE" || { [ -s "$dir/debug-base" ] && echo "MLSERVE_DEBUG_BASE=$(cat "$dir/debug-base")"; }
+  [ -n "${MLSERVE_DEBUG_BASE:-}" ] && echo "MLSERVE_DEBUG_BASE=$MLSERVE_DEBUG_BASE" || { [ -s "$dir/debug" ] && echo "MLSERVE_DEBUG_BASE=$(cat "$dir/debug")"; }
   [ -n "${MLSERVE_PROXY_IMAGE:-}" ] && echo "MLSERVE_PROXY_IMAGE=$MLSERVE_PROXY_IMAGE" || { [ -s "$dir/proxy" ] && echo "MLSERVE_PROXY_IMAGE=$(cat "$dir/proxy")"; }
   [ -n "${MLSERVE_COMPOSE:-}" ] && echo "MLSERVE_COMPOSE=$MLSERVE_COMPOSE" || { [ -x "$dir/docker-compose" ] && echo "MLSERVE_COMPOSE=$dir/docker-compose"; }
   echo "MLSERVE_STATE=$state"
