@@ -1,14 +1,12 @@
 """What the tests share: their lanes, a tracking server, and one real release that many of them read."""
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from commands import EXAMPLE, mlserve
 from containers import downloaded, engine, start  # noqa: F401 (fixtures, one of each for all modules)
 from linters import checkov, kubernetes_validate  # noqa: F401
-from emulators import az, gs, immutable, registry, s3, settings, store, stored_package  # noqa: F401
+from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, store, stored_package  # noqa: F401
 
 ENGINE = {"deploy", "engine_script", "supply_chain", "debug", "hardened", "memory", "refusals", "release", "cuda_image"}  # read one release of the example, and run its containers
 IMAGES = {"image", "matrix"}  # build images of their own
@@ -41,38 +39,10 @@ def state(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tracking(state):
     "A real MLflow server over HTTP"
-    import socket
-    import time
-
-    import httpx
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     home = state / "mlflow"
     home.mkdir()
-    log = open(state / "mlflow.log", "w")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "artifacts")]
-    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=home, start_new_session=True,
-                               env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})  # without its six task workers
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(480):  # 110 s on two cores that six others use
-            try:
-                if httpx.get(url + "/health", trust_env=False).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            assert process.poll() is None, (state / "mlflow.log").read_text()
-            time.sleep(0.5)
+    with mlflow_server(home, f"sqlite:///{home}/mlflow.db", 1) as url:
         yield url
-    finally:
-        os.killpg(process.pid, 15)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:  # it waits for its own workers, without end
-            os.killpg(process.pid, 9)
-            process.wait(20)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
-"""Object stores and a registry on this machine, each spoken to over real HTTP, and a small package in each of them."""
+"""Object stores, a registry and a tracking server on this machine, each spoken to over real HTTP, and a small package in each store."""
 import contextlib
 import http.server
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,18 +15,13 @@ import httpx
 import pytest
 from commands import ROOT
 from faulty_proxy import Proxy
+from servers import free_port, until
 
 from mlserve.settings import read_settings
 
 AZURITE = "azurite@3.37.0"
 AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="  # published, of the emulator
 NAMES = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_", "FSSPEC_", "MLFLOW_TRACKING_")
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def wait_for(port, seconds=60):
@@ -34,6 +31,33 @@ def wait_for(port, seconds=60):
             return
         assert time.monotonic() < end, f"nothing listens on {port}"
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def mlflow_server(folder, database, workers, **env):
+    "A real MLflow server, without its six task workers"
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", str(workers),
+               "--backend-store-uri", database, "--artifacts-destination", str(folder / "artifacts")]
+    with open(folder / "mlflow.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True,
+                                   env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **env})
+    url = f"http://127.0.0.1:{port}"
+
+    def healthy():
+        assert process.poll() is None, (folder / "mlflow.log").read_text()
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(url + "/health", trust_env=False).status_code == 200
+    try:
+        until(healthy, 240)  # several workers, on two busy cores
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:  # it waits for its own workers, without end
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
 
 
 class Place:

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
 import pytest
+from emulators import mlflow_server
 from faulty_proxy import Proxy
-from servers import free_port, until
+from servers import free_port
 
 from mlserve.errors import by_code
 from mlserve.release import record
@@ -22,33 +22,6 @@ from mlserve.release.record import ledger, logged_package, mlflow_store
 
 FORK = multiprocessing.get_context("fork")  # MLflow is imported once
 ROUNDS = [pytest.param(10, id="10"), pytest.param(200, id="200", marks=pytest.mark.soak)]
-
-
-@contextlib.contextmanager
-def mlflow_server(folder, database, workers, **env):
-    "A server of its own, with several workers"
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", str(workers),
-               "--backend-store-uri", database, "--artifacts-destination", str(folder / "artifacts")]
-    with open(folder / "mlflow.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True,
-                                   env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **env})
-    url = f"http://127.0.0.1:{port}"
-
-    def healthy():
-        assert process.poll() is None, (folder / "mlflow.log").read_text()
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(url + "/health", trust_env=False).status_code == 200
-    try:
-        until(healthy, 300)  # four workers, on two busy cores
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:  # it waits for its own workers, without end
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
 
 
 @pytest.fixture(scope="module")
