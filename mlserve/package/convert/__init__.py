@@ -13,12 +13,13 @@ import numpy as np
 from .boosters import BOOSTERS, converted_booster
 from .columns import table_columns, to_arrays
 from .graph import joined
+from .mends import library_of
 from .original import TableModel, ordered
 from .pipeline import WAYS, converted_pipeline, wrong_step
 from .rows import example_rows, golden_places, take, unlike_rows
 from ..programs import FORMATS
 from ...errors import CheckFailed, LocalResource, Refused, UsageError
-from ...tensors import Arrays, compare
+from ...tensors import Arrays, compare, count_rows
 if TYPE_CHECKING: import pandas as pd
 
 # %% ../../../nbs/package/convert/07_convert.ipynb #ab18dd2c
@@ -26,7 +27,7 @@ def is_table_model(
     model:Any, # what `save_package` was given
 )->bool: # whether it is fitted and takes a data frame
     "Whether a model is of scikit-learn, or a booster"
-    if type(model).__module__.partition('.')[0] in BOOSTERS: return True
+    if library_of(model) in BOOSTERS: return True
     return hasattr(model, 'predict') and hasattr(model, 'get_params')
 def format_of(
     model:Any, # what `save_package` was given
@@ -64,7 +65,7 @@ def convert_table(
     _check_answers(model, outputs)
     frame = ordered(model, frame)
     live = TableModel(model, table_columns(frame, optional), outputs)
-    convert = converted_booster if type(model).__module__.partition('.')[0] in BOOSTERS else converted_pipeline
+    convert = converted_booster if library_of(model) in BOOSTERS else converted_pipeline
     try:
         live.graph = joined(live.columns, convert(model, live.columns, len(outputs)), outputs)
         live.types = _types(live.graph, outputs)
@@ -108,7 +109,6 @@ def prove_table(
     "Hold a graph against the model that it was made from"
     asked = 0
     for what,given in [('the example', example_rows(live.rows)), *unlike_rows(live.rows, live.columns)]:
-        rows = len(next(iter(given.values())))
         expected,answered = (_answer(program, given, live.names) for program in (live, saved))
         if isinstance(expected, Exception):
             if what.startswith('an unknown') and isinstance(answered, Exception): continue
@@ -119,7 +119,7 @@ def prove_table(
         alone = saved.run(take(given, [0]), live.names)
         result = compare({n: a[:1] for n,a in answered.items()}, alone, **tolerance)
         if not result.passed: raise CheckFailed(f"A row's answer depends on the rows beside it: {what}.", mend=WAYS)
-        asked += rows
+        asked += count_rows(given)
     return asked
 
 # %% ../../../nbs/package/convert/07_convert.ipynb #c695853f
@@ -133,9 +133,9 @@ def golden_rows(
     live:TableModel, # with its graph
 )->Arrays: # at most sixteen rows
     "Rows of the example that cover gaps and categories, and whose label is no tie"
-    rows = take(live.rows, np.arange(min(1024, len(next(iter(live.rows.values()))))))
+    rows = take(live.rows, np.arange(min(1024, count_rows(live.rows))))
     answers = live.run(rows, live.names)
-    fits = np.ones(len(next(iter(rows.values()))), bool)
+    fits = np.ones(count_rows(rows), bool)
     for by in table_tolerance(live).get('ties', {}).values():
         first,second = np.sort(answers[by].astype(float), axis=1)[:, -2:].T[::-1]
         fits = first - second > 1e-3

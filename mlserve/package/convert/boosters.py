@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from .columns import Column
 from .graph import Body
+from .mends import library_of
 from .pipeline import cannot
 if TYPE_CHECKING: import onnx
 
@@ -88,8 +89,5 @@ def converted_booster(
     answers:int, # how many: 2 for a label and its probabilities
 )->Body: # its graph
     "A booster as ONNX"
-    library = type(model).__module__.partition('.')[0]
-    try: return _converters[library](model, columns, answers)
-    except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
-        raise cannot(type(model).__name__, why[:300]) from e
+    try: return _converters[library_of(model)](model, columns, answers)
+    except Exception as e: raise cannot(type(model).__name__, e) from e

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from .columns import Column, to_frame
+from .mends import library_of
 from ...errors import UsageError
 from ...tensors import Arrays, objects
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class TableModel:
     def answers(self, frame:'pd.DataFrame')->list[np.ndarray]:
         "A label and its probabilities, or a number"
         given: Any = frame if self.named else frame.to_numpy()
-        if type(self.model).__module__.startswith('xgboost') and not hasattr(self.model, 'get_params'):
+        if library_of(self.model) == 'xgboost' and not hasattr(self.model, 'get_params'):
             import xgboost
             given = xgboost.DMatrix(given, enable_categorical=True)
         first = _flat(self.model.predict(given))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from .columns import Column, to_frame
 from .graph import Body, joined
-from .mends import completed, conversions, estimators, with_empty_texts
+from .mends import completed, conversions, estimators, library_of, with_empty_texts
 from ..programs.onnx_program import OnnxProgram
 from ...errors import Refused
 from ...tensors import Arrays
@@ -27,7 +27,7 @@ def _register_boosters(model:Any)->dict[type, Callable[..., None]]:
     "Converters for the boosters in a model"
     from skl2onnx.common.shape_calculator import (calculate_linear_classifier_output_shapes as classes,
         calculate_linear_regressor_output_shapes as numbers)
-    kinds = {type(part): type(part).__module__.partition('.')[0] for _,part in estimators(model)}
+    kinds = {type(part): library_of(part) for _,part in estimators(model)}
     ours = {}
     for kind,module in kinds.items():
         classifier = kind.__name__.endswith('Classifier')
@@ -56,9 +56,10 @@ WAYS = ('Use another encoder or transformer in that step; or do its work before 
     "in exported cells with format='safetensors', which stays Python.")
 def cannot(
     step:str, # of the pipeline
-    why:str, # a sentence without its dot
+    error:Exception, # of the converter
 )->Refused: # to be raised
     "The refusal of a step that has no true conversion"
+    why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')[:300]
     return Refused(f"The step '{step}' cannot be converted to ONNX: {why}. Nothing was saved.", mend=WAYS)
 
 # %% ../../../nbs/package/convert/04_pipeline.ipynb #b604bc44
@@ -92,8 +93,7 @@ def converted_pipeline(
         graph = convert_sklearn(model, initial_types=_initial_types(model, columns), target_opset=_opsets,
             options={'zipmap': False} if classifier else None, custom_conversion_functions=ours)
     except Exception as e:
-        why = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip('.')
-        raise cannot(_where(e, model), why[:300]) from e
+        raise cannot(_where(e, model), e) from e
     outputs = [o.name for o in graph.graph.output]
     return Body(graph, list(zip(outputs, ['flat', 'same'][:answers])))
 

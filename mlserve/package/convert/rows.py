@@ -9,7 +9,7 @@ __all__ = ['UNKNOWN', 'take', 'example_rows', 'unlike_rows', 'golden_places']
 from collections.abc import Sequence
 import numpy as np
 from .columns import Column
-from ...tensors import Arrays
+from ...tensors import Arrays, count_rows
 
 # %% ../../../nbs/package/convert/01_rows.ipynb #d8c2b0a7
 UNKNOWN = b'mlserve: a category that nobody knows'
@@ -22,7 +22,7 @@ def take(
     return {name: array[places] for name,array in arrays.items()}
 def _mixed(arrays:Arrays, rows:int, random:np.random.Generator)->Arrays:
     "Rows whose values come each from another row"
-    n = len(next(iter(arrays.values())))
+    n = count_rows(arrays)
     mixed = {name: array[random.integers(0, n, rows)] for name,array in arrays.items()}
     for array in mixed.values():
         if array.dtype.kind == 'f': array[::3] = np.nextafter(array[::3], array.dtype.type(np.inf))
@@ -31,7 +31,7 @@ def example_rows(
     arrays:Arrays, # the whole example
 )->Arrays: # a few hundred rows
     "Rows of the example, and as many that are mixed from its values"
-    random,n = np.random.default_rng(0),len(next(iter(arrays.values())))
+    random,n = np.random.default_rng(0),count_rows(arrays)
     own = take(arrays, np.unique(np.linspace(0, n - 1, min(n, _rows)).astype(int)))
     mixed = _mixed(arrays, _rows, random)
     return {name: np.concatenate([array, mixed[name]]) for name,array in own.items()}
