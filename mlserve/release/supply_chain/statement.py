@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from ...errors import IntegrityError, LocalResource, RemoteUnavailable
+from ...errors import IntegrityError
 from ...package.lock import digest_of, file_hash
-from ..record import Pair, artifact_hash, mlflow_store, read_pair
+from ..record import Pair, artifact_hash, fetch_artifact, mlflow_store, read_pair
 from .image_inspection import Finding
 from .provenance import in_toto, seal, unseal
 
@@ -53,10 +53,7 @@ def read_statement(
 
 # %% ../../../nbs/release/supply_chain/05_statement.ipynb #e5633757
 def _artifacts(store, run_id, folder): # path → file, of what is kept of a run
-    for place in ('evidence','statements'):
-        try: store.download_artifacts(run_id, place, str(folder))
-        except (RemoteUnavailable, LocalResource): raise
-        except Exception: pass # MLflow has a dozen ways to say that there is no such artifact
+    for place in ('evidence','statements'): fetch_artifact(store, run_id, place, folder)
     return {str(path.relative_to(folder)): path for path in folder.rglob('*') if path.is_file()}
 def evidence_of(
     pair:Pair, # as recorded
