@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from ....errors import (CheckFailed, GpuRefused, IntegrityError, LocalResource, MlserveError, RemoteUnavailable)
 from ....patch import patch
-from ...check.container import exit_error
+from ...check.container import exit_error, healthy
 from ..deployment import Deployment
 from .proxy import slots_of
 from .rollout import Running
@@ -136,9 +136,7 @@ def ready(self:Engine,
     container:'Container', # that runs
 )->bool: # its own health check passes now
     "Ask a container whether it is ready, without waiting for the engine to ask"
-    test = (container.attrs['Config'].get('Healthcheck') or {}).get('Test') or []
-    if test[:1] != ['CMD'] or container.status != 'running': return False
-    try: return container.exec_run(test[1:]).exit_code == 0
+    try: return container.status == 'running' and healthy(container)
     except Exception: return False # it ended meanwhile
 
 # %% ../../../../nbs/release/deploy/live/02_engines.ipynb #782710f9
@@ -171,12 +169,11 @@ def _up(self:Engine, deployment, *words):
 @patch
 def apply(self:Engine,
     deployment:Deployment, # planned
-)->list['Container']: # the new ones
-    "Start the containers of a version beside those that are there"
-    before = {container.id for container in self.containers(deployment.target)}
-    count = len(before) + deployment.options.replicas
+    beside:int, # containers that are there
+)->None: # its containers were started
+    "Start the containers of a version beside others"
+    count = beside + deployment.options.replicas
     self._up(deployment, '--pull', 'never', '--no-recreate', '--scale', f'model={count}', 'model')
-    return [container for container in self.containers(deployment.target) if container.id not in before]
 @patch
 def apply_proxy(self:Engine,
     deployment:Deployment, # planned

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from ....errors import Conflict, LocalResource, MlserveError, UsageError
 from ....patch import patch
-from ..deployment import Deployment, checked_target, dns_label, require_checked
+from ..deployment import Deployment, require_checked, target_name
 from .engines import Engine, address_of, find_engine
 from .history import entry_for, ran_before, read_history, write_entry
 from .proxy import reopen, set_routes, slots_for, slots_of, wait_idle, wait_up
@@ -120,12 +120,13 @@ def do_start(self:Replacement)->None: # new containers, without requests
     self.engine.withdraw([seen.id for seen in scene.unproven])
     self.engine.withdraw([seen.id for seen in scene.drained], times.stop)
     if front := self.engine.proxy(self.deployment.target):
-        serving = {address_of(self.engine.client.containers.get(seen.id)) for seen in scene.old}
-        set_routes(front, {slot.name: 'maint' for slot in slots_of(front)
-            if not (slot.address and slot.address in serving)})
+        serving = {address_of(self.engine.client.containers.get(seen.id)) for seen in scene.old} - {''}
+        set_routes(front, {slot.name: 'maint' for slot in slots_of(front) if slot.address not in serving})
     before = {container.id for container in self.engine.containers(self.deployment.target)}
-    try: self.new = self.engine.apply(self.deployment)
-    finally: self.mine += [c.id for c in self.engine.containers(self.deployment.target) if c.id not in before]
+    try: self.engine.apply(self.deployment, beside=len(before))
+    finally:
+        self.new = [c for c in self.engine.containers(self.deployment.target) if c.id not in before]
+        self.mine += [container.id for container in self.new]
 @patch
 def do_healthy(self:Replacement)->None: # or the failure of a new one
     "Wait for the new ones"
@@ -143,7 +144,7 @@ def _routed(self:Replacement, front, new, old):
     ours = slots_for(front, [address_of(container) for container in self.new])
     theirs = [slot.name for slot in slots_of(front) if slot.address and slot.address in addresses]
     set_routes(front, {name: new for name in ours} | {name: old for name in theirs})
-    return ours,theirs
+    return ours
 @patch
 def do_switch(self:Replacement)->None: # from here on the new ones answer
     "Move the requests"
@@ -154,8 +155,7 @@ def do_switch(self:Replacement)->None: # from here on the new ones answer
         front = self.engine.proxy(self.deployment.target)
         if not front: raise LocalResource('The proxy of the target ended.', mend='Look at its log: docker logs.')
         self.mine.append(front.id)
-    ours,_ = self._routed(front, 'ready', 'drain')
-    wait_up(front, ours)
+    wait_up(front, self._routed(front, 'ready', 'drain'))
 @patch
 def do_restore(self:Replacement)->None: # the old ones answer
     "Turn a switch round"
@@ -172,10 +172,9 @@ def do_remove(self:Replacement)->None: # what was started here is gone
 @patch
 def do_drain(self:Replacement)->None: # nothing is under way in the old ones
     "Wait for the requests that the old ones have"
-    front = self.engine.proxy(self.deployment.target)
-    if not front: return
-    drained = [slot.name for slot in slots_of(front) if slot.route == 'drained' and slot.address]
-    wait_idle(front, drained, self.deployment.times.grace)
+    if front := self.engine.proxy(self.deployment.target):
+        drained = [slot.name for slot in slots_of(front) if slot.route == 'drained' and slot.address]
+        wait_idle(front, drained, self.deployment.times.grace)
 @patch
 def do_stop(self:Replacement)->None: # only the new ones are left
     "Stop the old ones, and open every slot of the proxy"
@@ -263,7 +262,7 @@ def roll_back(
     tell:Callable[[str], Any]=print, # called with a line for each step
 )->dict[str, Any]: # of `deploy`
     "Go back to the version that a target ran before"
-    target = checked_target(target) or f'compose-{dns_label(model)}'
+    target = target_name('compose', model, target)
     history = read_history(model, target)
     serving = [seen for seen in find_engine().running(target) if seen.route != 'closed' and seen.model == model]
     running = serving[-1].version if serving else next((e.version for e in history if e.outcome == 'ok'), '')

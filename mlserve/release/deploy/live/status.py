@@ -9,11 +9,11 @@ __all__ = ['finding_of', 'status', 'as_lines', 'releases', 'logs']
 from collections.abc import Sequence
 from typing import Any
 from ....errors import NotFound
-from ..deployment import checked_target, dns_label
+from ..deployment import target_name
 from .engines import TARGET, find_engine
-from .history import TAG, read_history
+from .history import entries_of
 from .rollout import Running
-from ...record import read_pair
+from ...record import pair_of, read_pair
 from ...record.mlflow_store import client, unrecorded
 
 # %% ../../../../nbs/release/deploy/live/05_status.ipynb #ac932f74
@@ -80,14 +80,12 @@ def releases(
     rows = []
     for version in sorted(versions, key=lambda v: int(v.version), reverse=True):
         if 'mlserve.image' not in version.tags: continue
-        pair = read_pair(model, version.version)
-        targets = [tag.removeprefix(TAG) for tag in pair.tags if tag.startswith(TAG)]
-        entries = {t: next(e for e in read_history(model, t) if e.version == pair.version) for t in sorted(targets)}
+        pair,entries = pair_of(version),entries_of(version)
         rows.append({'version': pair.version, 'status': pair.status,
             'aliases': sorted(alias for alias,v in named.items() if str(v) == pair.version),
             'image': pair.image, 'package': pair.package, 'metrics': _accuracies(pair),
             'created': version.creation_timestamp / 1e3,
-            'deployed': {t: {'outcome': e.outcome, 'when': e.when} for t,e in entries.items()}})
+            'deployed': {t: {'outcome': e.outcome, 'when': e.when} for t,e in sorted(entries.items())}})
     return rows
 
 # %% ../../../../nbs/release/deploy/live/05_status.ipynb #087409a8
@@ -97,7 +95,7 @@ def logs(
     lines:int=200, # of each container
 )->str: # as they were printed
     "What the containers of a target printed"
-    target = checked_target(target) or f'compose-{dns_label(model)}'
+    target = target_name('compose', model, target)
     found = [c for c in find_engine().containers(target) if c.labels.get('io.mlserve.model') == model]
     if not found: raise NotFound(f'No container of {model} is on the target {target}.', mend='mlserve status')
     return ''.join(container.logs(tail=lines).decode(errors='replace') for container in found)
