@@ -225,9 +225,11 @@ def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
     except MlserveError: raise
     except Exception as e:
         example = ', '.join(f'{name} {a.dtype} {list(a.shape)}' for name,a in given.arrays.items())
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        lines = [line.strip() for line in str(e).splitlines() if line.strip() and 'Please fix' not in line]
+        why = (lines or [type(e).__name__])[-1].rstrip('.')
+        mend = 'If the model takes one row a call, say batch=False and give one row.' if ours.get('batch', True) else ''
         raise UsageError(f'The model cannot be saved with the example {example}, '
-            f'or with another batch size of it: {lines[-1]}') from e
+            f'or with another batch size of it: {why}.', mend=mend) from e
     finally: discard(temp)
     return load_package(path)
 

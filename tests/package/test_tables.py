@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from xgboost import XGBClassifier
 
-from mlserve.errors import CheckFailed, InvalidInput
+from mlserve.errors import CheckFailed, InvalidInput, UsageError
 from mlserve.package import golden, load_package, save_package
 from mlserve.package.convert.columns import table_columns, to_arrays
 from mlserve.serving.model import load_model
@@ -118,3 +118,21 @@ def test_every_form_of_a_request_means_the_same_rows(tmp_path):
     with pytest.raises(InvalidInput, match="visits"):
         decode_invocations(b"age,income,visits,member,city,job\n41.0,,,True,Rome,a\n", package.inputs, media="text/csv")
     assert "NaN" not in (tmp_path / "p/serving_input_example.json").read_text() + (tmp_path / "p/input_example.json").read_text()
+
+
+def test_an_onnx_file_with_maps_or_for_one_row_is_taken(tmp_path):
+    "skl2onnx gives probabilities as a list of maps by default; other exporters fix the batch to the example's one row"
+    from skl2onnx import to_onnx
+    frame = TRAIN[0][["visits"]].to_numpy(np.float32)
+    model = LogisticRegression().fit(frame, TRAIN[1])
+    graph = to_onnx(model, frame[:1])
+    (tmp_path / "maps.onnx").write_bytes(graph.SerializeToString())
+    package = save_package(tmp_path / "maps.onnx", tmp_path / "p", name="maps", inputs={"X": frame[:8]}, outputs=["output_label", "output_probability"])
+    served = load_model(package, Device("cpu")).predict({"X": frame[:40]})
+    assert np.abs(served["output_probability"] - model.predict_proba(frame[:40])).max() < 1e-6
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    (tmp_path / "one.onnx").write_bytes(graph.SerializeToString())
+    given = {"model": tmp_path / "one.onnx", "path": tmp_path / "one", "name": "one", "outputs": ["output_label", "output_probability"]}
+    with pytest.raises(UsageError, match="batch=False and give one row"):
+        save_package(inputs={"X": frame[:8]}, **given)
+    assert not save_package(inputs={"X": frame[:1]}, batch=False, **given).batch
