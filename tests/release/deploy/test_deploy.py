@@ -24,7 +24,6 @@ from mlserve.release.deploy.live import replacement
 from mlserve.release.deploy.live.engines import find_engine
 from mlserve.release.deploy.live.proxy import slots_of
 from mlserve.release.deploy.live.history import read_history
-from mlserve.release.deploy.recorded import planned
 from mlserve.release.record import promote
 
 GOOD, BAD = {"passed": True, "seconds": 15}, {"passed": True, "seconds": 1}  # 60 and 20 s to become ready
@@ -96,15 +95,10 @@ def answered(port):
 
 
 def deploy(version, *more, model="double"):
-    "What became of a deployment"
-    return ran("deploy", "compose", model, "--version", version, *more)
-
-
-def ran(*words):
-    "The exit code of a command, what it printed and its last line"
+    "The exit code of the command, what it printed and its last line"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run_command([*words, "--json"])
+        code = run_command(["deploy", "compose", model, "--version", version, "--json", *more])
     return code, json.loads(out.getvalue()) if code == 0 else {}, last_json(err.getvalue()) if code else err.getvalue()
 
 
@@ -234,14 +228,6 @@ def test_what_cannot_be_deployed_is_refused_before_anything_is_touched(record, m
         m.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
         code, _, told = deploy(versions["one"])
         assert code == 6 and "No Docker Engine answers" in told["error"]
-    with monkeypatch.context() as m:
-        m.setattr(replacement, "planned", planned)  # the registry has the image, and nothing that a release lays beside it
-        refused("one", 5, "the link")
-        refused("two", 5, "the link")
-        history = read_history("double", TARGET)
-        code, _, told = ran("rollback", "double", "--target", TARGET)
-        assert code == 5 and "the link" in told["error"] and read_history("double", TARGET) == history
-        assert sorted(c.id for c in find_engine().containers()) == before
     with replacement.alone(TARGET):
         monkeypatch.setattr(replacement, "alone", lambda target, good=replacement.alone: good(target, 0.1))
         refused("one", 4, "Another command deploys to compose-double just now")
