@@ -6,12 +6,15 @@
 __all__ = ['recorded_spec', 'planned']
 
 # %% ../../../nbs/release/deploy/04_recorded.ipynb #2656398f
+from collections.abc import Callable
+from typing import Any
 from pydantic import ValidationError
 from ...errors import UsageError
 from .deployment import Deployment, checked_engine, plan
 from ..recheck import released_spec
 from ..record import Pair, read_pair
 from ..spec import ReleaseSpec, told_error
+from ..supply_chain.verify import confirm
 
 # %% ../../../nbs/release/deploy/04_recorded.ipynb #28df143e
 def recorded_spec(
@@ -32,8 +35,11 @@ def planned(
     version:str|int='production', # a version, or an alias
     proxy:str='', # image of haproxy, where the spec names none
     target:str='', # its name; `ENGINE-MODEL` by default
+    confirm:Callable[[Pair], Any]=confirm, # called with the pair; raises where it must not run
 )->Deployment: # of that version
     "Plan the deployment of a version by its name"
     checked_engine(engine)
     pair = read_pair(name, version)
-    return plan(engine, pair, recorded_spec(pair), proxy, target)
+    made = plan(engine, pair, recorded_spec(pair), proxy, target)
+    confirm(pair)
+    return made

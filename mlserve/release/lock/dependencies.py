@@ -123,18 +123,25 @@ def lock(
     pins = sorted(f'{n}=={v}' for n,v in constraints.items())
     spare = sorted((n, sorted(names)) for n,names in spared.items())
     asked = json.dumps([sorted(requirements), pins, repr(target), spare, network.index]).encode()
-    kept = folder and Path(folder) / f'{hashlib.sha256(asked).hexdigest()[:20]}.txt'
-    if kept and kept.exists(): return read_lock(kept.read_text())
+    key = hashlib.sha256(asked).hexdigest()[:20]
+    if folder and (old := _kept(Path(folder), key)): return old
     with tempfile.TemporaryDirectory() as tmp:
         (Path(tmp) / 'pins.txt').write_text('\n'.join(pins))
         pip(target, 'install', '--dry-run', '--ignore-installed', '--target', f'{tmp}/none',
             '--report', f'{tmp}/report.json', '-c', f'{tmp}/pins.txt', *requirements,
             network=network, pins=constraints)
         found = from_report(json.loads((Path(tmp) / 'report.json').read_text()), spared)
-    if kept: _write(kept, found.text)
+    if folder: _write(Path(folder) / f'{key}-{found.digest[7:27]}.txt', found.text)
     return found
 
 # %% ../../../nbs/release/lock/02_dependencies.ipynb #a20891ba
+def _kept(folder, key): # the lock that was resolved for these inputs, or None
+    path = next(iter(sorted(folder.glob(f'{key}-*.txt'))), None)
+    if not path: return None
+    found,named = hashlib.sha256(path.read_bytes()).hexdigest()[:20],path.stem.rpartition('-')[2]
+    if found == named: return read_lock(path.read_text())
+    raise IntegrityError(f'The kept lock {path} was changed since it was resolved: its name says sha256:{named}…, '
+        f'its text is sha256:{found}….', mend='Delete it and repeat: it is resolved again.')
 def _write(path, text): # whole or not at all
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'{path.name}.{os.getpid()}')

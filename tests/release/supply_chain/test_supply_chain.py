@@ -683,17 +683,19 @@ class Changed:
 
 CHANGES = {"image": ("dockerfile", "sbom", "provenance"), "manifest": ("layers",), "package": ("record",), "notebook": ("notebook",), "row": ("holdout",),
            "finding": ("check",), "check": ("check",), "statement": ("check",)}
+NEXT = (("promote", "edge"), ("check", "edge"), ("render", "compose", "edge"), ("deploy", "compose", "edge"))
+PROXY = "registry.test/haproxy@sha256:" + "b" * 64
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_R11_what_was_changed_is_refused_by_the_next_command_with_the_links_name(once, copied, edge, tracking, environment, monkeypatch, capsys, tmp_path, what):
-    "One thing at a time, by somebody who may write to the record and to the registry: neither checked nor promoted"
+    "One thing at a time, by somebody who may write to the record and to the registry: neither checked nor promoted, rendered nor deployed"
     changed = Changed(edge, copied, tracking, tmp_path)
     try:
         getattr(changed, what)()
-        for words in (("promote", "edge", "--version", edge["version"]), ("check", "edge", "--version", edge["version"])):
-            code, said = command(monkeypatch, capsys, environment, *words)
-            assert code == 5 and all(name in said for name in CHANGES[what]), said
+        for words in NEXT:
+            code, said = command(monkeypatch, capsys, environment, *words, "--version", edge["version"], MLSERVE_PROXY_IMAGE=PROXY)
+            assert code == 5 and all(name in said for name in CHANGES[what]), (words, said)
     finally:
         changed.done()
 
@@ -707,6 +709,37 @@ def test_R11_control_a_record_that_is_believed_promotes_what_was_doctored(copied
         assert command(monkeypatch, capsys, environment, "promote", "edge", "--version", edge["version"])[0] == 0
     finally:
         changed.done()
+
+
+@pytest.mark.parametrize("words", NEXT[2:], ids=lambda words: words[0])
+def test_R11_a_registry_that_cannot_be_asked_is_6(copied, edge, tracking, environment, monkeypatch, capsys, tmp_path, words):
+    "Nothing listens where the image should be: nothing is printed, and no engine is looked for"
+    changed = Changed(edge, copied, tracking, tmp_path)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    try:
+        changed.tag("mlserve.image", f"127.0.0.1:9/edge@{copied.partition('@')[2]}")
+        code, said = command(monkeypatch, capsys, environment, *words, "--version", edge["version"], MLSERVE_PROXY_IMAGE=PROXY)
+        assert code == 6 and "127.0.0.1:9" in said and "Docker" not in said, said
+    finally:
+        changed.done()
+
+
+def test_R11_control_a_record_that_is_believed_renders_what_was_doctored(copied, edge, tracking, environment, monkeypatch, capsys, tmp_path):
+    "The planted bug: a deployment is planned from the record alone"
+    from functools import partial
+
+    from mlserve.release.deploy import rendering
+    monkeypatch.setattr(rendering, "planned", partial(rendering.planned, confirm=lambda pair: None))
+    changed = Changed(edge, copied, tracking, tmp_path)
+    try:
+        changed.image()
+        assert command(monkeypatch, capsys, environment, "render", "kubernetes", "edge", "--version", edge["version"])[0] == 0
+    finally:
+        changed.done()
+
+
+def test_R11_control_what_was_not_changed_is_rendered(once, edge, environment, monkeypatch, capsys):
+    assert command(monkeypatch, capsys, environment, "render", "kubernetes", "edge", "--version", edge["version"])[0] == 0
 
 
 def test_R11_control_what_was_not_changed_is_promoted(once, edge, environment, monkeypatch, capsys):
@@ -769,6 +802,8 @@ def test_R14_where_a_key_is_demanded_only_what_it_signed_is_promoted(once, copie
     pair = record.read_pair("edge", edge["version"], tracking)
     code, said = tried()
     assert code == 5 and "the link provenance" in said and "not signed" in said and "check" in said
+    code, said = command(monkeypatch, capsys, environment, "render", "kubernetes", "edge", "--version", pair.version)  # by the same key
+    assert code == 5 and "the link provenance" in said and "not signed" in said
     remote, found = Remote(read_reference(copied)), read_image(copied)
     data = {k: provenance.read_attached(remote, v).data for k, v in attached(edge, tracking).items()}
     changed = Changed(edge, copied, tracking, keys)
