@@ -177,7 +177,7 @@ Live = TorchProgram|ConfinedProgram|TableModel
 def _proven(temp:Path, ours:dict[str,Any], given:Given, origin:Live, live:Live, own:Arrays, specs:tuple)->tuple:
     "The program that was written and read back, and its package; it answers as the live one"
     freeze(origin, temp/ours['file'], ours['format'], given.arrays, given.names)
-    saved = Package(temp, ours['name'], ours['format'], ours['file'], *specs, ours['tolerance'],
+    saved = Package(temp, ours['name'], ours['format'], ours['file'], specs[0], specs[1], ours['tolerance'],
         write_lock(temp), ours['handler'], ours.get('module'))
     foreign = isinstance(origin, ConfinedProgram)
     program = live if foreign else load_program(saved)

@@ -17,6 +17,7 @@ from ..convert.columns import to_arrays
 from ..export import live_program
 from ..export.example import check_order, example_arrays
 from ..holdout import Contract, answers
+from ..programs.torch_program import Program
 from .markup import Markup, badge, card, columns, row_plot
 from ...tensors import Arrays, Comparison, check_tensors, compare
 
@@ -45,6 +46,7 @@ def model_answers(
     terms:Terms, # what the package takes and gives
 )->tuple[Arrays,Arrays]: # the rows as arrays, and what the model answers to them
     "What a live model answers"
+    live: Program
     names = [spec.name for spec in terms.outputs]
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(inputs, 'columns'):

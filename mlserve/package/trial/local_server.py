@@ -36,7 +36,7 @@ class LocalServer:
     seconds: float = 60 # until it must be ready
     settings: dict[str,Any] = field(default_factory=dict) # fields of `Settings`, such as `threads`
     def __post_init__(self):
-        s = {'host': '127.0.0.1', 'port': free_port(), 'drain_delay': 0, 'ui': True} | self.settings
+        s: dict[str,Any] = {'host': '127.0.0.1', 'port': free_port(), 'drain_delay': 0, 'ui': True} | self.settings
         host = f"[{s['host']}]" if ':' in s['host'] else s['host']
         self.settings,self.url = s,f"http://{host}:{s['port']}"
         self.running,self._client = False,Client(self.url)

@@ -47,8 +47,9 @@ class Proofs(tuple[Proof,...]):
 def _taken(name:str, prove:Callable[[], str|None])->Proof:
     "A proof, timed; `prove` gives what it found, None where there is nothing, or raises"
     begin = time.perf_counter()
+    holds: bool|None = False
     try: found = prove()
-    except MlserveError as e: holds,found = False,str(e).replace(' Nothing was saved.', '')
+    except MlserveError as e: found = str(e).replace(' Nothing was saved.', '')
     else: holds = None if found is None else True
     return Proof(name, holds, found or 'none are kept', time.perf_counter() - begin)
 def _near(expected:Arrays, got:Arrays, terms:Terms)->str:
