@@ -10,6 +10,7 @@ __all__ = ['exit_codes', 'gpu_reasons', 'MlserveError', 'InvalidInput', 'NotFoun
 
 # %% ../nbs/01_errors.ipynb #f403a808
 import json, re
+from .patch import patch
 
 # %% ../nbs/01_errors.ipynb #d30182be
 class MlserveError(Exception):
@@ -26,6 +27,31 @@ class MlserveError(Exception):
         self.message,self.mend,self.reason = message,mend,reason
         if reason: self.add_note(f'reason: {reason}')
     def __str__(self): return f'{self.message} {self.mend}'.strip()
+
+# %% ../nbs/01_errors.ipynb #1d918090
+def _own_lines(error:BaseException)->list[str]:
+    "The lines of a traceback that are neither ours nor a library's"
+    import linecache, mlserve, os, sysconfig, traceback
+    paths = sysconfig.get_paths()
+    folders = {mlserve.__path__[0], paths['stdlib'], paths['purelib'], paths['platlib']}
+    foreign = tuple(os.path.join(folder, '') for folder in folders) + ('<frozen',)
+    lines = []
+    for frame,number in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if file.startswith(foreign): continue
+        where = 'this cell' if file.startswith('<') or 'ipykernel' in file else os.path.basename(file)
+        lines.append(f'  line {number} of {where}: {linecache.getline(file, number).strip()}')
+    return lines
+
+# %% ../nbs/01_errors.ipynb #dfa51428
+@patch
+def _render_traceback_(self:MlserveError)->list[str]: # what a notebook shows, a line each
+    "The sentence and what to do, without the lines of this library"
+    cause = self.__cause__
+    below = _own_lines(cause) if cause and not isinstance(cause, MlserveError) else []
+    if below: below = [f'  from {type(cause).__name__}: {cause}', *below]
+    more = [*filter(None, [self.mend]), *getattr(self, '__notes__', ())]
+    return [f'\x1b[31m{type(self).__name__}\x1b[0m: {self.message}', *more, *_own_lines(self), *below]
 
 # %% ../nbs/01_errors.ipynb #346f8656
 class InvalidInput(MlserveError):

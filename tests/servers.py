@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from mlserve.serving.server import free_port
+from mlserve.package.trial.process import free_port
 
 FAKE = Path(__file__).parent / "fake_server.py"
 HEALTH = b"GET /v2/health/live HTTP/1.1\r\nhost: a\r\n\r\n"

@@ -14,7 +14,7 @@ from gpu.models import CNN, encoder, free, synced, tensors
 from gpu.proof import forward_seconds, loaded
 from gpu.record import timed
 from gpu.serving import Server, body_of, load, packed, stop
-from mlserve.serving.server import free_port
+from mlserve.package.trial.process import free_port
 
 
 def heavy(r):

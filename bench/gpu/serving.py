@@ -13,7 +13,7 @@ import numpy as np
 
 from mlserve.client import Client
 from mlserve.errors import RemoteUnavailable
-from mlserve.serving.server import free_port
+from mlserve.package.trial.process import free_port
 from mlserve.tensors import datatype_of
 
 def body_of(kind, rows):

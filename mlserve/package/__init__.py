@@ -24,16 +24,21 @@ from .programs.torch_program import Program, TorchProgram
 from .export import freeze, live_program, unused
 from .export.given import Given, read_example
 from .export.example import check_order, example_specs, first_answer
-from .programs.half import HALVES, check_dtype, check_half, halved
+from .programs.half import HALVES, check_dtype
 from .holdout import beside, check_beside, discard, live_answers
 from .holdout import move_beside, reference_of, write_holdout
-from .export.invariance import prove_program
+from .export.invariance import halve, prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
 from .mlmodel import PROVIDERS, check_outputs, check_providers, check_tolerance, check_types
 from .mlmodel import check_ways, check_width, default_tolerance, example_files, check_model_name, mlmodel
 from .mlmodel import parse_mlmodel
+from .trial.card import package_card, package_text
+from ..patch import patch
 from ..tensors import Arrays, TensorSpec
-if TYPE_CHECKING: from mlserve.package.handler import Handler
+if TYPE_CHECKING:
+    from mlserve.package.handler import Handler
+    from mlserve.package.trial.local_server import LocalServer
+    from mlserve.package.trial.proofs import Proofs
 
 # %% ../../nbs/package/09_package.ipynb #087fb712
 @dataclass(frozen=True)
@@ -53,6 +58,12 @@ class Package:
     nonfinite: str|None=None # 'strings': NaN and infinities are answers, and words in JSON
     dtype: str|None=None # 'float16' or 'bfloat16', where the program computes in half precision
     providers: tuple[str,...]=PROVIDERS[0] # of onnxruntime on a GPU; or ('tensorrt', 'cuda')
+    def __repr__(self)->str: return package_text(self)
+    def _repr_html_(self)->str: return package_card(self)
+    def serve(self, port:int|None=None)->'LocalServer': # ready, on a free port by default
+        "A server of what lies in the folder, until it is stopped or the kernel ends"
+        from mlserve.package.trial.local_server import serve
+        return serve(self.path, port)
 
 # %% ../../nbs/package/09_package.ipynb #0ee95c26
 def _read_mlmodel(path:Path, digest:str)->Package:
@@ -152,16 +163,12 @@ def load_program(
         return _build(handler or read_handler(package.path), module)
     return read_program(file, package.format, device, threads, build)
 
-# %% ../../nbs/package/09_package.ipynb #d7e1a0b2
-def _halve(origin:TorchProgram, ours:dict[str,Any], arrays:Arrays, names:list[str], expected:Arrays)->tuple:
-    "The program in half precision and its answers, which are near those in single"
-    batch,nonfinite,single = ours.get('batch', True),bool(ours.get('nonfinite')),unused(origin)
-    tolerance = default_tolerance(example_specs(expected))
-    prove_program(single, single, arrays, names, expected, tolerance, batch, nonfinite)
-    half = halved(origin, ours['dtype'], names)
-    own = unused(half).run(arrays, names)
-    check_half(expected, own, ours['dtype'], ours['tolerance'], nonfinite)
-    return half,own
+# %% ../../nbs/package/09_package.ipynb #4d4deace
+@patch
+def check(self:Package, model:Any=None, inputs:Any=None)->'Proofs': # with `passed`; a table in a notebook
+    "Every proof of saving, again; the live `model`, if it is given, must agree on the golden rows and on `inputs`"
+    from mlserve.package.trial.proofs import prove
+    return prove(self, lambda: load_program(self), golden(self), model, inputs)
 
 # %% ../../nbs/package/09_package.ipynb #d9be40b2
 Live = TorchProgram|ConfinedProgram|TableModel
@@ -170,8 +177,7 @@ Live = TorchProgram|ConfinedProgram|TableModel
 def _proven(temp:Path, ours:dict[str,Any], given:Given, origin:Live, live:Live, own:Arrays, specs:tuple)->tuple:
     "The program that was written and read back, and its package; it answers as the live one"
     freeze(origin, temp/ours['file'], ours['format'], given.arrays, given.names)
-    inputs,outputs = specs
-    saved = Package(temp, ours['name'], ours['format'], ours['file'], inputs, outputs, ours['tolerance'],
+    saved = Package(temp, ours['name'], ours['format'], ours['file'], specs[0], specs[1], ours['tolerance'],
         write_lock(temp), ours['handler'], ours.get('module'))
     foreign = isinstance(origin, ConfinedProgram)
     program = live if foreign else load_program(saved)
@@ -198,7 +204,7 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     check_width(ours['tolerance'], expected)
     if ours.get('dtype'):
         assert isinstance(origin, TorchProgram) # `check_dtype` allows live modules only
-        origin,own = _halve(origin, ours, given.arrays, given.names, expected)
+        origin,own = halve(origin, ours, given.arrays, given.names, expected)
         live = unused(origin)
     program,saved = _proven(temp, ours, given, origin, live, own, (inputs, outputs))
     held = live_answers(reference, program, given.holdout, saved, 32 if batch else given.rows, bool(nonfinite))
@@ -231,6 +237,8 @@ def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
         raise UsageError(f'The model cannot be saved with the example {example}, '
             f'or with another batch size of it: {why}.', mend=mend) from e
     finally: discard(temp)
+    from mlserve.package.trial.local_server import saved_again
+    saved_again(path)
     return load_package(path)
 
 # %% ../../nbs/package/09_package.ipynb #2b813b5b

@@ -166,6 +166,15 @@ async def _forget(manager):
     await client.wait_for_ready(timeout=60)
     await client.execute('get_ipython().reset()', silent=True, reply=True, timeout=60)
 
+# %% ../../nbs/release/03_notebook.ipynb #5674254a
+def _without_afterwards(path:Path, out:Path)->Path:
+    "The notebook to run: itself, or a copy at `out` without the cells that are tagged `after-release`"
+    cells = read_cells(path)
+    kept = [cell for cell in cells if 'after-release' not in cell['metadata'].get('tags', ())]
+    if len(kept) == len(cells): return path
+    out.write_text(json.dumps(json.loads(path.read_text()) | {'cells': kept}))
+    return out
+
 # %% ../../nbs/release/03_notebook.ipynb #c3839f41
 def run_notebook(
     path:str|Path, # of the notebook; it is not changed
@@ -183,7 +192,8 @@ def run_notebook(
     bar = {'disable': None, 'leave': False, 'desc': path.stem}
     try:
         if kernel and kernel.has_kernel: run_sync(_forget)(kernel)
-        papermill.execute_notebook(str(path), str(out), parameters=parameters,
+        source = _without_afterwards(path, out)
+        papermill.execute_notebook(str(source), str(out), parameters=parameters,
             kernel_name=_kernel['name'], language=_kernel['language'], cwd=str(path.parent), progress_bar=bar,
             log_output=False, kernel_manager_class=_quiet_kernels(), km=kernel, extra_arguments=['--log-level=50'])
         return out
