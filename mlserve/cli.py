@@ -41,12 +41,15 @@ def _print_version(asked:bool):
 
 @app.callback()
 def entry(
+    context:typer.Context, # of the command
     version:Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True,
         help='Print the version.')]=False,
 )->None:
     "From a model notebook to a served, verified image named by digest."
     state = Path(os.environ.get('MLSERVE_STATE') or 'state')
-    if not (state/'runs').is_dir(): return
+    if context.invoked_subcommand == 'serve' or not (state/'runs').is_dir(): return
+    from mlserve.release.record.journal import orphaned
+    if not orphaned(state): return
     from mlserve.release.resume import sweep
     sweep(state)
 
@@ -195,10 +198,11 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
     from mlserve.release.recheck import check_again, failed_check, told_check
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
+    from mlserve.release.supply_chain.statement import before_check
     from mlserve.release.supply_chain.verify import confirm
     if device: checked_device(device)
     pair = find_pair(image) if _is_digest(image, version) else read_pair(image, version or 'candidate')
-    confirm(pair)
+    confirm(before_check(pair))
     result = check_again(pair, device)
     for warning in result['warnings']: warn(warning)
     if result['passed']: print(told_check(pair, result), file=sys.stderr)

@@ -31,7 +31,7 @@ from .run import (Run, books_of, environment, fail_run, keep_evidence, open_run,
     step, under_name, write_json)
 from .spec import ReleaseSpec, checked_device, default_name, default_repository
 from .supply_chain.provenance import confirm_attached
-from .supply_chain.statement import attest, check_findings
+from .supply_chain.statement import attest, before_check, check_findings
 from .supply_chain.verify import confirm
 
 # %% ../../nbs/release/08_pipeline.ipynb #987dba32
@@ -128,7 +128,7 @@ def _record(run):
 def _check(run):
     "Check the version, and state what was found"
     name,version = (run.result('record')[key] for key in ('name','version'))
-    confirm(record.read_pair(name, version), whole=False)
+    confirm(before_check(record.read_pair(name, version)), whole=False)
     run.notebook(pipelines()/'check_inference.ipynb', run_dir=str(run.folder), name=name, version=version)
     kind = checked_device(run.spec.device)
     attest(record.read_pair(name, version), kind, keep_evidence(run.id, run.folder))
