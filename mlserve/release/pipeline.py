@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reach', 'train_model', 'is_built', 'is_recorded', 'is_checked', 'once', 'build_record_check', 'commands', 'go_on',
-           'reached', 'release', 'write_result', 'summary']
+           'within_reach', 'release', 'write_result', 'summary']
 
 # %% ../../nbs/release/08_pipeline.ipynb #88a40fa7
 import json, os, shlex, sys
@@ -116,14 +116,12 @@ def is_checked(
 
 # %% ../../nbs/release/08_pipeline.ipynb #577b399b
 def _build(run, package_dir):
-    "Build, push and attach"
     logged = record.read_logged(run.id)
     assert logged # `train_model` logged it, where the notebook did not
     run.notebook(pipelines()/'build_image.ipynb', run_dir=str(run.folder), package_dir=str(package_dir),
         model_id=logged.model_id)
 def _record(run):
-    "Create the version; its evidence is there before"
-    keep_evidence(run.id, run.folder)
+    keep_evidence(run.id, run.folder) # before the version that names it
     run.notebook(pipelines()/'record_release.ipynb', run_dir=str(run.folder), run_id=run.id)
 def _check(run):
     "Check the version, and state what was found"
@@ -137,14 +135,14 @@ def _check(run):
 def once(
     run:Run, # under way
     name:str, # of the step
-    done:bool, # it is done already
+    done:Callable[[], bool], # asks whether it is done already
     work:Callable[[], Any], # does it
     progress:Callable[[str], Any], # called with a line of text
 )->dict[str, Any]: # what the step wrote
-    "Do a step that is not done, and note it"
-    if done: progress(f'{name:<8} done before')
-    else:
-        with step(name, run.did, progress): work()
+    "Do a step, unless it is done, and note it"
+    with step(name, run.did, progress):
+        if done(): progress(f'{name:<8} done before')
+        else: work()
     return run.result(name)
 def build_record_check(
     run:Run, # with a package
@@ -153,10 +151,10 @@ def build_record_check(
 )->tuple[dict[str, Any], dict[str, Any], dict[str, Any]]: # what build, record and check wrote
     "Build the image, record the pair, check it"
     digest = load_package(package_dir).digest
-    built = once(run, 'build', is_built(run, digest), lambda: _build(run, package_dir), progress)
+    built = once(run, 'build', lambda: is_built(run, digest), lambda: _build(run, package_dir), progress)
     for warning in built['warnings']: progress(f'warning: {warning}')
-    pair = once(run, 'record', is_recorded(run), lambda: _record(run), progress)
-    checked = once(run, 'check', is_checked(run), lambda: _check(run), progress)
+    pair = once(run, 'record', lambda: is_recorded(run), lambda: _record(run), progress)
+    checked = once(run, 'check', lambda: is_checked(run), lambda: _check(run), progress)
     change = record.contract_change(record.read_pair(pair['name'], pair['version']))
     warnings = [change] * bool(change) + checked['warnings']
     for warning in warnings: progress(f'warning: {warning}')
@@ -227,7 +225,7 @@ def go_on(
 
 # %% ../../nbs/release/08_pipeline.ipynb #c47dd530
 @contextmanager
-def reached(
+def within_reach(
     spec:ReleaseSpec, # of the release
     progress:Callable[[str], Any], # called with a line of text
 )->Iterator[list[dict[str, Any]]]: # `{name, seconds}` of the question
@@ -244,7 +242,7 @@ def release(
     progress:Callable[[str], Any]=say, # called with a line of text for each step
 )->dict[str, Any]: # the content of `state/release.json`
     "From a model notebook to a checked pair of version and image"
-    with reached(spec, progress) as steps:
+    with within_reach(spec, progress) as steps:
         run = open_run(spec, promote)
         for done in steps: run.did(done)
         return go_on(run, promote, progress)

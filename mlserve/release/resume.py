@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import Conflict, UsageError, hidden
 from .git_source import commit_of
 from .image.engine import engine
-from .pipeline import go_on, reached, release
+from .pipeline import go_on, release, within_reach
 from .record import mlflow_store
 from .record.journal import OWNER, Journal, is_gone, orphaned, owner_of
 from .run import Run, read_json, say
@@ -49,7 +49,8 @@ def sweep(
         except Exception: return # what is out of reach is left to the next command
         journal.close('KILLED', of=opened['owner'])
         if opened.get('command') != 'release': continue
-        progress(f'warning: The release {journal.folder.name} was cut off; mlserve resume {journal.folder.name} goes on.')
+        name = journal.folder.name
+        progress(f'warning: The release {name} was cut off; mlserve resume {name} goes on.')
 
 # %% ../../nbs/release/09_resume.ipynb #7a1d0016
 def _unfinished(journal):
@@ -97,7 +98,7 @@ def resume(
 # %% ../../nbs/release/09_resume.ipynb #7a1d0020
 def _go_on(run, opened, progress):
     "Make a run one of this process, and take the steps that are left"
-    with reached(run.spec, progress):
+    with within_reach(run.spec, progress):
         store = mlflow_store.client()
         _hold_origin(run.spec, run.id, store)
         run.journal.claim(**{key: opened[key] for key in ('command','promote','store','experiment')})

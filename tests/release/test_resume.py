@@ -1,6 +1,7 @@
 """kill -9 between the steps of a release and in them: what goes on from there, and what is left."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ main()
 def cut(point, *words, env):
     "A command that is killed at a point"
     command = [sys.executable, "-W", "ignore", "-c", CUT, point, *map(str, words)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=900)
     assert done.returncode == -9, done.stderr[-3000:]
     return done.stderr
 
@@ -45,7 +46,7 @@ def owned(engine):
     return [box.id for box in engine.containers.list(all=True, filters={"label": "io.mlserve.owner"}, ignore_removed=True)]
 
 
-def test_a_release_that_is_killed_again_and_again_goes_on_to_one_pair(environment, tracking, state, engine):
+def test_a_release_that_is_killed_again_and_again_goes_on_to_one_pair(environment, tracking, state, engine, tmp_path):
     "After training, build, version and check, in a check, before and after the alias; nothing is trained twice, nothing stays"
     from mlflow import MlflowClient
     client = MlflowClient(tracking_uri=tracking)
@@ -53,13 +54,14 @@ def test_a_release_that_is_killed_again_and_again_goes_on_to_one_pair(environmen
     def numbers():
         return {v.version for v in client.search_model_versions("name = 'good'")}
     before = numbers()
-    cut("log", "release", GOOD, env=environment)
+    notebook = shutil.copy(GOOD, tmp_path)  # of no commit, which may move while the tests run
+    cut("log", "release", notebook, env=environment)
     folder = max(path.parent for path in (state / "runs").glob("*/journal.jsonl"))
     trained = (folder / "good.ipynb").read_bytes()
     for point in ("build", "record", "container", "attest", "promote", "result"):
         said = cut(point, "resume", folder, env=environment)
         assert "was cut off" in said, said
-        assert numbers() == before or point not in ("log", "build")
+        assert point != "build" or numbers() == before
         if point == "build":
             image = json.loads((folder / "build.json").read_text())["image"]
         if point == "record":
