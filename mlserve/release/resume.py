@@ -46,8 +46,8 @@ def sweep(
         try:
             _close_runs(opened)
             _remove_containers()
+            journal.close('KILLED', of=opened['owner'])
         except Exception: return # what is out of reach is left to the next command
-        journal.close('KILLED', of=opened['owner'])
         if opened.get('command') != 'release': continue
         name = journal.folder.name
         progress(f'warning: The release {name} was cut off; mlserve resume {name} goes on.')
