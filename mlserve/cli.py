@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Notebook', 'Device', 'Name', 'Delivery', 'Store', 'Built', 'State', 'Place', 'Vendored', 'Expect', 'Twice',
-           'Recorded', 'Version', 'Asked', 'Older', 'Image', 'entry', 'release', 'serve_environment', 'serve',
+           'Recorded', 'Version', 'Asked', 'Older', 'Image', 'entry', 'release', 'resume', 'serve_environment', 'serve',
            'dockerfile', 'build', 'vendor', 'check', 'promote', 'debug', 'verify', 'diff', 'fail', 'run_command',
            'main']
 
@@ -41,26 +41,45 @@ def _print_version(asked:bool):
 
 @app.callback()
 def entry(
+    context:typer.Context, # of the command
     version:Annotated[bool, typer.Option('--version', callback=_print_version, is_eager=True,
         help='Print the version.')]=False,
 )->None:
     "From a model notebook to a served, verified image named by digest."
+    state = Path(os.environ.get('MLSERVE_STATE') or 'state')
+    if context.invoked_subcommand == 'serve' or not (state/'runs').is_dir(): return
+    from mlserve.release.record.journal import orphaned
+    if not orphaned(state): return
+    from mlserve.release.resume import sweep
+    sweep(state)
 
 # %% ../nbs/06_cli.ipynb #cc6c460f
+def _show_release(result, full):
+    "What a release did, and the lines that go on from it"
+    from mlserve.release.pipeline import summary
+    if not full:
+        lines = {'done': summary(result), **result['commands']}
+        for key,line in lines.items(): print(f'{key}: {line}', file=sys.stderr)
+    show(result, result['image'], full)
 @app.command()
 def release(notebook:Notebook,
     promote:Annotated[bool, typer.Option(help='Move production too, when the check passed.')]=False,
     name:Name=None, device:Device=None, delivery:Delivery=None, store:Store=None, state:State=None,
     builder:Built=None, full:Json=False)->None:
     "Train, build, record and check; then move the aliases."
-    from mlserve.release.pipeline import release as run, summary
+    from mlserve.release.pipeline import release as run
     from mlserve.release.spec import read_spec
     spec = read_spec(notebook, name=name, device=device, delivery=delivery, store=store, state=state, builder=builder)
-    result = run(spec, promote=promote)
-    if not full:
-        lines = {'done': summary(result), **result['commands']}
-        for key,line in lines.items(): print(f'{key}: {line}', file=sys.stderr)
-    show(result, result['image'], full)
+    _show_release(run(spec, promote=promote), full)
+
+# %% ../nbs/06_cli.ipynb #91b72663
+@app.command()
+def resume(run:Annotated[str, typer.Argument(metavar='[RUN]',
+    help='Folder of a run, or its name under state/runs; the newest that is not finished by default.')]='',
+    full:Json=False)->None:
+    "Go on with a release that was cut off."
+    from mlserve.release.resume import resume as go_on
+    _show_release(go_on(run), full)
 
 # %% ../nbs/06_cli.ipynb #3ad12030
 def serve_environment(
@@ -179,10 +198,11 @@ def check(image:Recorded, version:Version=None, device:Asked=None, full:Json=Fal
     from mlserve.release.recheck import check_again, failed_check, told_check
     from mlserve.release.record import find_pair, read_pair
     from mlserve.release.spec import checked_device
+    from mlserve.release.supply_chain.statement import before_check
     from mlserve.release.supply_chain.verify import confirm
     if device: checked_device(device)
     pair = find_pair(image) if _is_digest(image, version) else read_pair(image, version or 'candidate')
-    confirm(pair)
+    confirm(before_check(pair))
     result = check_again(pair, device)
     for warning in result['warnings']: warn(warning)
     if result['passed']: print(told_check(pair, result), file=sys.stderr)
@@ -239,7 +259,8 @@ def fail(
     "Print a failure for people and for machines"
     print(f'mlserve: {error}', file=sys.stderr)
     step = getattr(error, 'step', None) or (args[0] if args else 'mlserve')
-    resume = '' if error.code == 2 else hidden(shlex.join(['mlserve', *args]))
+    again = getattr(error, 'resume', '') or hidden(shlex.join(['mlserve', *args]))
+    resume = '' if error.code == 2 else again
     print(last_line(error, step, resume), file=sys.stderr, flush=True)
     return error.code
 

@@ -8,7 +8,7 @@ from containers import downloaded, engine, start  # noqa: F401 (fixtures, one of
 from linters import checkov, kubernetes_validate  # noqa: F401
 from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, store, stored_package  # noqa: F401
 
-ENGINE = {"deploy", "engine_script", "supply_chain", "debug", "hardened", "memory", "refusals", "release", "cuda_image"}  # read one release of the example, and run its containers
+ENGINE = {"deploy", "engine_script", "supply_chain", "debug", "hardened", "memory", "refusals", "release", "resume", "cuda_image"}  # read one release of the example, and run its containers
 IMAGES = {"image", "matrix"}  # build images of their own
 SERVERS = {"conformance", "fuzz", "gpu_check", "handler", "ledger", "trial"}  # ask servers, whenever they answer
 CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock

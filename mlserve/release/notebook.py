@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['read_cells', 'parameters_of', 'check_parameters', 'experiment_of', 'family', 'cell_error', 'shown_number',
-           'shared_kernel', 'run_notebook', 'run_cells']
+           'shared_kernel', 'run_notebook', 'ran_to_its_end', 'run_cells']
 
 # %% ../../nbs/release/03_notebook.ipynb #4ab55e9a
-import contextlib, difflib, json, logging, re, subprocess, sys
+import contextlib, difflib, json, logging, re, subprocess, sys, uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,12 @@ def shown_number(
     return count - sum(number is not None and number < count for number in _injected(out))
 
 # %% ../../nbs/release/03_notebook.ipynb #c3839f31
-def _quiet_kernels(): # imported late, for `run_cells` needs no kernel
+def _quiet_kernels(folder): # imported late, for `run_cells` needs no kernel
     from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
     class Quiet(AsyncKernelManager):
+        @default('connection_file')
+        def _beside_the_copies(self): return str(Path(folder)/f'.kernel-{uuid.uuid4().hex[:12]}')
         async def _async_launch_kernel(self, kernel_cmd, **kw):
             await super()._async_launch_kernel(kernel_cmd, **kw, stderr=subprocess.DEVNULL)
         _launch_kernel = _async_launch_kernel
@@ -150,10 +153,12 @@ def _quiet_kernels(): # imported late, for `run_cells` needs no kernel
 
 # %% ../../nbs/release/03_notebook.ipynb #dd524449
 @contextlib.contextmanager
-def shared_kernel()->Iterator[Any]: # a manager of Jupyter's
+def shared_kernel(
+    folder:str|Path, # of the executed copies
+)->Iterator[Any]: # a manager of Jupyter's
     "A kernel for notebooks that run one after the other, ended with them"
     from jupyter_core.utils import run_sync
-    manager = _quiet_kernels()(kernel_name='python3')
+    manager = _quiet_kernels(folder)(kernel_name='python3')
     try: yield manager
     finally:
         with contextlib.suppress(RuntimeError):
@@ -195,7 +200,8 @@ def run_notebook(
         source = _without_afterwards(path, out)
         papermill.execute_notebook(str(source), str(out), parameters=parameters,
             kernel_name=_kernel['name'], language=_kernel['language'], cwd=str(path.parent), progress_bar=bar,
-            log_output=False, kernel_manager_class=_quiet_kernels(), km=kernel, extra_arguments=['--log-level=50'])
+            log_output=False, kernel_manager_class=_quiet_kernels(out.parent), km=kernel,
+            extra_arguments=['--log-level=50'])
         return out
     except PapermillExecutionError as e:
         error = cell_error(path.name, e.ename, e.evalue, shown_number(path, out, e.exec_count), e.traceback)
@@ -204,6 +210,15 @@ def run_notebook(
             mend='A kernel dies for want of memory, or of native code; a full disk takes no copy.')
     if type(error) is NotebookFailed: error.mend = f'The executed copy is {out}.'
     raise error from None
+
+# %% ../../nbs/release/03_notebook.ipynb #171e8c02
+def ran_to_its_end(
+    copy:str|Path, # executed by `run_notebook`
+)->bool: # False also for a copy that is missing or cut
+    "Whether every cell of a notebook was run, and none raised"
+    try: told = json.loads(Path(copy).read_text())['metadata']['papermill']
+    except (OSError, ValueError, KeyError): return False
+    return bool(told.get('end_time')) and not told.get('exception')
 
 # %% ../../nbs/release/03_notebook.ipynb #cdf76f89
 def run_cells(

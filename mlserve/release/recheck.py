@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import CheckFailed, MlserveError, RemoteUnavailable, UsageError, by_code
 from .gates import Gates, told_metrics
 from .record import mlflow_store
+from .record.journal import Journal
 from .run import environment, keep_evidence, read_json, run_folder, run_pipeline, write_json
 from .record import Pair, read_pair
 from .supply_chain.statement import attest, evidence_of
@@ -42,6 +43,7 @@ def check_again(
     with environment(MLSERVE_STATE=str(state), MLFLOW_TRACKING_URI=mlflow_store.tracking_uri()):
         spec,folder = released_spec(pair),run_folder(state)
         write_json(folder/'spec.json', spec)
+        Journal(folder).claim(command='check')
         given = {'run_dir': str(folder), 'name': pair.name, 'version': pair.version, 'device': device or ''}
         try: run_pipeline('check_inference', given, folder)
         except MlserveError as e: error = e
@@ -50,6 +52,7 @@ def check_again(
             if not error: raise
         except Exception as e:
             if not error: raise RemoteUnavailable(f'The evidence could not be logged: {e}') from None
+        finally: Journal(folder).close('FAILED' if error else 'FINISHED')
     if error and not (folder/'check.json').exists(): raise error
     return read_json(folder/'check.json')
 

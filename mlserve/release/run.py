@@ -4,23 +4,24 @@
 
 # %% auto #0
 __all__ = ['pipelines', 'run_pipeline', 'write_json', 'read_json', 'say', 'step', 'Run', 'run_folder', 'reach_disk', 'absolute',
-           'under_name', 'open_run', 'environment', 'keep_evidence', 'close_run']
+           'under_name', 'open_run', 'environment', 'keep_evidence', 'books_of', 'fail_run']
 
 # %% ../../nbs/release/04_run.ipynb #3d50f4dd
-import json, os, shutil, sys, threading, time
+import json, os, shlex, shutil, sys, threading, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import mlserve
-from mlserve.errors import (Interrupted, LocalResource, MlserveError, NotebookFailed, RemoteUnavailable,
-    UsageError)
+from ..errors import (Interrupted, LocalResource, MlserveError, NotebookFailed, RemoteUnavailable,
+    UsageError, hidden)
 from ..package.lock import file_hash
 from ..patch import patch
 from .git_source import commit_of
-from .notebook import experiment_of, run_notebook
+from .notebook import experiment_of, ran_to_its_end, run_notebook
 from .record import mlflow_store
+from .record.journal import Journal, owner_of
 from .spec import ReleaseSpec, default_name, default_repository
 
 # %% ../../nbs/release/04_run.ipynb #faea271c
@@ -73,7 +74,7 @@ def say(
 @contextmanager
 def step(
     name:str, # of the step
-    steps:list[dict[str, Any]], # gains `{name, seconds}`
+    note:Callable[[dict[str, Any]], Any], # called with `{name, seconds}` when it is done
     progress:Callable[[str], Any]=say, # called with a line of text
 )->Iterator[None]: # while the step runs
     "Time a step, and name it on a failure"
@@ -90,8 +91,9 @@ def step(
         tell('  interrupted' if isinstance(error, Interrupted) else '  failed')
         raise error from None
     finally: ended.set()
-    steps.append({'name': name, 'seconds': round(time.monotonic() - start, 2)})
-    progress(f"{name:<8} {steps[-1]['seconds']:6.1f} s")
+    seconds = round(time.monotonic() - start, 2)
+    note({'name': name, 'seconds': seconds})
+    progress(f'{name:<8} {seconds:6.1f} s')
 
 # %% ../../nbs/release/04_run.ipynb #a9ebe7d0
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ class Run:
     folder: Path # `state/runs/<stamp>`
     id: str # of the MLflow run
     kernel: Any = None # that the notebooks of ours share
+    @property
+    def journal(self)->Journal: # of the folder
+        "What the run has begun and done"
+        return Journal(self.folder)
 @patch
 def notebook(self:Run,
     path:str|Path, # of a notebook
@@ -116,6 +122,26 @@ def result(self:Run,
 )->dict[str, Any]: # its values
     "What a step wrote"
     return read_json(self.folder/f'{name}.json')
+
+# %% ../../nbs/release/04_run.ipynb #a9ebe7d1
+@patch
+def trained(self:Run)->bool:
+    "Whether the model notebook ran to its end, and left its package"
+    copy = self.folder/Path(self.spec.notebook).name
+    return ran_to_its_end(copy) and (self.folder/'package').exists()
+@patch
+def did(self:Run,
+    step:dict[str, Any], # `{name, seconds}`
+)->None:
+    "Note a step that was done"
+    self.journal.note('step', **step)
+@patch
+def steps(self:Run)->list[dict[str, Any]]: # `{name, seconds}`
+    "The steps that were done, each when it was done first"
+    done: dict[str, dict[str, Any]] = {}
+    for entry in self.journal.read():
+        if entry['event'] == 'step': done.setdefault(entry['name'], {key: entry[key] for key in ('name','seconds')})
+    return list(done.values())
 
 # %% ../../nbs/release/04_run.ipynb #919b116e
 def run_folder(
@@ -170,18 +196,22 @@ def under_name(
 # %% ../../nbs/release/04_run.ipynb #091cf951
 def open_run(
     spec:ReleaseSpec, # of the release
-)->Run: # with its folder and its MLflow run
+    promote:bool=False, # what was asked for, beside it
+)->Run: # with its folder, its journal and its MLflow run
     "Make the folder and the MLflow run of a release, and see that the run takes evidence"
     spec = absolute(spec)
-    folder = run_folder(spec.state)
     store = mlflow_store.client()
     tags = {'mlserve.source': commit_of(spec.notebook), 'mlserve.spec': spec.model_dump_json()}
     experiment = mlflow_store.experiment(store, experiment_of(spec.notebook))
-    run = Run(spec, folder, store.create_run(experiment, run_name=spec.name, tags=tags).info.run_id)
-    written = write_json(folder/'spec.json', json.loads(spec.model_dump_json()))
+    folder = run_folder(spec.state)
+    written,journal = write_json(folder/'spec.json', json.loads(spec.model_dump_json())),Journal(folder)
+    journal.claim(command='release', promote=promote, store=hidden(store.tracking_uri), experiment=experiment)
+    made = store.create_run(experiment, run_name=spec.name, tags=tags | {'mlserve.owner': owner_of()})
+    run = Run(spec, folder, made.info.run_id)
+    journal.note('run', id=run.id)
     try: store.log_artifact(run.id, str(written), 'evidence')
     except Exception as e:
-        close_run(run, 'FAILED')
+        fail_run(run, e)
         if isinstance(e, MlserveError): raise
         raise RemoteUnavailable(f'The run of the release takes no artifacts: {type(e).__name__}: {str(e)[:300]}.',
             mend='See that the artifact store of the tracking server can be written to from here.') from None
@@ -213,17 +243,28 @@ def keep_evidence(
         store.log_artifact(run_id, str(path), place)
         kept[f'{place}/{path.name}'] = f'sha256:{file_hash(path)}'
     return kept
-def close_run(
+def books_of(
     run:Run, # under way
-    status:str, # `FINISHED`, `FAILED` or `KILLED`
-)->list[str]: # paths of the executed notebooks, in order
-    "Close the MLflow run; the evidence of one that failed is logged before"
-    books = sorted(run.folder.glob('*.ipynb'), key=lambda path: path.stat().st_mtime)
+)->list[str]: # paths, in order
+    "The executed notebooks of a run"
+    return [str(path) for path in sorted(run.folder.glob('*.ipynb'), key=lambda path: path.stat().st_mtime)]
+
+# %% ../../nbs/release/04_run.ipynb #3f3aaa98
+_outside = 6, 7, 9, 70, 130 # codes of failures that are not the model's
+def fail_run(
+    run:Run, # under way
+    error:BaseException, # why it goes no further
+)->None:
+    "Log the evidence of a run that failed, close it, and name the command that goes on"
+    if run.trained() and getattr(error, 'code', MlserveError.code) in _outside:
+        vars(error)['resume'] = shlex.join(['mlserve', 'resume', str(run.folder)])
+    run.journal.note('failed', step=getattr(error, 'step', ''), code=getattr(error, 'code', MlserveError.code),
+        error=str(error) or type(error).__name__)
+    status = 'KILLED' if isinstance(error, (Interrupted, KeyboardInterrupt)) else 'FAILED'
     try:
-        if status != 'FINISHED': keep_evidence(run.id, run.folder)
-        mlflow_store.client().set_terminated(run.id, status)
-    except MlserveError:
-        if status == 'FINISHED': raise
-    except Exception as e:
-        if status == 'FINISHED': raise RemoteUnavailable(f'The run could not be closed: {e}') from None
-    return [str(path) for path in books]
+        keep_evidence(run.id, run.folder)
+        store = mlflow_store.client()
+        store.log_artifact(run.id, str(run.journal.path), 'evidence')
+        store.set_terminated(run.id, status)
+    except Exception: return # the first failure is the one to tell; the next command closes the run
+    run.journal.close(status)

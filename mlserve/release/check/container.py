@@ -18,6 +18,7 @@ from ...errors import (CheckFailed, DeadlinePassed, GpuRefused, LocalResource, M
     RemoteUnavailable, Unavailable, by_code, read_last_line)
 from ...patch import patch
 from ..image.engine import reason
+from ..record.journal import OWNER, owner_of
 if TYPE_CHECKING:
     from docker.client import DockerClient
     from docker.models.containers import Container
@@ -67,7 +68,7 @@ def container_options(
         user='10001:10001', tmpfs={'/tmp': 'rw,noexec,nosuid,nodev,size=64m,mode=1777'}, pids_limit=limits.pids,
         mem_limit=limits.memory, memswap_limit=limits.memory, nano_cpus=int(limits.cpus * 1e9),
         network=limits.network, environment=env, ports={'8080/tcp': ('127.0.0.1', None)},
-        labels={'io.mlserve.check': pair.name})
+        labels={'io.mlserve.check': pair.name, OWNER: owner_of()})
     if package_dir:
         options['volumes'] = {str(Path(package_dir).absolute()): {'bind': '/models/package', 'mode': 'ro'}}
     return options

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavailable, Refused
 from .buildah import find_buildah, run_streamed
 from ..lock.dependencies import Target
+from ..record.journal import OWNER, owner_of
 if TYPE_CHECKING: import docker
 
 # %% ../../../nbs/release/image/06_engine.ipynb #6b61ddfe
@@ -155,7 +156,8 @@ def _ask_engine(ref): # what the question's program prints inside a base
     with remote(f'Pulling the base {ref}', mend='Check its name and the network.'):
         try: client.images.get(ref)
         except Exception: client.images.pull(ref)
-        box = client.containers.create(ref, ['-c', _question], entrypoint='python3', network_mode='none')
+        box = client.containers.create(ref, ['-c', _question], entrypoint='python3', network_mode='none',
+            labels={OWNER: owner_of()})
     try:
         box.start()
         box.wait(timeout=60)

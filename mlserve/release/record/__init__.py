@@ -167,6 +167,7 @@ def mark(
     elsewhere = any(found.get('passed') for found in others.values())
     text = json.dumps({**finding, 'passed': passed}, allow_nan=False)
     status = 'checked' if passed or elsewhere else 'failed'
+    store.delete_model_version_tag(pair.name, pair.version, f'mlserve.statement.{kind}') # of an earlier finding
     for tag,value in {f'mlserve.check.{kind}': text, 'mlserve.status': status}.items():
         store.set_model_version_tag(pair.name, pair.version, tag, value)
     pair = read_pair(pair.name, pair.version, uri)
