@@ -10,7 +10,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release check test test-fast soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images gpu-check gpu-wheels test-tools clean
+.PHONY: help setup release check test test-fast soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -94,6 +94,10 @@ bench-since: setup ## this tree beside an earlier commit, five interleaved round
 
 bench-images: setup engine-start ## our images beside MLflow's and the tutorials': size, builds, bytes pushed
 	@$(WITH_ENGINE) python -W ignore bench/images.py $(BENCH)
+
+models: setup ## every kind of table model, saved, served and asked over each wire, as a table
+	@[ -d state/tools/catboost/catboost ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/catboost catboost==1.2.10 graphviz==0.21 2> >(grep -v '^WARNING: Location' >&2)
+	@$(BIN)/python -W ignore bench/models.py $(BENCH)
 
 gpu-check: setup ## refusals, proof, speed and faults on a GPU, in state/gpu-check; BENCH=--cpu rehearses without one
 	@$(BIN)/python bench/gpu_check.py --out state/gpu-check $(BENCH)

@@ -14,20 +14,23 @@ import numpy as np
 from .arrays import load_tensors, save_tensors
 from ..errors import CheckFailed, IntegrityError, InvalidInput, MlserveError, Refused, UsageError
 from .evaluation import as_labels
+from .convert.columns import to_arrays
 from .export.example import check_finite, example_arrays
 from .programs.torch_program import Program
 from ..tensors import TensorSpec, check_tensors, compare
 
 # %% ../../nbs/package/04_holdout.ipynb #cb5ee44f
 def held_rows(
-    holdout:Any, # a pair: inputs (an array, or arrays by name) and labels
+    holdout:Any, # a pair: inputs (an array, arrays by name, or the data frame of a table) and labels
     specs:Sequence[TensorSpec], # what the package takes
 )->tuple[dict[str,np.ndarray],np.ndarray]: # inputs by name in the order of the specs, and labels, as arrays
     "Held-back rows that fit a package"
     if not isinstance(holdout, (tuple, list)) or len(holdout) != 2:
         raise UsageError(f'holdout is of type {type(holdout).__name__}; a pair of inputs and labels is allowed.')
     given,labels = holdout[0],as_labels(holdout[1])
-    inputs = example_arrays(given if isinstance(given, dict) else {specs[0].name: given})
+    table = specs[0].optional is not None and hasattr(given, 'columns')
+    named = to_arrays(given, specs) if table else given if isinstance(given, dict) else {specs[0].name: given}
+    inputs = example_arrays(named)
     try: rows = check_tensors(inputs, specs)
     except InvalidInput as e:
         raise UsageError(f'The held-back data does not fit the package: {e.message}',

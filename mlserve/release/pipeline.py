@@ -138,7 +138,8 @@ def commands(
 )->dict[str, str]: # `serve`, `query`, `mlflow_ui`
     "Shell lines that go on from here"
     body,rows = Path(folder)/'query.json',slice(1 if package.batch else None)
-    body.write_bytes(encode_predict_request({name: array[rows] for name,array in golden(package)[0].items()}))
+    first = {name: array[rows] for name,array in golden(package)[0].items()}
+    body.write_bytes(encode_predict_request(first, package.inputs))
     who = f'-e MLSERVE_MODEL_VERSION={version} -e MLSERVE_IMAGE={image} '
     host = f"DOCKER_HOST={shlex.quote(os.environ['DOCKER_HOST'])} " if 'DOCKER_HOST' in os.environ else ''
     uri = mlflow_store.tracking_uri()

@@ -50,7 +50,7 @@ def _first(flat, wrong):
 def _refuse(spec, flat, shape, place, why):
     "Raise for the value at a place of the flat list"
     value,index = flat[place],np.unravel_index(place, shape)
-    shown = type(value).__name__
+    shown = 'null' if value is None else type(value).__name__
     short = isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 2**128)
     if short: shown += f' {str(value)[:40]}'
     if isinstance(value, str): shown += f' {ascii(value[:40])}'
@@ -102,7 +102,8 @@ def _build_bytes(flat, shape, spec):
 # %% ../../nbs/wire/02_lists.ipynb #378629ff
 def _build_column(flat, shape, spec):
     "A column, and its gaps"
-    gaps = [i for i,v in enumerate(flat) if v is None] if spec.optional else []
+    gaps = [i for i,v in enumerate(flat) if v is None]
+    if gaps and not spec.optional: _refuse(spec, flat, shape, gaps[0], 'this column may not miss a value')
     blank = '' if spec.datatype == 'BYTES' else 0
     if gaps: flat = [blank if v is None else v for v in flat]
     if spec.datatype == 'INT64': flat = [int(v) if type(v) is float and v.is_integer() else v for v in flat]

@@ -121,11 +121,19 @@ def encode_predict(
     if form: return dump({'outputs': objects_of(outputs, nonfinite)})
     return _encode_plain(outputs, 'outputs', ModelFailed, nonfinite)
 
+def _cells(array, spec):
+    "The cells of a column as a person writes them"
+    for v in array.ravel().tolist():
+        gap = spec.optional and (v != v or v == b'')
+        yield None if gap else v.decode() if type(v) is bytes else v
 def encode_predict_request(
     inputs:Mapping[str, np.ndarray], # name to array
+    specs:Sequence[TensorSpec]=(), # contracts of the inputs: rows of a table are then written by column name
 )->bytes: # JSON
     "A request of the plain format"
-    return _encode_plain(inputs, 'inputs', InvalidInput)
+    if not specs or specs[0].optional is None: return _encode_plain(inputs, 'inputs', InvalidInput)
+    columns = [_cells(inputs[s.name], s) for s in specs]
+    return dump({'inputs': [dict(zip((s.name for s in specs), row)) for row in zip(*columns)]})
 
 # %% ../../nbs/wire/04_predict.ipynb #af2e07b2
 def _lifted(value, specs):

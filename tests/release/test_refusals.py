@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from commands import TESTS, last_json, mlserve, run
+from containers import docker_cli
 from servers import until
 
 NOTEBOOKS = TESTS / "notebooks"
@@ -253,20 +254,25 @@ def test_two_first_commands_share_a_new_store(tmp_path):
     assert len({out for out, _ in said}) == 1 and said[0][0].strip(), said
 
 
-def test_a_regression_is_measured_by_its_errors(environment, tracking, tmp_path):
-    "An accuracy that is asked of it is refused before anything is built"
+def test_a_regression_on_a_table_is_measured_by_its_errors(environment, tracking, tmp_path):
+    "An accuracy that is asked of it is refused before anything is built; the image has onnxruntime, and nothing of what trained"
     done = mlserve("release", NOTEBOOKS / "price.ipynb", "--json", env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert list(result["metrics"]) == ["rmse", "mae", "r2"] and result["check"]["rows"] == 64
+    assert list(result["metrics"]) == ["rmse", "mae", "r2"] and result["check"]["rows"] == 100
     assert result["check"]["reading"] == "'price' as numbers"
     assert result["reference"] == "saved program" and any("not the live model" in w for w in result["warnings"])
     rmse = result["metrics"]["rmse"]
     assert rmse["container"] == pytest.approx(rmse["notebook"], rel=1e-3) and rmse["production"] is None
-    assert rmse["container"] > rmse["baseline"] and any("no better than" in w for w in result["warnings"])  # it was never trained
+    assert rmse["container"] > rmse["baseline"] and any("no better than" in w for w in result["warnings"])  # it was trained on prices below zero
     assert "warning: The model is no better than" in done.stderr
     [version] = versions(tracking, "price")
-    assert version.tags["mlserve.contract"] == "x FP32[-1,4] → price FP32[-1,1]" and version.tags["mlserve.reference"] == "saved program"
+    assert version.tags["mlserve.contract"] == "rooms INT64[-1,1], area FP64[-1,1], town BYTES[-1,1] → price FP64[-1]" and version.tags["mlserve.reference"] == "saved program"
+    code = "import importlib.metadata as m; print(*(d.name for d in m.distributions()))"
+    installed = docker_cli("run", "--rm", "--network", "none", "--entrypoint", "/opt/venv/bin/python", result["image"], "-c", code).stdout.split()
+    assert "onnxruntime" in installed and not {"scikit-learn", "scipy", "pandas", "onnx", "skl2onnx", "torch", "xgboost-cpu"} & {*installed}
+    asked = json.loads(Path(result["commands"]["query"].split("@")[1]).read_text())
+    assert [{type(v) for v in row.values()} for row in asked["inputs"]] == [{int, float, str}]  # a row as a person writes it
     gated = beside(tmp_path, "price", "[gates]\nmin = {accuracy = 0.9}\n")
     refused(mlserve("release", gated, env=environment), 2, "accuracy", "'price' as numbers", "allowed: rmse, mae, r2")
     assert versions(tracking, "price") == [version]

@@ -66,20 +66,36 @@ def table_columns(
     return tuple(_column(name, frame[name], name in optional) for name in frame.columns)
 
 # %% ../../../nbs/package/convert/00_columns.ipynb #f0351870
-def _sent(column:Column, values:'pd.Series')->np.ndarray:
+def _unlike(name:str, row:int, value:Any, datatype:str)->UsageError:
+    "The refusal of a cell that is of another type than the column"
+    return UsageError(f"Column '{name}' has {value!r} in row {row}, which is no {datatype}.",
+        mend='Give the column the type that it had in the example: the model was trained on that.')
+def _texts(column:Column|TensorSpec, values:'pd.Series', gaps:np.ndarray)->np.ndarray:
+    "A column of text as it is sent"
+    for row,(v,gap) in enumerate(zip(values, gaps)):
+        if not gap and not isinstance(v, str): raise _unlike(column.name, row, v, 'text')
+    return objects([b'' if gap else v.encode() for v,gap in zip(values, gaps)], (len(values), 1))
+
+# %% ../../../nbs/package/convert/00_columns.ipynb #34ea4ec0
+def _sent(column:Column|TensorSpec, values:'pd.Series')->np.ndarray:
     "One column as it is sent"
     gaps = values.isna().to_numpy(bool)
     if gaps.any() and not column.optional:
         raise UsageError(f"Column '{column.name}' has a gap in row {int(gaps.argmax())}, and may not miss a value.",
             mend=f"Say optional=['{column.name}'] where the model can do without it.")
-    if column.datatype == 'BYTES':
-        texts = ['' if gap else str(v) for v,gap in zip(values, gaps)]
-        return objects([t.encode() for t in texts], (len(texts), 1))
-    plain = values.astype('float64') if column.optional else values
-    return plain.to_numpy().astype(DATATYPES[column.datatype]).reshape(-1, 1)
+    if column.datatype == 'BYTES': return _texts(column, values, gaps)
+    try:
+        plain = (values.astype('float64') if column.optional else values).to_numpy()
+        array = plain.astype(DATATYPES[column.datatype])
+    except (TypeError, ValueError): raise _unlike(column.name, 0, values.iloc[0], column.datatype) from None
+    other = (array != plain) & ~gaps if column.datatype in ('INT64', 'BOOL') else gaps & False
+    if other.any(): raise _unlike(column.name, int(other.argmax()), plain[other.argmax()].item(), column.datatype)
+    return array.reshape(-1, 1)
+
+# %% ../../../nbs/package/convert/00_columns.ipynb #a636b005
 def to_arrays(
     frame:'pd.DataFrame', # has every column
-    columns:Sequence[Column], # of the table
+    columns:Sequence[Column|TensorSpec], # of the table
 )->Arrays: # `[rows, 1]` by name
     "The tensors of a data frame"
     missing = [c.name for c in columns if c.name not in frame.columns]

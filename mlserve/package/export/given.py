@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from ..convert import convert_table, golden_rows
-from ..convert.columns import to_arrays
 from ..convert.original import TableModel
 from .example import example_arrays, example_specs
 from ...tensors import TensorSpec
@@ -42,5 +41,4 @@ def read_example(
     "Take an example as arrays; a table is converted for that"
     if isinstance(given.arrays, Mapping): return given._replace(arrays=example_arrays(given.arrays))
     live = convert_table(given.model, given.arrays, given.names, optional)
-    held = given.holdout and (to_arrays(given.holdout[0], live.columns), given.holdout[1])
-    return given._replace(model=live, arrays=golden_rows(live), holdout=held)
+    return given._replace(model=live, arrays=golden_rows(live))
