@@ -100,6 +100,8 @@ class Deployment:
     @property
     def target(self)->str: return target_name(self.engine, self.model, self.named)
     @property
+    def host(self)->str: return self.options.host if self.engine == 'compose' else '0.0.0.0' # of its port
+    @property
     def most(self)->int: return self.options.max_replicas or 3 * self.options.replicas
     @property
     def remote(self)->bool: return self.delivery in ('store','registry') # whether it fetches at the start

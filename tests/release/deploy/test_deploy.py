@@ -94,11 +94,11 @@ def answered(port):
     return httpx.post(f"http://127.0.0.1:{port}/v2/models/double/infer", json=body, trust_env=False, timeout=30).json()["model_version"]
 
 
-def deploy(version, *more, model="double"):
+def deploy(version, *more, model="double", engine="compose"):
     "The exit code of the command, what it printed and its last line"
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run_command(["deploy", "compose", model, "--version", version, "--json", *more])
+        code = run_command(["deploy", engine, model, "--version", version, "--json", *more])
     return code, json.loads(out.getvalue()) if code == 0 else {}, last_json(err.getvalue()) if code else err.getvalue()
 
 
@@ -127,12 +127,12 @@ class Counted:
         self.thread.join()
 
 
-def clean(port, version, count=1):
+def clean(port, version, target=TARGET):
     "Nothing is left of what went before: one version, and every slot of the proxy open"
     engine = find_engine()
     assert answered(port) == version
-    assert [(c.labels["io.mlserve.version"], c.status) for c in engine.containers(TARGET)] == [(version, "running")] * count
-    assert {slot.route for slot in slots_of(engine.proxy(TARGET))} == {"open"}
+    assert [(c.labels["io.mlserve.version"], c.status) for c in engine.containers(target)] == [(version, "running")]
+    assert {slot.route for slot in slots_of(engine.proxy(target))} == {"open"}
 
 
 def test_L6_R9_versions_replace_each_other_bad_ones_are_taken_back_and_no_request_is_lost_or_run_twice(record):
@@ -265,6 +265,54 @@ def test_status_and_releases_say_what_runs_and_where_it_is_not_what_was_wanted(r
     assert rows[versions["hangs"]]["deployed"][TARGET]["outcome"] == "failed" and rows[versions["unchecked"]]["status"] == "recorded"
     assert run_command(["logs", "double"]) == 0
     assert '"event"' in capsys.readouterr().out
+
+
+@pytest.fixture
+def swarm(engine):
+    "A Swarm of the engine's own, on a loopback address that no other engine of this machine has"
+    address = f"127.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250 + 1}.1"
+    engine.swarm.init(advertise_addr=address, listen_addr=f"{address}:{free_port()}")
+    yield
+    for service in engine.services.list():
+        service.remove()
+    while engine.containers.list(filters={"label": "com.docker.swarm.service.id"}):
+        time.sleep(0.3)
+    engine.swarm.leave(force=True)
+
+
+def test_L6_R9_on_a_swarm_versions_replace_each_other_and_a_bad_one_is_taken_back(record, swarm, capsys):
+    "Beside the target of Compose, on a port of its own, which it keeps"
+    versions, _ = record
+    one, two, port, target = versions["one"], versions["two"], free_port(), "swarm-double"
+    code, first, told = deploy(one, "--port", str(port), engine="swarm")
+    assert code == 0, told
+    assert (first["target"], first["url"], first["version"]) == (target, f"http://127.0.0.1:{port}", one)
+    with Load(port, 3, pause=0.05) as load:
+        code, result, told = deploy(two, engine="swarm")
+        assert code == 0, told
+        print({s["name"]: s["seconds"] for s in result["steps"]})
+        for name, expected, step in (("wrong", 5, "healthy"), ("hangs", 3, "healthy"), ("gone", 5, "pull")):
+            code, _, told = deploy(versions[name], engine="swarm")
+            assert (code, told["step"]) == (expected, step), told
+            assert f"Version {two} keeps serving" in told["error"]
+            clean(port, two, target)
+        promote("double", two, allow_older=True)
+        assert run_command(["rollback", "double", "--target", target]) == 0
+        time.sleep(0.5)
+    clean(port, one, target)
+    print(f"{len(load.answers)} requests")
+    assert not load.failures and len(load.answers) > 100, load.failures[:3]
+    assert {v for v, _ in load.answers.values()} == {one, two}
+    capsys.readouterr()
+    assert run_command(["status", "double", "--json"]) == 0
+    row = next(row for row in json.loads(capsys.readouterr().out) if row["target"] == target)
+    assert (row["version"], row["healthy"], row["finding"]) == (one, True, "")
+    assert run_command(["logs", "double", "--target", target]) == 0
+    assert '"event"' in capsys.readouterr().out
+    code, _, told = deploy(one, "--target", target, "--port", str(port))
+    assert code == 4 and f"The target {target} is on swarm, not on compose" in told["error"], told
+    code, _, told = deploy(one, "--target", "beside", "--port", str(port), engine="swarm")
+    assert code == 7 and f"port {port} is taken by the target {target}" in told["error"], told
 
 
 def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(record, monkeypatch):

@@ -46,6 +46,7 @@ class Running:
     health: str # `starting`, `healthy`, `unhealthy` or `ended`
     route: str = '' # where the proxy has it: `open`, `drained`, `closed`; nothing where there is no proxy
     since: str = '' # when it started
+    engine: str = 'compose' # or `swarm`: what started it
 
 # %% ../../../../nbs/release/deploy/live/00_rollout.ipynb #ee4fc178
 @dataclass(frozen=True)
