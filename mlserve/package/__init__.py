@@ -230,12 +230,10 @@ def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
     except OSError as e: raise LocalResource(f'The package could not be written to {path}: {e}.') from e
     except MlserveError: raise
     except Exception as e:
-        example = ', '.join(f'{name} {a.dtype} {list(a.shape)}' for name,a in given.arrays.items())
-        lines = [line.strip() for line in str(e).splitlines() if line.strip() and 'Please fix' not in line]
-        why = (lines or [type(e).__name__])[-1].rstrip('.')
+        example = 'the example ' + ', '.join(f'{name} {a.dtype} {list(a.shape)}' for name,a in given.arrays.items())
+        why = [type(e).__name__, *(x for x in str(e).splitlines() if x.strip() and 'Please fix' not in x)][-1].strip(' .')
         mend = 'If the model takes one row a call, say batch=False and give one row.' if ours.get('batch', True) else ''
-        raise UsageError(f'The model cannot be saved with the example {example}, '
-            f'or with another batch size of it: {why}.', mend=mend) from e
+        raise UsageError(f'The model cannot be saved with {example}, or another batch size of it: {why}.', mend) from e
     finally: discard(temp)
     from mlserve.package.trial.local_server import saved_again
     saved_again(path)
