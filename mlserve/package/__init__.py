@@ -231,7 +231,7 @@ def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
     except MlserveError: raise
     except Exception as e:
         example = 'the example ' + ', '.join(f'{name} {a.dtype} {list(a.shape)}' for name,a in given.arrays.items())
-        why = [type(e).__name__, *(x for x in str(e).splitlines() if x.strip() and 'Please fix' not in x)][-1].strip(' .')
+        why = [type(e).__name__, *(x for x in str(e).splitlines() if x.strip() and 'Please' not in x)][-1].strip(' .')
         mend = 'If the model takes one row a call, say batch=False and give one row.' if ours.get('batch', True) else ''
         raise UsageError(f'The model cannot be saved with {example}, or another batch size of it: {why}.', mend) from e
     finally: discard(temp)
