@@ -40,3 +40,16 @@ def kubernetes_validate():
         assert all(f" {f} " in text for f in files), text
         return {name: lines for name, lines in wrong.items() if lines}
     return ask
+
+
+@pytest.fixture(scope="session")
+def promtool():
+    "Prometheus's own tool for rules, out of Debian's package"
+    home = ROOT / "state/tools/prometheus"
+    if not (home / "usr/bin/promtool").exists():
+        home.mkdir(parents=True, exist_ok=True)
+        done = run("apt-get", "download", "-q", "prometheus", cwd=home, timeout=900)
+        assert done.returncode == 0, done.stderr
+        done = run("dpkg", "-x", *home.glob("prometheus_*.deb"), home)
+        assert done.returncode == 0, done.stderr
+    return home / "usr/bin/promtool"
