@@ -7,19 +7,18 @@ __all__ = ['Terms', 'row_arrays', 'model_answers', 'Agreement']
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #7ae6c930
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 import numpy as np
-from ..convert import convert_table
-from ..convert.columns import to_arrays
+from ..convert.columns import table_columns
+from ..convert.original import TableModel, ordered
 from ..export import live_program
-from ..export.example import check_order, example_arrays
-from ..holdout import Contract, answers
+from ..export.example import check_order
+from ..holdout import Contract, answers, given_arrays
 from ..programs.torch_program import Program
 from .markup import Markup, badge, card, columns, row_plot
-from ...tensors import Arrays, Comparison, check_tensors, compare
+from ...tensors import Arrays, Comparison, check_tensors, compare, dtype_of
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #d55787af
 class Terms(Contract, Protocol):
@@ -33,11 +32,11 @@ class Terms(Contract, Protocol):
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #605f24a2
 def row_arrays(
-    inputs:Any, # arrays or tensors by name, or one array
+    inputs:Any, # arrays or tensors by name, one array, or the data frame of a table
     terms:Terms, # what the package takes
 )->Arrays: # in call order
     "Rows as the package takes them, or a sentence that says why not"
-    arrays = example_arrays(inputs if isinstance(inputs, Mapping) else {terms.inputs[0].name: inputs})
+    arrays = given_arrays(inputs, terms.inputs)
     check_tensors(arrays, terms.inputs)
     return {spec.name: arrays[spec.name] for spec in terms.inputs}
 def model_answers(
@@ -50,10 +49,11 @@ def model_answers(
     names = [spec.name for spec in terms.outputs]
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(inputs, 'columns'):
-            optional = [spec.name for spec in terms.inputs if spec.optional]
-            table = convert_table(model, inputs, names, optional)
-            live,arrays = table,to_arrays(inputs, table.columns)
-        else: live,arrays = live_program(model, Path(folder)/'model', terms.format),row_arrays(inputs, terms)
+            table = TableModel(model, table_columns(ordered(model, inputs)), names)
+            table.types = {spec.name: dtype_of(spec.datatype) for spec in terms.outputs}
+            live = table
+        else: live = live_program(model, Path(folder)/'model', terms.format)
+        arrays = row_arrays(inputs, terms)
         check_order(live, list(arrays))
         rows = 32 if terms.batch else len(next(iter(arrays.values())))
         return arrays,answers(live, arrays, names, rows, bool(terms.nonfinite))

@@ -92,7 +92,7 @@ def _terms(path:str|Path)->_Terms:
 # %% ../../../nbs/package/trial/04_local_server.ipynb #26937af3
 @patch
 def predict(self:LocalServer,
-    inputs:Any, # arrays or tensors by name, batch first; or one array
+    inputs:Any, # arrays or tensors by name, batch first; one array; or the data frame of a table
 )->Arrays: # by name
     "What the server answers"
     if not self.running:
