@@ -89,16 +89,15 @@ def rollback(model:Model, to:Back='', target:Where='',
 def status(model:Annotated[str, typer.Argument(help='Name of the registered model; all of them by default.')]='',
     full:Json=False)->None:
     "Show what runs, and where it is not what was wanted."
-    from mlserve.release.deploy.live.status import as_lines, status as run
+    from mlserve.release.deploy.live.status import status as run, status_lines
     rows = run(model)
-    show(rows, as_lines(rows, ['target','version','healthy','since','finding']), full)
+    show(rows, status_lines(rows), full)
 @app.command()
 def releases(model:Model, full:Json=False)->None:
     "List the recorded versions of a model, and where they run."
-    from mlserve.release.deploy.live.status import as_lines, releases as run
+    from mlserve.release.deploy.live.status import release_lines, releases as run
     rows = run(model)
-    told = [row | {key: ', '.join(row[key]) for key in ('aliases','deployed')} for row in rows]
-    show(rows, as_lines(told, ['version','status','aliases','deployed','image']), full)
+    show(rows, release_lines(rows), full)
 @app.command()
 def logs(model:Model, target:Target='')->None:
     "Print what the containers of a target printed."
