@@ -22,7 +22,7 @@ from ...package.holdout import SAVED, read_holdout
 from .assessment import foresee, held_digest, in_production
 from .comparison import compare_server
 from .container import (Limits, alive, blamed, container_options, ended, gpu_options,
-    healthy, merge_options, remote_options, started)
+    healthy, merge_options, remote_options, started, working_set)
 from .speed import Speed, beside_cpu, log_speed, measure_speed, sizes_of, timed
 from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
@@ -85,6 +85,7 @@ class CheckResult:
     speed: dict = field(default_factory=dict) # kind of device → the fields of its `Speed`
     placement: dict = field(default_factory=dict) # on a GPU: where parameters, outputs and nodes are
     seconds: float = 0 # until the container was ready
+    memory: int = 0 # bytes of its working set after it was timed; 0 where the engine does not tell
 
 # %% ../../../nbs/release/check/04_check.ipynb #23d6ff31
 def _free_port():
@@ -139,7 +140,7 @@ def run_image(
         answered = compare_server(client, package, holdout, device, reading)
         speed = {checked_device(device): asdict(_speed(client, container, package, inputs, first))}
         return CheckResult(True, image=pair.image, version=pair.version, delivery=delivery, seconds=ready,
-            speed=speed, **answered)
+            memory=working_set(container), speed=speed, **answered)
 
 # %% ../../../nbs/release/check/04_check.ipynb #2f20cc3c
 def speed_on_cpu(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Limits', 'Started', 'container_options', 'credentials', 'remote_options', 'gpu_options', 'merge_options', 'started',
-           'exit_error', 'alive', 'ended', 'healthy', 'fault_of', 'blamed']
+           'exit_error', 'alive', 'ended', 'healthy', 'fault_of', 'working_set', 'blamed']
 
 # %% ../../../nbs/release/check/01_container.ipynb #c3754a6a
 import os, re, signal, time
@@ -234,10 +234,17 @@ def fault_of(
     return '' if healthy(container) else f'it hung, and gave no answer within {client.timeout:g} s.'
 
 # %% ../../../nbs/release/check/01_container.ipynb #7e4f6da8
+def working_set(
+    container:'Container', # that lives
+)->int: # bytes; 0 where the engine does not tell
+    "The memory that a container uses, without the part of its file cache that the kernel would give up first"
+    told = container.stats(stream=False, one_shot=True).get('memory_stats', {})
+    idle = told.get('stats', {})
+    return max(0, told.get('usage', 0) - idle.get('total_inactive_file', idle.get('inactive_file', 0)))
 def _memory(container):
     "The memory that a container uses, and may use"
     limit = f"{container.attrs['HostConfig']['Memory'] >> 20} MB"
-    used = container.stats(stream=False).get('memory_stats', {}).get('usage') if alive(container) else None
+    used = working_set(container) if alive(container) else 0
     return f'{used >> 20} MB of {limit} were in use' if used else f'it might use {limit}'
 @contextmanager
 def blamed(

@@ -30,10 +30,10 @@ class Resources:
     @property
     def threads(self)->int: return max(1, int(self.cpus)) # of the model
 def memory_for(
-    peak:int|None, # bytes that were measured
+    used:int|None, # bytes that were measured
 )->int: # bytes
     "The limit of memory for a model that used so much"
-    return 2 * 2**30 if peak is None else max(4 * _step, -(-peak * 3 // 2 // _step) * _step)
+    return 2 * 2**30 if used is None else max(4 * _step, -(-used * 3 // 2 // _step) * _step)
 
 # %% ../../../nbs/release/deploy/03_deployment.ipynb #bb3bef48
 def resources_for(
@@ -45,7 +45,7 @@ def resources_for(
     memory = in_bytes(options.memory) if options.memory else memory_for(measured.memory)
     if measured.memory and memory < measured.memory:
         raise LocalResource(f'The limit of memory is {options.memory}; the check measured '
-            f'{measured.memory / 2**20:.0f} MiB at the peak.',
+            f'{measured.memory / 2**20:.0f} MiB in use under load.',
             mend=f'Set memory = "{memory_for(measured.memory) // 2**20}m" in [deploy], or leave it out.')
     return Resources(options.cpus, memory, gpus=int(device == 'cuda'))
 

@@ -18,7 +18,7 @@ class Measured:
     slowest: float = 1 # seconds of the slowest request of a hundred, at the largest batch that was asked
     together: float = 4 # requests at once, from which on more of them gain nothing
     drain: float|None = None # seconds from SIGTERM to the end, under load
-    memory: int|None = None # bytes of the container at its peak
+    memory: int|None = None # bytes of the container's working set, after 64 clients had asked it at once
 
 # %% ../../../nbs/release/deploy/01_measured.ipynb #6511af43
 def knee(
@@ -38,6 +38,7 @@ def read_measured(
     speed = finding.get('speed', {}).get(kind) or {}
     known: dict[str, Any] = {}
     if finding.get('seconds'): known['ready'] = float(finding['seconds'])
+    if finding.get('memory'): known['memory'] = int(finding['memory'])
     if speed.get('p99_ms'): known['slowest'] = round(max(speed['p99_ms']) / 1e3, 6)
     if speed.get('requests_per_second'): known['together'] = knee(speed['clients'], speed['requests_per_second'])
     return Measured(**known)
