@@ -46,7 +46,7 @@ class Alert(NamedTuple):
     action: str # what to do
 
 # %% ../nbs/05_monitoring.ipynb #89f6ac12
-ALERTS = (
+ALERTS:tuple[Alert, ...] = (
     Alert('NotReady', 'mlserve_ready == 0', 10, 'critical', 'takes no traffic',
         'Its log says why: golden answers that are not reproduced, a worker that hangs, a drain that nobody ended.'),
     Alert('Gone', 'count by (job) (mlserve_info offset 1h) unless count by (job) (mlserve_info)', 5, 'critical',
