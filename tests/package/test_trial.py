@@ -16,7 +16,8 @@ from mlserve.client import Client
 from mlserve.package import save_package
 
 KERNEL = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a kernel has a handler; a background job of a shell is started without
 from mlserve.package import load_package
 server = load_package(sys.argv[1]).serve()
 print(server.url, flush=True)
