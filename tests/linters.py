@@ -49,6 +49,9 @@ def promtool():
     if not (home / "usr/bin/promtool").exists():
         home.mkdir(parents=True, exist_ok=True)
         done = run("apt-get", "download", "-q", "prometheus", cwd=home, timeout=900)
+        if done.returncode:  # the lists of packages are not here yet
+            run("apt-get", "update", "-q", timeout=900)
+            done = run("apt-get", "download", "-q", "prometheus", cwd=home, timeout=900)
         assert done.returncode == 0, done.stderr
         done = run("dpkg", "-x", *home.glob("prometheus_*.deb"), home)
         assert done.returncode == 0, done.stderr
