@@ -74,6 +74,7 @@ def test_E12_a_handler_that_ends_its_process_is_a_crash_and_is_replaced(double, 
             do(s, deed)
         until(lambda: s.process.poll() is not None or s.worker() not in (worker, 0))
         s.wait_ready()
+        until(lambda: events(s, "worker_died"))  # told by the supervisor, which need not be the first to run
         assert well(s) and how in events(s, "worker_died")[0]["how"]
         assert s.stop() == 0
 
