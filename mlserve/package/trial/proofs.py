@@ -18,7 +18,7 @@ from ..programs.torch_program import Program
 from .agreement import Agreement, Terms, model_answers, row_arrays
 from .card import Described
 from .markup import badge, columns, size_text, table
-from ...tensors import Arrays
+from ...tensors import Arrays, count_rows
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #54502158
 @dataclass(frozen=True)
@@ -69,13 +69,12 @@ def _bytes(package:Proven)->str:
     verify_lock(package.path)
     lock = parse_lock(read_small(package.path/'package.lock'))
     return f'{len(lock)} files, {size_text(sum(size for size,_ in lock.values()))}'
-def _held_back(package:Proven, program:Program)->str|None:
+def _held_back(package:Proven, program:Program, example:int)->str|None:
     "How near the saved program comes to what was answered to held-back rows"
     if not beside(package.path).exists(): return None
     groups,_ = read_holdout(beside(package.path), package.digest)
     inputs = row_arrays(groups['inputs'], package)
-    rows = 32 if package.batch else len(next(iter(inputs.values())))
-    got = answers(program, inputs, list(groups['outputs']), rows, bool(package.nonfinite))
+    got = answers(program, inputs, list(groups['outputs']), 32 if package.batch else example, bool(package.nonfinite))
     return _near(groups['outputs'], got, package)
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #56196731
@@ -107,14 +106,15 @@ def prove(
     program,(given,expected) = load(),recorded
     names = list(expected)
     def own(arrays:Arrays)->Arrays:
-        rows = 32 if package.batch else len(next(iter(arrays.values())))
+        rows = 32 if package.batch else count_rows(arrays)
         return answers(program, arrays, names, rows, bool(package.nonfinite))
     def asked(rows:Any)->str:
         arrays,live = model_answers(model, rows, package)
         return _near(live, own(arrays), package)
     proofs = [_taken('every byte is in the lock', lambda: _bytes(package)),
         _taken('golden rows', lambda: _near(expected, own(given), package)),
-        _taken('held-back rows', lambda: _held_back(package, program)), *_trials(package, load, recorded)]
+        _taken('held-back rows', lambda: _held_back(package, program, count_rows(given))),
+        *_trials(package, load, recorded)]
     if model is not None and not hasattr(inputs, 'columns'):
         proofs.append(_taken('the live model, golden rows', lambda: asked(given)))
     if model is not None and inputs is not None:
