@@ -18,7 +18,7 @@ from ..export.example import check_order
 from ..holdout import Contract, answers, given_arrays
 from ..programs.torch_program import Program
 from .markup import Markup, badge, card, columns, row_plot
-from ...tensors import Arrays, Comparison, check_tensors, compare, dtype_of
+from ...tensors import Arrays, Comparison, check_tensors, compare, count_rows, dtype_of
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #d55787af
 class Terms(Contract, Protocol):
@@ -55,7 +55,7 @@ def model_answers(
         else: live = live_program(model, Path(folder)/'model', terms.format)
         arrays = row_arrays(inputs, terms)
         check_order(live, list(arrays))
-        rows = 32 if terms.batch else len(next(iter(arrays.values())))
+        rows = 32 if terms.batch else count_rows(arrays)
         return arrays,answers(live, arrays, names, rows, bool(terms.nonfinite))
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #4ace5f0e

@@ -6,16 +6,15 @@
 __all__ = ['Described', 'spec_text', 'folder_text', 'reference_text', 'described', 'package_card', 'package_text']
 
 # %% ../../../nbs/package/trial/01_card.ipynb #a0183597
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from ...errors import MlserveError
-from ..holdout import beside, read_holdout
+from ..holdout import Contract, beside, read_holdout
 from .markup import card, columns, size_text
 from ...tensors import TensorSpec
 
 # %% ../../../nbs/package/trial/01_card.ipynb #4fb43f0c
-class Described(Protocol):
+class Described(Contract, Protocol):
     "What a card tells of a package"
     @property
     def path(self)->Path: ...
@@ -23,12 +22,6 @@ class Described(Protocol):
     def name(self)->str: ...
     @property
     def format(self)->str: ...
-    @property
-    def inputs(self)->Sequence[TensorSpec]: ...
-    @property
-    def outputs(self)->Sequence[TensorSpec]: ...
-    @property
-    def tolerance(self)->dict[str,Any]: ...
     @property
     def digest(self)->str: ...
 

@@ -22,7 +22,7 @@ from .markup import badge, card, columns, link
 from .process import error_from, free_port, start_process, stop_process, tether
 from ...patch import patch
 from ...settings import Settings
-from ...tensors import Arrays, TensorSpec
+from ...tensors import Arrays, TensorSpec, count_rows
 
 # %% ../../../nbs/package/trial/04_local_server.ipynb #799ec553
 def _digest(path:str|Path)->str:
@@ -101,7 +101,7 @@ def predict(self:LocalServer,
     self.wait()
     terms = _terms(self.path)
     arrays = row_arrays(inputs, terms)
-    total = len(next(iter(arrays.values())))
+    total = count_rows(arrays)
     rows = 32 if terms.batch else total
     batches = [{name: array[i:i+rows] for name,array in arrays.items()} for i in range(0, total, rows)]
     parts = list(map(self._client.infer, batches))

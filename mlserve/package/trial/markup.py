@@ -64,6 +64,9 @@ def frame(
     return f"{_style}<div class='mlserve'>{''.join(map(markup, parts))}</div>"
 
 # %% ../../../nbs/package/trial/00_markup.ipynb #851b94f9
+def _snippet(code:str)->Markup:
+    "A line to go on with, if there is one"
+    return Markup(f'<pre><code>{escape(code)}</code></pre>') if code else Markup()
 def card(
     title:str, # what it is
     values:Mapping[str,object], # by their names
@@ -72,8 +75,7 @@ def card(
 )->str: # HTML
     "A title, named values and a line of code"
     rows = ''.join(f'<tr><th>{markup(name)}</th><td>{markup(value)}</td></tr>' for name,value in values.items())
-    snippet = Markup(f'<pre><code>{escape(code)}</code></pre>') if code else Markup()
-    return frame(Markup(f"<div class='title'>{markup(title)}</div><table>{rows}</table>"), *more, snippet)
+    return frame(Markup(f"<div class='title'>{markup(title)}</div><table>{rows}</table>"), *more, _snippet(code))
 
 # %% ../../../nbs/package/trial/00_markup.ipynb #dbaed31e
 def table(
@@ -86,9 +88,9 @@ def table(
     def line(tag:str, cells:Iterable[object])->str:
         return '<tr>' + ''.join(f'<{tag}>{markup(cell)}</{tag}>' for cell in cells) + '</tr>'
     body = ''.join(line('td', row) for row in rows)
-    snippet = Markup(f'<pre><code>{escape(code)}</code></pre>') if code else Markup()
     head = Markup(f"<div class='title'>{markup(title)}</div>")
-    return frame(head, Markup(f"<table><thead>{line('th', heads)}</thead><tbody>{body}</tbody></table>"), snippet)
+    cells = Markup(f"<table><thead>{line('th', heads)}</thead><tbody>{body}</tbody></table>")
+    return frame(head, cells, _snippet(code))
 
 # %% ../../../nbs/package/trial/00_markup.ipynb #1f715f1d
 def columns(
