@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 from ....errors import NotFound
+from ....package.trial.markup import columns
 from .engines import TARGET, find_engine
 from .history import entries_of
 from .rollout import Running
@@ -59,9 +60,7 @@ def status(
 def _lines(rows):
     "Rows of text with the same keys, one line each, below a head"
     if not rows: return ''
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return '\n'.join('  '.join(text.ljust(width) for text,width in zip(line, widths)).rstrip() for line in cells)
+    return columns([list(rows[0]), *(list(row.values()) for row in rows)])
 def status_lines(
     rows:Sequence[dict[str, Any]], # of `status`
 )->str: # one line for each target

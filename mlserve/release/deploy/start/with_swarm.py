@@ -66,6 +66,9 @@ def task_error(
 
 # %% ../../../../nbs/release/deploy/start/01_with_swarm.ipynb #bb7de64a
 SERVICE = 'com.docker.swarm.service.id'
+def _containers(client:'DockerClient', id:str)->Sequence['Container']:
+    "All containers of a service, by its id"
+    return client.containers.list(all=True, filters={'label': f'{SERVICE}={id}'}, ignore_removed=True)
 @dataclass(frozen=True)
 class _Started:
     "A service that was just made"
@@ -73,9 +76,7 @@ class _Started:
     client: 'DockerClient'
     def containers(self)->list['Container']:
         "Those that were started at least once"
-        found = self.client.containers.list(all=True, filters={'label': f'{SERVICE}={self.service.id}'},
-            ignore_removed=True)
-        return [container for container in found if container.status != 'created']
+        return [container for container in _containers(self.client, self.service.id) if container.status != 'created']
     def wait(self, count:int, deployment:Deployment, seconds:float=60)->None:
         "Until so many containers were started, or a task says why not"
         end = time.monotonic() + seconds
@@ -93,12 +94,10 @@ def end_service(
 )->None: # they are gone
     "Remove a service with its containers"
     import docker
-    def containers()->Sequence['Container']:
-        return client.containers.list(all=True, filters={'label': f'{SERVICE}={id}'}, ignore_removed=True)
     try: client.services.get(id).remove()
     except docker.errors.NotFound: pass
     end = time.monotonic() + seconds + 30
-    while (left := containers()) and time.monotonic() < end:
+    while (left := _containers(client, id)) and time.monotonic() < end:
         for container in left if not seconds else ():
             try: container.remove(force=True, v=True)
             except docker.errors.APIError: pass # Swarm is removing it
