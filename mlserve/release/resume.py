@@ -15,7 +15,7 @@ from .git_source import commit_of
 from .image.engine import engine
 from .pipeline import go_on, release, within_reach
 from .record import mlflow_store
-from .record.journal import OWNER, Journal, is_gone, orphaned, owner_of
+from .record.journal import OWNER, Journal, is_gone, journals, orphaned, owner_of
 from .run import Run, read_json, say
 from .spec import ReleaseSpec
 
@@ -66,8 +66,7 @@ def find_run(
         if journal.last('opened').get('command') == 'release': return journal
         raise UsageError(f'{journal.folder} is no run of a release: it has no journal of one.',
             mend=f'{state}/runs has a folder for each.')
-    runs = [Journal(path.parent) for path in sorted((state/'runs').glob('*/journal.jsonl'))]
-    unfinished = [journal for journal in runs if _unfinished(journal)]
+    unfinished = [journal for journal in journals(state) if _unfinished(journal)]
     if unfinished: return unfinished[-1]
     raise UsageError(f'No release under {state}/runs was cut off.', mend='mlserve release NOTEBOOK begins one.')
 
