@@ -23,7 +23,7 @@ from .check.container import credentials
 from .gates import Gates, told_metrics
 from .git_source import commit_of
 from .image.engine import engine, reach_base
-from .notebook import check_parameters, experiment_of, shared_kernel
+from .notebook import check_parameters, experiment_of, let_go, shared_kernel
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
@@ -202,6 +202,7 @@ def commands(
             f'-d {shlex.quote(f"@{body}")}', 'mlflow_ui': uri if uri.startswith('http') else own}
 
 # %% ../../nbs/release/08_pipeline.ipynb #c47dd52f
+_warm = 'import docker, matplotlib.pyplot, mlserve.release.check, mlserve.release.plan; mlserve.release.record.client()'
 def go_on(
     run:Run, # opened
     promote:bool, # move `production` too, when the check passed
@@ -209,9 +210,11 @@ def go_on(
 )->dict[str, Any]: # the content of `state/release.json`
     "Take every step of a release that is not done"
     try:
-        with environment(MLFLOW_RUN_ID=run.id), step('train', run.did, progress): run,place = train_model(run)
-        with shared_kernel(run.folder) as kernel:
-            built,pair,checked = build_record_check(replace(run, kernel=kernel), place, progress)
+        with shared_kernel(run.folder) as theirs, shared_kernel(run.folder, _warm) as ours:
+            with environment(MLFLOW_RUN_ID=run.id), step('train', run.did, progress):
+                run,place = train_model(replace(run, kernel=theirs))
+            let_go(theirs)
+            built,pair,checked = build_record_check(replace(run, kernel=ours), place, progress)
         for alias in ['candidate', 'production'] if promote else ['candidate']:
             with step(alias, run.did, progress):
                 record.promote(pair['name'], pair['version'], run.spec.device, warn=progress, alias=alias,
