@@ -18,7 +18,7 @@ from .patch import patch
 from .errors import MlserveError, ModelFailed, RemoteUnavailable
 from .wire.predict import decode_predict_response, encode_predict_request
 from .wire.v2 import decode_infer_response, encode_infer_request, encode_infer_request_binary
-from .tensors import TensorSpec
+from .tensors import TensorSpec, text_bytes
 
 # %% ../nbs/04_client.ipynb #ef84a7e2
 _by_status:dict[int, type[MlserveError]] = {c.status: c for c in (errors.InvalidInput, errors.NotFound, errors.TooLarge,
@@ -167,12 +167,13 @@ _json,_header = {'Content-Type': 'application/json'},'Inference-Header-Content-L
 @patch
 def infer(
     self:Client,
-    inputs:Mapping[str, np.ndarray], # name to array, batch first
+    inputs:Mapping[str, np.ndarray], # name to array, batch first; texts may be `str`
     outputs:Sequence[str]=(), # names of the outputs wanted; none means all
     timeout:float|None=None, # seconds until the server may give up
     binary:bool|None=None, # tensors as bytes; as the server can, if not given
 )->dict[str, np.ndarray]: # name to array
     "Predictions by V2"
+    inputs = {name: text_bytes(np.asarray(array)) for name,array in inputs.items()}
     if binary is None: binary = self.speaks_binary()
     body,headers = b'',_json
     if binary:
@@ -190,7 +191,8 @@ def predict(
 )->dict[str, np.ndarray]: # name to array
     "Predictions by the plain format, whose types are in the metadata"
     specs = [TensorSpec.from_dict(d) for d in self.metadata()['outputs']]
-    response = self.ask('POST', '/predict', content=encode_predict_request(inputs), headers=_json)
+    given = {name: text_bytes(np.asarray(array)) for name,array in inputs.items()}
+    response = self.ask('POST', '/predict', content=encode_predict_request(given), headers=_json)
     return decode_predict_response(response.content, specs)
 
 # %% ../nbs/04_client.ipynb #7b40af74

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATATYPES', 'WIDTHS', 'Arrays', 'dtype_of', 'datatype_of', 'TensorSpec', 'spec_of', 'check_shape', 'claimed_shape',
-           'objects', 'finite', 'check_names', 'count_rows', 'check_tensors', 'Comparison', 'compare']
+           'objects', 'text_bytes', 'finite', 'check_names', 'count_rows', 'check_tensors', 'Comparison', 'compare']
 
 # %% ../nbs/02_tensors.ipynb #9ead8d7f
 import math, warnings
@@ -111,6 +111,15 @@ def objects(
     array = np.empty(len(items), object)
     array[:] = items
     return array.reshape(shape)
+
+# %% ../nbs/02_tensors.ipynb #55393d0c
+def text_bytes(
+    array:np.ndarray, # of anything
+)->np.ndarray: # of `bytes` where it was text, else the same
+    "Text as UTF-8, which is what BYTES holds"
+    if array.dtype.kind in 'US': array = array.astype(object)
+    if array.dtype != object or not any(isinstance(v, str) for v in array.flat): return array
+    return objects([v.encode() if isinstance(v, str) else v for v in array.flat], array.shape)
 
 # %% ../nbs/02_tensors.ipynb #516e63a1
 warnings.filterwarnings('ignore', 'overflow', RuntimeWarning, __name__) # numpy's, of the dot product: no news here

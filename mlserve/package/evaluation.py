@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Iterator, Mapping
 import numpy as np
 from ..errors import UsageError
-from ..tensors import objects
+from ..tensors import text_bytes
 
 # %% ../../nbs/package/02_evaluation.ipynb #6a986629
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def as_labels(
     if array.dtype == object:
         strange = {type(v).__name__ for v in array.flat if not isinstance(v, (str, bytes))}
         if strange: raise UsageError(f"The labels hold objects ({', '.join(sorted(strange))}); {_allowed}.")
-        return objects([v.encode() if isinstance(v, str) else bytes(v) for v in array.flat], array.shape)
+        return text_bytes(array)
     if array.dtype.kind not in 'biuf': raise UsageError(f'The labels are {array.dtype}; {_allowed}.')
     if not np.isfinite(array).all():
         row = np.argwhere(~np.isfinite(array))[0]

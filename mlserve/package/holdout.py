@@ -21,12 +21,14 @@ from ..tensors import Arrays, TensorSpec, check_tensors, compare
 
 # %% ../../nbs/package/04_holdout.ipynb #cb5ee44f
 def given_arrays(
-    given:Any, # an array, arrays by name, or the data frame of a table
+    given:Any, # an array, arrays by name, or the data frame of a table; a series is one of a single column
     specs:Sequence[TensorSpec], # what the package takes
 )->Arrays: # by name
     "Rows as `save_package` takes them, as arrays"
-    if specs[0].optional is not None and hasattr(given, 'columns'): return to_arrays(given, specs)
-    return example_arrays(given if isinstance(given, Mapping) else {specs[0].name: given})
+    if specs[0].optional is not None and hasattr(given, 'iloc'): return to_arrays(given, specs)
+    arrays = example_arrays(given if isinstance(given, Mapping) else {specs[0].name: given})
+    if specs[0].optional is None: return arrays
+    return {name: a.reshape(-1, 1) if a.ndim == 1 else a for name,a in arrays.items()} # columns as people write them
 def held_rows(
     holdout:Any, # a pair: inputs (an array, arrays by name, or the data frame of a table) and labels
     specs:Sequence[TensorSpec], # what the package takes

@@ -159,7 +159,7 @@ def check_types(
     **given:Any, # by the names that `save_package` has for them
 )->None: # or UsageError
     "Refuse arguments of another type than is allowed"
-    table = type(given.get('inputs')).__name__ == 'DataFrame' # pandas is not imported for that
+    table = type(given.get('inputs')).__name__ in ('DataFrame','Series') # pandas is not imported for that
     allowed:dict[str,tuple[Any,str]] = {'name': (str, 'text'), 'path': ((str, os.PathLike), 'a path'),
         'inputs': (Mapping, 'a dictionary of example tensors by name'), 'outputs': ((list, tuple), 'a list of names'),
         'tolerance': ((dict, type(None)), 'a dictionary of rtol and atol'), 'files': ((list, tuple), 'a list of paths'),

@@ -16,6 +16,7 @@ from typing import Any
 import mlserve
 from ..errors import (Interrupted, LocalResource, MlserveError, NotebookFailed, RemoteUnavailable,
     UsageError, hidden)
+from ..package.folder import write_whole
 from ..package.lock import file_hash
 from ..patch import patch
 from .git_source import commit_of
@@ -47,16 +48,8 @@ def write_json(
     value:Any, # plain values, dataclasses
 )->Path: # `path`
     "Write JSON, whole or not at all"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        part.write_text(json.dumps(value, indent=2, default=str, allow_nan=False) + '\n')
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise LocalResource(f'{path} cannot be written: {e.strerror}.') from None
-    return path
+    write_whole(Path(path), json.dumps(value, indent=2, default=str, allow_nan=False) + '\n')
+    return Path(path)
 def read_json(
     path:str|Path, # written by a step
 )->dict[str, Any]: # its values

@@ -1,17 +1,20 @@
 """Tables: models of scikit-learn and boosters are served by onnxruntime alone, and answer as the model that was trained."""
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 from lightgbm import LGBMClassifier
 from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 from xgboost import XGBClassifier
 
-from mlserve.errors import CheckFailed, InvalidInput, UsageError
+from mlserve.errors import CheckFailed, InvalidInput, Refused, UsageError
 from mlserve.package import golden, load_package, save_package
 from mlserve.package.convert.columns import table_columns, to_arrays
 from mlserve.serving.model import load_model
@@ -88,6 +91,25 @@ def test_what_is_converted_wrongly_is_refused_with_its_step(tmp_path):
     with pytest.raises(CheckFailed, match="the step '.*has no true conversion"):
         save_package(model, tmp_path / "p", name="table", inputs=frame, outputs=BOTH)
     assert not (tmp_path / "p").exists()
+
+
+def test_texts_are_split_and_folded_as_in_training(tmp_path):
+    "Letters of every script, over held-back texts; the model takes a series, a list of texts in every other pipeline"
+    words = np.array("a good bad film Köln schön STRASSE ÉCOLE naïve 東京 x9 été привет И don't e-mail foo_bar 12 ! ...".split())
+    random = np.random.default_rng(0)
+    texts = pd.Series([" ".join(random.choice(words, n)) for n in random.integers(0, 9, 500)], name="text")
+    labels = np.where(texts.str.contains("schön|good"), "yes", "no")
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression()).fit(texts[:200], labels[:200])
+    package = save_package(model, tmp_path / "p", name="words", inputs=texts[:200], outputs=BOTH, holdout=(texts[200:], labels[200:]))
+    assert [(s.name, s.datatype) for s in package.inputs] == [("text", "BYTES")]
+    asked = decode_predict(json.dumps({"inputs": [{"text": text} for text in texts[200:]]}).encode(), package.inputs)
+    served = load_model(package, Device("cpu")).predict(asked.inputs)
+    assert np.abs(served["probabilities"] - model.predict_proba(texts[200:])).max() < 1e-6
+    with pytest.raises(UsageError, match="fitted on 1 columns; inputs has 2"):
+        save_package(model, tmp_path / "q", name="words", inputs=pd.DataFrame({"text": texts, "more": texts}), outputs=BOTH)
+    greek = make_pipeline(CountVectorizer(), LogisticRegression()).fit(["ΛΌΓΟΣ", "γάτα"], [0, 1])
+    with pytest.raises(Refused, match="The step 'countvectorizer › CountVectorizer'.*Greek"):
+        save_package(greek, tmp_path / "q", name="words", inputs=pd.Series(["ΛΌΓΟΣ", "γάτα"]), outputs=BOTH)
 
 
 def test_every_form_of_a_request_means_the_same_rows(tmp_path):

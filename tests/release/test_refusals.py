@@ -59,6 +59,21 @@ def test_a_missing_part_is_told_before_anything_is_recorded(environment, trackin
     assert [v.version for v in versions(tracking, "good")] == before
 
 
+@pytest.mark.parametrize("broken, code, missing", [
+    ({}, 0, []),
+    ({"DOCKER_HOST": f"tcp://{DEAD}", "MLSERVE_REGISTRY": DEAD, "MLFLOW_TRACKING_URI": f"http://{DEAD}"}, 7, ["engine", "base", "registry", "mlflow"]),
+], ids=["all is here", "much is missing"])
+def test_the_doctor_names_everything_that_is_missing_and_what_mends_it(environment, broken, code, missing, tmp_path):
+    done = mlserve("doctor", "--json", env={**environment, "MLSERVE_STATE": str(tmp_path), **broken})
+    assert done.returncode == code, done.stderr
+    findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
+    assert [what for what in findings if findings[what]["state"] == "missing"] == missing
+    assert all(findings[what]["mend"] and findings[what]["code"] for what in missing)
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) >= len(findings)
+    if not missing:
+        assert not list(tmp_path.iterdir())  # nothing was made
+
+
 @pytest.mark.parametrize("name, content, words", [
     ("README.md", "# mine", ["README.md", ".ipynb"]),
     ("mine.ipynb", "# mine", ["mine.ipynb", "not a notebook"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from .boosters import BOOSTERS, converted_booster
-from .columns import table_columns, to_arrays
+from .columns import as_frame, table_columns, to_arrays
 from .graph import joined
 from .mends import library_of
 from .original import TableModel, ordered
@@ -57,13 +57,13 @@ def _types(graph:Any, names:Sequence[str])->dict[str, np.dtype]:
     return {name: np.dtype(_numpy[output.type]) for name,output in zip(names, session.get_outputs())}
 def convert_table(
     model:Any, # fitted: of scikit-learn, XGBoost, LightGBM or CatBoost
-    frame:'pd.DataFrame', # an example, with the types of training; a few hundred rows are best
+    frame:'pd.DataFrame|pd.Series', # an example, with the types of training; a few hundred rows are best
     outputs:Sequence[str], # names of a label and its probabilities, or of one answer
     optional:Sequence[str]=(), # columns that may miss a value, beside those that do
 )->TableModel: # with its graph, not yet proved
     "Convert a table model to ONNX"
     _check_answers(model, outputs)
-    frame = ordered(model, frame)
+    frame = ordered(model, as_frame(frame))
     live = TableModel(model, table_columns(frame, optional), outputs)
     convert = converted_booster if library_of(model) in BOOSTERS else converted_pipeline
     try:

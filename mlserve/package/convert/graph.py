@@ -55,11 +55,6 @@ def _output_type(body:'onnx.ModelProto', name:str)->int:
     return next(o.type.tensor_type.elem_type for o in body.graph.output if o.name == name)
 
 # %% ../../../nbs/package/convert/02_graph.ipynb #d412781a
-def _utf8(nodes:Any)->None:
-    "A locale that every image has"
-    for node in nodes:
-        for attribute in node.attribute:
-            if node.op_type == 'StringNormalizer' and attribute.name == 'locale': attribute.s = b'C.UTF-8'
 def _wired(columns:Sequence[Column], body:Body)->list['onnx.NodeProto']:
     "The nodes in front of the body"
     from onnx import helper
@@ -79,7 +74,6 @@ def joined(
     "One graph from columns to named answers"
     from onnx import compose, helper, numpy_helper
     inner = compose.add_prefix(body.model, 'body.')
-    _utf8(inner.graph.node)
     outputs,back = [],[]
     for name,(source,how) in zip(names, body.picks):
         shape = [None, None] if how == 'same' else [None]

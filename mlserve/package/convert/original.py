@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from .columns import Column, to_frame
-from .mends import library_of
+from .mends import library_of, takes_texts
 from ...errors import UsageError
 from ...tensors import Arrays, objects
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def ordered(
     "An example in the order of the model"
     known,given = _known_names(model),list(map(str, frame.columns))
     if known and set(known) == set(given): return frame[known]
-    count = getattr(model, 'n_features_in_', len(given))
+    count = 1 if takes_texts(model) else getattr(model, 'n_features_in_', len(given))
     if not known and count == len(given): return frame
     if not known: raise UsageError(f'The model was fitted on {count} columns; inputs has {len(given)}.')
     missing = [name for name in known if name not in given]
@@ -64,13 +64,13 @@ class TableModel:
         names:Sequence[str], # of its answers
     ):
         self.model,self.columns,self.names = model,tuple(columns),list(names)
-        self.named = bool(_known_names(model))
+        self.named,self.texts = bool(_known_names(model)),takes_texts(model)
         self.graph: 'onnx.ModelProto|None' = None # what it was converted to
         self.types: dict[str, np.dtype] = {} # of the answers, as the graph has them
         self.rows: Arrays = {} # the whole example
     def answers(self, frame:'pd.DataFrame')->list[np.ndarray]:
         "A label and its probabilities, or a number"
-        given: Any = frame if self.named else frame.to_numpy()
+        given: Any = frame if self.named else frame.iloc[:, 0] if self.texts else frame.to_numpy()
         if library_of(self.model) == 'xgboost' and not hasattr(self.model, 'get_params'):
             import xgboost
             given = xgboost.DMatrix(given, enable_categorical=True)

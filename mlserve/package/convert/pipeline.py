@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from .columns import Column, to_frame
 from .graph import Body, joined
-from .mends import completed, conversions, estimators, library_of, with_empty_texts
+from mlserve.package.convert.mends import (completed, conversions, estimators, library_of, takes_texts, text_options,
+    with_empty_texts)
 from ..programs.onnx_program import OnnxProgram
 from ...errors import Refused
 from ...tensors import Arrays
@@ -91,7 +92,8 @@ def converted_pipeline(
     try:
         ours = conversions() | _register_boosters(model)
         graph = convert_sklearn(model, initial_types=_initial_types(model, columns), target_opset=_opsets,
-            options={'zipmap': False} if classifier else None, custom_conversion_functions=ours)
+            options=text_options(model) | ({id(model): {'zipmap': False}} if classifier else {}),
+            custom_conversion_functions=ours)
     except Exception as e:
         raise cannot(_where(e, model), e) from e
     outputs = [o.name for o in graph.graph.output]
@@ -102,7 +104,8 @@ def _transformed(steps:Any, columns:Sequence[Column], given:Arrays)->tuple[np.nd
     "What the first steps of a pipeline make of rows, and what their graph does"
     import onnxruntime as ort
     frame = to_frame(given, columns)
-    made = steps.transform(frame if hasattr(steps, 'feature_names_in_') else frame.to_numpy())
+    rows = frame if hasattr(steps, 'feature_names_in_') else frame.to_numpy()
+    made = steps.transform(frame.iloc[:, 0] if takes_texts(steps) else rows)
     body = converted_pipeline(steps, columns, 1)
     graph = joined(columns, Body(body.model, [(body.picks[0][0], 'same')]), ['made'])
     session = ort.InferenceSession(graph.SerializeToString(), providers=['CPUExecutionProvider'])

@@ -17,7 +17,7 @@ from .confined import ConfinedProgram
 from .dataflow import Place, place_of, readings
 from .example import parameter_names, table_sizes, weight_types
 from ..convert import is_table_model
-from ..convert.boosters import drop_zipmap
+from ..convert.boosters import mend_file
 from ..convert.original import TableModel
 from ...errors import LocalResource, Refused, UsageError
 from ..programs import FORMATS, read_program
@@ -203,7 +203,7 @@ def file_program(
     for name in external_files(origin) if format == 'onnx' else ():
         (copied.parent/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin.parent/name, copied.parent/name)
-    if format == 'onnx': drop_zipmap(copied)
+    if format == 'onnx': mend_file(copied)
     program = read_program(copied, format)
     module = getattr(program, 'module', None)
     return program,{'takes': parameter_names(module), 'weights': weight_types(module), 'tables': table_sizes(module)}

@@ -14,7 +14,7 @@ from ...wire.json_body import word_of
 from .confined import ConfinedProgram
 from ...errors import CheckFailed, MlserveError, UsageError
 from ..programs.torch_program import Program
-from ...tensors import TensorSpec, check_tensors, spec_of
+from ...tensors import TensorSpec, check_tensors, spec_of, text_bytes
 
 # %% ../../../nbs/package/export/02_example.ipynb #16a5a326
 def _array(name:str, value)->np.ndarray:
@@ -27,7 +27,7 @@ def _array(name:str, value)->np.ndarray:
             mend='Give numbers of a type that NumPy has, and rows of one length.') from e
     if not array.ndim:
         raise UsageError(f"Example '{name}' is a single value; the first dimension of an input must be the batch.")
-    return np.ascontiguousarray(array)
+    return np.ascontiguousarray(text_bytes(array))
 def example_arrays(
     inputs:Mapping[str,Any], # example tensors, arrays or nested lists by name
 )->dict[str,np.ndarray]: # contiguous arrays by name

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 import numpy as np
-from ..convert.columns import table_columns
+from ..convert.columns import as_frame, table_columns
 from ..convert.original import TableModel, ordered
 from ..export import live_program
 from ..export.example import check_order
@@ -48,8 +48,8 @@ def model_answers(
     live: Program
     names = [spec.name for spec in terms.outputs]
     with tempfile.TemporaryDirectory() as folder:
-        if hasattr(inputs, 'columns'):
-            table = TableModel(model, table_columns(ordered(model, inputs)), names)
+        if hasattr(inputs, 'iloc'):
+            table = TableModel(model, table_columns(ordered(model, as_frame(inputs))), names)
             table.types = {spec.name: dtype_of(spec.datatype) for spec in terms.outputs}
             live = table
         else: live = live_program(model, Path(folder)/'model', terms.format)

@@ -115,7 +115,7 @@ def prove(
         _taken('golden rows', lambda: _near(expected, own(given), package)),
         _taken('held-back rows', lambda: _held_back(package, program, count_rows(given))),
         *_trials(package, load, recorded)]
-    if model is not None and not hasattr(inputs, 'columns'):
+    if model is not None and not hasattr(inputs, 'iloc'):
         proofs.append(_taken('the live model, golden rows', lambda: asked(given)))
     if model is not None and inputs is not None:
         proofs.append(_taken('the live model, your rows', lambda: asked(inputs)))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from ... import errors
 from ...errors import LocalResource, Refused
+from ...package.folder import write_whole
 from ...package.lock import file_hash
 from . import rootfs
 from ..lock.dependencies import Lock, Target
@@ -122,10 +123,8 @@ def known_target(
     if '@sha256:' not in ref: return ask() # a tag may move
     kept = Path(folder) / f"{ref.rpartition('@sha256:')[2][:20]}.json"
     if kept.exists(): return Target(**json.loads(kept.read_text()))
-    target,part = ask(),kept.with_suffix(f'.{os.getpid()}')
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps(asdict(target)))
-    os.replace(part, kept)
+    target = ask()
+    write_whole(kept, json.dumps(asdict(target)))
     return target
 
 # %% ../../../nbs/release/image/03_context.ipynb #e78c6ba2

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ...errors import IntegrityError, Refused
 from ...package import Package, load_environment
+from ...package.folder import write_whole
 from ...package.lock import file_hash
 from .pip import Network, Target, pip
 from .cuda_variants import check_build, named_for, pinned, required_for, same_version
@@ -131,7 +132,7 @@ def lock(
             '--report', f'{tmp}/report.json', '-c', f'{tmp}/pins.txt', *requirements,
             network=network, pins=constraints)
         found = from_report(json.loads((Path(tmp) / 'report.json').read_text()), spared)
-    if folder: _write(Path(folder) / f'{key}-{found.digest[7:27]}.txt', found.text)
+    if folder: write_whole(Path(folder) / f'{key}-{found.digest[7:27]}.txt', found.text)
     return found
 
 # %% ../../../nbs/release/lock/02_dependencies.ipynb #a20891ba
@@ -142,11 +143,6 @@ def _kept(folder, key): # the lock that was resolved for these inputs, or None
     if found == named: return read_lock(path.read_text())
     raise IntegrityError(f'The kept lock {path} was changed since it was resolved: its name says sha256:{named}…, '
         f'its text is sha256:{found}….', mend='Delete it and repeat: it is resolved again.')
-def _write(path, text): # whole or not at all
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}')
-    part.write_text(text)
-    os.replace(part, path)
 
 # %% ../../../nbs/release/lock/02_dependencies.ipynb #6d0dad76
 def complete(
@@ -167,7 +163,7 @@ def still_complete(
     now,note = [[f.name,s.st_size,s.st_mtime_ns,s.st_ino] for f,s in files],folder.with_name(f'{folder.name}.json')
     if now and note.exists() and json.loads(note.read_text()) == now: return True
     if not complete(lock, folder): return False
-    _write(note, json.dumps(now))
+    write_whole(note, json.dumps(now))
     return True
 
 # %% ../../../nbs/release/lock/02_dependencies.ipynb #efb670f4

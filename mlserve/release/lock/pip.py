@@ -6,7 +6,7 @@
 __all__ = ['Target', 'platforms', 'missing_version', 'refusal', 'Network', 'pip']
 
 # %% ../../../nbs/release/lock/01_pip.ipynb #5b1e0a04
-import os, re, subprocess, sys
+import os, re, shlex, subprocess, sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,14 @@ def platforms(
 
 # %% ../../../nbs/release/lock/01_pip.ipynb #c31d0e51
 _absent = re.compile(r'Could not find a version that satisfies the requirement ([\w.-]+).*\(from versions: (.+)\)')
+def _no_wheel(name, told):
+    "The refusal of a package of which the index has no wheel at all"
+    if name.startswith(('tensorrt','torch')): return None # these have an index of their own
+    asked = told.partition('requirement ')[2].partition(' (')[0]
+    make = f'`pip wheel --no-deps {shlex.quote(asked)} -w wheels`'
+    return Refused(f'There is no wheel of {asked} for the image: the index does not know the package, or has its '
+        'source only, which is not built here.', mend='See that the name is right. Of a package without a wheel make '
+        f'one, {make}, and let pip find it: export PIP_FIND_LINKS=$PWD/wheels.')
 def missing_version(
     output:str, # everything pip printed
     pins:Mapping[str, str], # name → version that it was held to
@@ -41,7 +49,8 @@ def missing_version(
     if not absent: return None
     name,versions = canonicalize_name(absent[1]),absent[2].split(', ')
     wanted,trained = pins.get(name, '').partition(',')[0],named_for(name, 'cpu')
-    if not wanted or wanted in versions or versions == ['none']: return None
+    if versions == ['none']: return _no_wheel(name, absent[0])
+    if not wanted or wanted in versions: return None
     return Refused(f'There is no {name} {wanted} for the image; the newest is {versions[-1]}.',
         mend=f'The version is that of {trained} in training: train with one that is there, '
             f'or put {trained!r} into `allow` of mlserve.toml.')
@@ -104,8 +113,8 @@ def pip(
     command,*rest = args
     python = ['--python-version', target.python, '--implementation', 'cp', '--only-binary', ':all:']
     tags = [a for p in platforms(target) for a in ('--platform', p)]
-    base = [sys.executable, '-m', 'pip', command, '--no-input', '--progress-bar', 'off', '--retries', '2',
-        '--disable-pip-version-check']
+    base = [sys.executable, '-m', 'pip', command, '--no-input', '--no-color', '--progress-bar', 'off',
+        '--retries', '2', '--disable-pip-version-check']
     try: done = subprocess.run([*base, *python, *tags, *map(str, rest)], text=True, timeout=seconds,
         env=os.environ | network.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except subprocess.TimeoutExpired:

@@ -7,12 +7,13 @@ __all__ = ['record_lines', 'record_digest', 'Generations', 'generations', 'minim
            'Wheels', 'in_order', 'read_wheels']
 
 # %% ../../../nbs/release/lock/03_wheel_metadata.ipynb #3f0f6891
-import csv, hashlib, io, json, os, re, struct, zipfile
+import csv, hashlib, io, json, re, struct, zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from packaging.utils import parse_wheel_filename
 from ...errors import IntegrityError
+from ...package.folder import write_whole
 from ...patch import patch
 from .dependencies import Lock
 
@@ -160,14 +161,10 @@ def _read(path, name, version, sha256): # a wheel
         mend='Delete its folder under state/wheels and repeat.')
 
 # %% ../../../nbs/release/lock/03_wheel_metadata.ipynb #40e83f24
-def _remembered(file): # what `_remember` wrote
+def _remembered(file): # a kept answer
     old = json.loads(file.read_text())
     wheels = tuple(Wheel(**w) for w in old['wheels'])
     return Wheels(wheels, tuple(old['generations']), old['cuda'], old['driver'])
-def _remember(file, said): # whole or not at all
-    part = file.with_name(f'{file.name}.{os.getpid()}')
-    part.write_text(json.dumps(asdict(said)))
-    os.replace(part, file)
 
 # %% ../../../nbs/release/lock/03_wheel_metadata.ipynb #49f823cc
 def in_order(
@@ -191,5 +188,5 @@ def read_wheels(
     cuda,found = cuda_of(texts_of(files), lock.packages),set().union(*map(generations, files))
     by_name = tuple(sorted(wheels, key=lambda w: w.name))
     said = Wheels(by_name, in_order(found), cuda, minimum_driver(cuda))
-    if kept: _remember(Path(kept), said)
+    if kept: write_whole(Path(kept), json.dumps(asdict(said)))
     return said
