@@ -162,9 +162,10 @@ start() {
     [ -n "$theirs" ] || { start_dockerd; docker=("$(client)" -H "unix://$run/docker.sock"); }
     start_registry
   fi
+  start_compose & # which waits for the network, and so do the images
   start_base
   start_proxy
-  start_compose
+  wait
   say "ready: $(cat "$dir/base")"
 }
 

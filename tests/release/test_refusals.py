@@ -130,7 +130,7 @@ def test_an_interrupted_release_is_closed_and_kept(environment, state, tracking,
     assert kernels and not [k for k in kernels if Path(f"/proc/{k}").exists()]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.matrix)])
 def test_an_interrupted_check_leaves_no_container(release, environment, sign):
     image = release["image"]
     process = start_mlserve("check", image, env=environment)
@@ -185,7 +185,7 @@ class Falls(torch.nn.Module):
 
 @pytest.mark.parametrize("deed, words", [
     ("os.kill(os.getpid(), signal.SIGKILL)", ["a worker of it was ended by SIGKILL"]),
-    ("time.sleep(600)", ["gave no answer within 10 s"]),
+    pytest.param("time.sleep(600)", ["gave no answer within 10 s"], marks=pytest.mark.matrix),
 ], ids=["killed", "hangs"])
 def test_a_model_that_dies_of_a_held_back_row_fails_the_check(environment, tracking, tmp_path, deed, words):
     "It gave 6 and a version that stayed recorded, as if the network had failed"
