@@ -31,8 +31,8 @@ check: setup ## ruff and mypy
 	@$(BIN)/mypy
 
 LANES ?=
-test: setup engine-start test-tools ## the tests of every day, with real releases in containers; LANES='pages serving' for some
-	@$(WITH_ENGINE) bash .ci/test $(LANES)
+test: setup test-tools ## the tests of every day, with real releases in containers; LANES='pages serving' for some
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash .ci/test $(LANES)
 
 test-fast: setup ## pages and units, without an engine
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m 'pages and not matrix and not site'
