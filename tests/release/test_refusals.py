@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from commands import TESTS, last_json, mlserve, run
+from commands import TESTS, interrupted, last_json, mlserve, run, start_mlserve
 from containers import docker_cli
 from servers import until
 
@@ -130,16 +130,6 @@ def test_an_interrupted_release_is_closed_and_kept(environment, state, tracking,
     assert kernels and not [k for k in kernels if Path(f"/proc/{k}").exists()]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.matrix)])
-def test_an_interrupted_check_leaves_no_container(release, environment, sign):
-    image = release["image"]
-    process = start_mlserve("check", image, env=environment)
-    until(lambda: image in run_out("docker", "ps", "--no-trunc", "--format", "{{.Image}}"), 60)
-    code, stderr = interrupted(process, sign)
-    assert code == last_json(stderr)["code"] == 130, stderr
-    assert image not in run_out("docker", "ps", "-a", "--no-trunc", "--format", "{{.Image}}")
-
-
 LATE = """
 import asyncio, json, os, signal, sys, threading, time
 from jupyter_client.manager import AsyncKernelManager
@@ -204,18 +194,6 @@ save_package(Falls().eval(), package_dir, "{name}", {{"x": torch.rand(8, 4)}}, [
     refused(done, 3, "held-back rows 33 to 64", "MB", "Its log ends:", *words)
     [version] = versions(tracking, name)
     assert version.tags["mlserve.status"] == "failed" and words[0] in json.loads(version.tags["mlserve.check.cpu"])["reason"]
-
-
-def start_mlserve(*arguments, env):
-    "A command that goes on while the test looks; ctrl-C reaches it alone, and also where the tests run in the background, which ignores it"
-    command = [str(c) for c in (Path(sys.executable).parent / "mlserve", *arguments)]
-    return subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-
-
-def interrupted(process, sign):
-    process.send_signal(sign)
-    _, stderr = process.communicate(timeout=30)
-    return process.returncode, stderr
 
 
 def run_out(*command):

@@ -1,13 +1,14 @@
 """The main job on real parts: engine, registry, MLflow over HTTP, the example's image; and what it answers."""
 import json
 import os
+import signal
 import time
 
 import httpx
 import numpy as np
 import pytest
 
-from commands import EXAMPLE, TESTS, last_json, mlserve
+from commands import EXAMPLE, TESTS, interrupted, last_json, mlserve, run, start_mlserve
 from containers import HARDENED, address, damaged, docker_cli, wait_healthy
 from servers import until
 
@@ -84,6 +85,16 @@ def test_a_second_check_takes_device_and_delivery_from_the_record(release, envir
     assert done.returncode == 0 and (found["passed"], found["device"], found["delivery"]) == (True, "cpu", "baked")
     from mlflow import MlflowClient
     assert strict(MlflowClient(tracking_uri=tracking).get_model_version("digits", release["version"]).tags["mlserve.check.cpu"])["passed"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.matrix)])
+def test_an_interrupted_check_leaves_no_container(release, environment, sign):
+    image = release["image"]
+    process = start_mlserve("check", image, env=environment)
+    until(lambda: image in run("docker", "ps", "--no-trunc", "--format", "{{.Image}}").stdout, 60)
+    code, stderr = interrupted(process, sign)
+    assert code == last_json(stderr)["code"] == 130, stderr
+    assert image not in run("docker", "ps", "-a", "--no-trunc", "--format", "{{.Image}}").stdout
 
 
 def shown(path):
