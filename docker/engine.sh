@@ -163,9 +163,10 @@ start() {
     start_registry
   fi
   start_compose & # which waits for the network, and so do the images
+  local compose=$!
   start_base
   start_proxy
-  wait
+  wait "$compose"
   say "ready: $(cat "$dir/base")"
 }
 
