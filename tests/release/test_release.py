@@ -91,7 +91,7 @@ def test_a_second_check_takes_device_and_delivery_from_the_record(release, envir
 def test_an_interrupted_check_leaves_no_container(release, environment, sign):
     image = release["image"]
     process = start_mlserve("check", image, env=environment)
-    until(lambda: image in run("docker", "ps", "--no-trunc", "--format", "{{.Image}}").stdout, 60)
+    until(lambda: image in run("docker", "ps", "--no-trunc", "--format", "{{.Image}}").stdout, 120)
     code, stderr = interrupted(process, sign)
     assert code == last_json(stderr)["code"] == 130, stderr
     assert image not in run("docker", "ps", "-a", "--no-trunc", "--format", "{{.Image}}").stdout
