@@ -106,7 +106,7 @@ def words(text):
 @pytest.fixture(scope="module")
 def site(copy):
     "The documentation site of these notebooks"
-    done = run(sys.executable, ROOT / ".ci/docs.py", "_docs", cwd=copy)
+    done = run(sys.executable, ROOT / ".ci/docs.py", "_docs", cwd=copy, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return copy / "_docs"
 
