@@ -77,14 +77,16 @@ start_registry() {
 }
 
 debian_image() { # NAME PACKAGES: an image of Debian's packages, pushed; its digest goes to $dir/NAME
-  local registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)} ref
+  local registry=${MLSERVE_REGISTRY:-127.0.0.1:$(cat "$dir/registry.port" 2>/dev/null)} ref from=(--variant=minbase)
   ref=$registry/mlserve/$1
   install_packages mmdebstrap:mmdebstrap
-  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --variant=minbase --include="$2" bookworm "$dir/$1.tar" >"$dir/$1.log" 2>&1 \
+  if [ -s "$dir/base.tar" ] && [ "$1" != base ]; then from=(--variant=custom --setup-hook="tar-in '$dir/base.tar' /"); fi # what the base has is not installed again
+  SOURCE_DATE_EPOCH=0 mmdebstrap --quiet --format=tar "${from[@]}" --include="$2" bookworm "$dir/$1.tar.part" >"$dir/$1.log" 2>&1 \
     || fail "mmdebstrap failed." "Read $dir/$1.log."
+  mv "$dir/$1.tar.part" "$dir/$1.tar"
   "${docker[@]}" import "$dir/$1.tar" "$ref:bookworm" >/dev/null
   "${docker[@]}" push -q "$ref:bookworm" >/dev/null || fail "The image $1 could not be pushed to $registry." "See that it runs; its log is $dir/registry.log."
-  rm -f "$dir/$1.tar"
+  [ "$1" = base ] || rm -f "$dir/$1.tar"
   "${docker[@]}" inspect --format '{{index .RepoDigests 0}}' "$ref:bookworm" >"$dir/$1"
 }
 
@@ -160,9 +162,11 @@ start() {
     [ -n "$theirs" ] || { start_dockerd; docker=("$(client)" -H "unix://$run/docker.sock"); }
     start_registry
   fi
+  start_compose & # which waits for the network, and so do the images
+  local compose=$!
   start_base
   start_proxy
-  start_compose
+  wait "$compose"
   say "ready: $(cat "$dir/base")"
 }
 

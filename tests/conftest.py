@@ -8,13 +8,15 @@ from containers import downloaded, engine, start  # noqa: F401 (fixtures, one of
 from linters import checkov, kubernetes_validate, promtool  # noqa: F401
 from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, store, stored_package  # noqa: F401
 
-ENGINE = {"deploy", "engine_script", "supply_chain", "debug", "hardened", "memory", "refusals", "release", "resume", "cuda_image"}  # read one release of the example, and run its containers
+ENGINE = {"cuda_image", "debug", "deploy", "hardened", "memory", "release"}  # read one release of the example, and run its containers
+RELEASES = {"engine_script", "refusals", "resume", "supply_chain"}  # make releases of their own
 IMAGES = {"image", "matrix"}  # build images of their own
 SERVERS = {"conformance", "fuzz", "gpu_check", "handler", "ledger", "trial"}  # ask servers, whenever they answer
 CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
-CLIENTS = {"clients", "platforms", "proxies", "tracing"}  # servers with what stands before and beside them, with a clock
-SERVING = {"scheduler", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "server"}  # ask servers, with a clock
-LANES = {"engine": ENGINE, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "clients": CLIENTS, "serving": SERVING}
+SERVING = {"scheduler", "decoding", "gpu", "http_limits", "pipelining", "platforms", "server"}  # ask servers, with a clock
+ENDURANCE = {"endurance", "isolation", "proxies"}  # servers that are watched for long, killed and replaced, with a clock
+CLIENTS = {"clients", "tracing"}  # servers with the clients of others and a collector of traces; run by `make clients`
+LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS}
 
 
 def pytest_addoption(parser):

@@ -106,11 +106,12 @@ def words(text):
 @pytest.fixture(scope="module")
 def site(copy):
     "The documentation site of these notebooks"
-    done = run(sys.executable, ROOT / ".ci/docs.py", "_docs", cwd=copy)
+    done = run(sys.executable, ROOT / ".ci/docs.py", "_docs", cwd=copy, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return copy / "_docs"
 
 
+@pytest.mark.site
 def test_every_page_renders_with_all_its_prose_and_stands_in_the_navigation(site):
     start = (site / "index.html").read_text() + (site / "llms.txt").read_text()
     for notebook in (ROOT / "nbs").rglob("*.ipynb"):
@@ -122,6 +123,7 @@ def test_every_page_renders_with_all_its_prose_and_stands_in_the_navigation(site
         assert str(place) in start, f"nothing leads to {place}"
 
 
+@pytest.mark.site
 def test_no_page_of_the_site_asks_for_anything_from_elsewhere_and_every_anchor_is_there(site):
     text = {p: p.read_text() for p in site.rglob("*.html")}
     ids = {p: set(re.findall(r' id="?([^"\s>]+)', t)) for p, t in text.items()}

@@ -1,6 +1,6 @@
 """The clients that people have, as they come: KServe's, MLServer's, Triton's, MLflow's, the JDK's, and the lines of TensorFlow Serving's documentation.
 
-Those whose dependencies conflict with ours lie in folders of their own below `state/tools`, which `make test-tools` fills."""
+Those whose dependencies conflict with ours lie in folders of their own below `state/tools`, which `make clients` fills."""
 import json
 import os
 import shlex

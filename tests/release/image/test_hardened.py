@@ -267,7 +267,7 @@ def test_no_secret_of_the_builder_is_in_the_image(environment, engine, release, 
     assert file_findings(saved.files()) == []
 
 
-@pytest.mark.parametrize("device, delivery", [("cpu", "baked"), ("cpu", "store"), ("cuda", "baked"), ("cuda", "store")])
+@pytest.mark.parametrize("device, delivery", [("cpu", "baked"), pytest.param("cpu", "store", marks=pytest.mark.matrix), pytest.param("cuda", "baked", marks=pytest.mark.matrix), ("cuda", "store")])
 def test_checkov_has_no_finding(checkov, device, delivery, tmp_path):
     "With one rule answered in the file itself; and a file that breaks another is found"
     from mlserve.release.image.dockerfile import ImageSpec, render

@@ -259,7 +259,7 @@ def company(tmp_path, state, context_of, edge_image):
         server.server_close()
 
 
-@pytest.mark.parametrize("builder", ["docker", "buildah"])
+@pytest.mark.parametrize("builder", ["docker", pytest.param("buildah", marks=pytest.mark.matrix)])
 def test_a_company_network_leaves_no_trace(company, context_of, edge_image, state, builder, tmp_path, monkeypatch):
     "A private index behind a proxy, signed by an own authority: the wheels are the same, and neither password nor address is in the image"
     from mlserve.release.image import built_image as image, saved_image
@@ -338,6 +338,7 @@ mlserve build --vendored "$3" --builder buildah --state "$4" --json
 """
 
 
+@pytest.mark.matrix
 def test_two_clones_and_a_machine_without_a_network_make_one_digest(package, tmp_path):
     "buildah: other folders, another umask, another clock; then from a vendored folder, in a network namespace that has nothing but loopback"
     digests, env = [], {"DOCKER_HOST": "unix:///absent.sock", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}

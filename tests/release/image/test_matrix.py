@@ -1,4 +1,6 @@
-"""Formats × deliveries: one model in every format, by every delivery, from real servers; the answers are the same."""
+"""Formats × deliveries: one model in every format, by every delivery, from real servers; the answers are the same.
+
+`make test` has each format and each delivery once; the rows that repeat both are those of `make matrix`."""
 import json
 import os
 from types import SimpleNamespace
@@ -18,7 +20,18 @@ class Net(torch.nn.Module):
     def forward(self, x): return torch.tanh(self.line(x))
 '''
 STORES = ["s3", "gs", "az", "registry"]
+ONCE = {*zip(FORMATS, ["s3", "registry"] * 2), ("export", "baked"), ("onnx", "volume")}  # every store has `test_deliveries.py`; torchscript baked and on a volume are released
 CLIENTS = ["s3fs>=2026.2", "gcsfs>=2026.2", "adlfs>=2026.2"]
+
+
+def rows(deliveries):
+    "Every format by every one of some deliveries"
+    return [pytest.param(f, d, marks=() if (f, d) in ONCE else pytest.mark.matrix) for f in FORMATS for d in deliveries]
+
+
+def first(*kinds):
+    "Some kinds, of which the first is enough for every day"
+    return [pytest.param(kind, marks=pytest.mark.matrix if kind != kinds[0] else ()) for kind in kinds]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +95,7 @@ def answers(same, monkeypatch):
     return answers
 
 
-@pytest.mark.parametrize("store", STORES, indirect=True)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format, store", rows(STORES), indirect=["store"])
 def test_a_server_gives_the_same_answers_from_every_store(packages, same, store, format, tmp_path):
     from mlserve.client import Client
     from mlserve.serving.server import serve_local
@@ -93,13 +105,12 @@ def test_a_server_gives_the_same_answers_from_every_store(packages, same, store,
         same(Client(url))
 
 
-@pytest.mark.parametrize("delivery", ["baked", "volume"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format, delivery", rows(["baked", "volume"]))
 def test_a_container_gives_the_same_answers_with_its_package_inside_or_mounted(packages, build, answers, format, delivery):
     answers(build(packages[format], delivery), packages[format], delivery)
 
 
-@pytest.mark.parametrize("kind", ["s3", "gs", "az"])
+@pytest.mark.parametrize("kind", first("s3", "gs", "az"))
 def test_a_container_gives_the_same_answers_from_a_store(packages, build, answers, request, monkeypatch, kind):
     "One image of the edge, with the clients of all stores, and an upload by the release's own room"
     from mlserve.release.record.upload import place_of, upload_package
@@ -111,7 +122,7 @@ def test_a_container_gives_the_same_answers_from_a_store(packages, build, answer
     answers(build(package, "store", uri, CLIENTS), package, "store")
 
 
-@pytest.mark.parametrize("kind", ["s3", "registry"])
+@pytest.mark.parametrize("kind", first("registry", "s3"))
 def test_a_release_without_torch_from_a_store_or_the_registry(environment, packages, build, request, kind):
     "The whole path: upload or log, build, record, check in a container that reads the package at its start"
     place = request.getfixturevalue(kind)
