@@ -92,7 +92,7 @@ class Fate:
         try:
             own = psutil.Process(pid)
             below = own.children(recursive=True)
-            victims = {"command": [own], "command and children": [own, *below]}.get(self.whom) or below[int(self.pick * len(below)):][:1]
+            victims = {"command": [own], "child": below[int(self.pick * len(below)):][:1]}.get(self.whom) or [own, *below]
             for victim in victims:
                 victim.kill()
                 self.struck = True

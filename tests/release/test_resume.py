@@ -11,7 +11,8 @@ import pytest
 
 from commands import TESTS, last_json, mlserve
 from kills import Fates, hold_record, run_to_death
-from mlserve.release.record.journal import OWNER, is_gone
+from mlserve.release.record.journal import is_gone
+from mlserve.release.resume import _left
 
 GOOD = TESTS / "notebooks/good.ipynb"
 CUT = """
@@ -129,12 +130,14 @@ def killed_release(environment, tracking, state, folder, fates, wanted):
     code, out, err = run_to_death(["resume", run, "--json"], environment, folder)
     assert code == 0 and json.loads(out)["image"] == result["image"] and hold_record(tracking, "good") == recorded, err[-3000:]
     assert json.loads((state / "release.json").read_text())["image"] == result["image"]
+    assert not [journal.folder for journal in _left(state) if journal.folder in own]  # nothing for `mlserve resume` to find
     return kills
 
 
 @pytest.mark.soak
 def test_R4_releases_that_are_killed_at_random_end_in_one_pair_each(environment, tracking, state, engine, tmp_path):
     "At moments of every step and at system calls; the command, its children, or one of them"
+    others = set(owned(engine))
     code, out, err = run_to_death(["release", shutil.copy(GOOD, tmp_path), "--promote", "--json"], environment, tmp_path)
     assert code == 0, err[-3000:]
     fates, kills, rounds = Fates(int(os.environ.get("KILLS_SEED", 1)), tmp_path, json.loads(out)["steps"]), 0, 0
@@ -144,4 +147,4 @@ def test_R4_releases_that_are_killed_at_random_end_in_one_pair_each(environment,
         kills += killed_release(environment, tracking, state, folder, fates, min(KILLS - kills, fates.dice.randrange(4, 16)))
         rounds += 1
         print(f"release {rounds} ends well after {time.monotonic() - start:.0f} s, {kills} kills in all", flush=True)
-        assert not [box.id for box in engine.containers.list(all=True, filters={"label": OWNER}, ignore_removed=True) if is_gone(box.labels[OWNER])]
+        assert not set(owned(engine)) - others
