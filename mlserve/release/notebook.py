@@ -160,14 +160,14 @@ def shared_kernel(
 )->Iterator[Any]: # a manager of Jupyter's
     "A kernel for notebooks that run one after the other, ended with them"
     from jupyter_core.utils import run_sync
-    from zmq import ZMQError
     manager = _quiet_kernels(folder)(kernel_name='python3')
     first = [*_options, f'--IPKernelApp.exec_lines={warm}']
     if warm: run_sync(manager.start_kernel)(extra_arguments=first, cwd=str(folder))
     try: yield manager
     finally:
-        with contextlib.suppress(RuntimeError, ZMQError): # one that died as it started has no sockets to be asked by
-            if manager.has_kernel: run_sync(manager.shutdown_kernel)(now=bool(warm))
+        with contextlib.suppress(RuntimeError):
+            if manager.has_kernel: # one that died as it started has no sockets to be asked by
+                run_sync(manager.shutdown_kernel)(now=bool(warm) or not run_sync(manager.is_alive)())
         for client in manager.opened: client.stop_channels()
 def let_go(
     kernel:Any, # of `shared_kernel`
