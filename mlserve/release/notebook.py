@@ -166,7 +166,8 @@ def shared_kernel(
     try: yield manager
     finally:
         with contextlib.suppress(RuntimeError):
-            if manager.has_kernel: run_sync(manager.shutdown_kernel)(now=bool(warm))
+            if manager.has_kernel: # one that died as it started has no sockets to be asked by
+                run_sync(manager.shutdown_kernel)(now=bool(warm) or not run_sync(manager.is_alive)())
         for client in manager.opened: client.stop_channels()
 def let_go(
     kernel:Any, # of `shared_kernel`

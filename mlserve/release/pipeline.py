@@ -27,7 +27,7 @@ from .notebook import check_parameters, experiment_of, let_go, shared_kernel
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
-from .run import (Run, books_of, environment, fail_run, keep_evidence, open_run, pipelines, reach_disk,
+from .run import (Run, books_of, environment, fail_run, open_run, pipelines, reach_disk,
     say, step, under_name, write_json)
 from .spec import ReleaseSpec, checked_device, default_name, default_repository
 from .supply_chain.provenance import confirm_attached
@@ -121,7 +121,7 @@ def _build(run, package_dir):
     run.notebook(pipelines()/'build_image.ipynb', run_dir=str(run.folder), package_dir=str(package_dir),
         model_id=logged.model_id)
 def _record(run):
-    keep_evidence(run.id, run.folder) # before the version that names it
+    run.keep() # before the version that names it
     run.notebook(pipelines()/'record_release.ipynb', run_dir=str(run.folder), run_id=run.id)
 def _check(run):
     "Check the version, and state what was found"
@@ -129,7 +129,7 @@ def _check(run):
     confirm(before_check(record.read_pair(name, version)), whole=False)
     run.notebook(pipelines()/'check_inference.ipynb', run_dir=str(run.folder), name=name, version=version)
     kind = checked_device(run.spec.device)
-    attest(record.read_pair(name, version), kind, keep_evidence(run.id, run.folder))
+    attest(record.read_pair(name, version), kind, run.keep())
 
 # %% ../../nbs/release/08_pipeline.ipynb #577b399c
 def once(
@@ -251,7 +251,7 @@ def release(
         return go_on(run, promote, progress)
 
 # %% ../../nbs/release/08_pipeline.ipynb #aeff5424
-_checked = 'golden', 'holdout', 'rows', 'reading', 'speed', 'seconds'
+_checked = 'golden', 'holdout', 'rows', 'reading', 'speed', 'times'
 def write_result(
     run:Run, # whose steps are done
     place:Path, # folder of the package

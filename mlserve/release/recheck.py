@@ -6,7 +6,6 @@
 __all__ = ['released_spec', 'check_again', 'told_check', 'failed_check']
 
 # %% ../../nbs/release/05_recheck.ipynb #4ec4e104
-import json
 from collections.abc import Mapping
 from typing import Any
 from ..errors import CheckFailed, MlserveError, RemoteUnavailable, UsageError, by_code
@@ -15,15 +14,14 @@ from .record import mlflow_store
 from .record.journal import Journal
 from .run import environment, keep_evidence, read_json, run_folder, run_pipeline, write_json
 from .record import Pair, read_pair
-from .supply_chain.statement import attest, evidence_of
+from .supply_chain.statement import attest, evidence_of, spec_fields
 
 # %% ../../nbs/release/05_recheck.ipynb #4ec4e107
 def released_spec(
     pair:Pair, # read back from the record
 )->dict[str, Any]: # the fields of its `ReleaseSpec`
-    "What the release of a version had decided"
-    text = mlflow_store.client().get_run(pair.run_id).data.tags.get('mlserve.spec')
-    if text: return json.loads(text)
+    "What the release of a version had decided, or a refusal of one that was put together by hand"
+    if spec := spec_fields(pair): return spec
     raise UsageError(f'{pair.name} version {pair.version} was not recorded by a release: '
         'its run has no tag mlserve.spec.', mend='Release its notebook.')
 

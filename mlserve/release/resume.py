@@ -53,9 +53,15 @@ def sweep(
         progress(f'warning: The release {name} was cut off; mlserve resume {name} goes on.')
 
 # %% ../../nbs/release/09_resume.ipynb #7a1d0016
-def _unfinished(journal):
-    "Whether a run is a release that has not ended well"
-    return journal.last('opened').get('command') == 'release' and journal.last('ended').get('status') != 'FINISHED'
+def _run_of(journal):
+    "The run that a journal is of"
+    return Run(ReleaseSpec(**read_json(journal.folder/'spec.json')), journal.folder, journal.last('run').get('id', ''))
+def _left(state):
+    "The releases that have not ended well, but for those that were begun anew before they had trained; oldest first"
+    runs = [journal for journal in journals(state) if journal.last('opened').get('command') == 'release']
+    newest = {read_json(journal.folder/'spec.json')['notebook']: journal for journal in runs}
+    unfinished = [journal for journal in runs if journal.last('ended').get('status') != 'FINISHED']
+    return [journal for journal in unfinished if journal in newest.values() or _run_of(journal).trained()]
 def find_run(
     run:str, # a folder, or its name under `state/runs`; '' for the newest that is not finished
     state:Path, # the state folder
@@ -66,8 +72,7 @@ def find_run(
         if journal.last('opened').get('command') == 'release': return journal
         raise UsageError(f'{journal.folder} is no run of a release: it has no journal of one.',
             mend=f'{state}/runs has a folder for each.')
-    unfinished = [journal for journal in journals(state) if _unfinished(journal)]
-    if unfinished: return unfinished[-1]
+    if left := _left(state): return left[-1]
     raise UsageError(f'No release under {state}/runs was cut off.', mend='mlserve release NOTEBOOK begins one.')
 
 # %% ../../nbs/release/09_resume.ipynb #7a1d0019
@@ -83,15 +88,14 @@ def resume(
 )->dict[str, Any]: # the content of `state/release.json`
     "Go on with a release from where it was cut off"
     journal = find_run(run, mlflow_store.state_folder())
-    spec,opened = ReleaseSpec(**read_json(journal.folder/'spec.json')),journal.last('opened')
-    uri = mlflow_store.tracking_uri(spec.state)
+    known,opened = _run_of(journal),journal.last('opened')
+    uri = mlflow_store.tracking_uri(known.spec.state)
     if opened['store'] != hidden(uri):
         raise UsageError(f'{journal.folder.name} is recorded in {opened["store"]}; the store here is {hidden(uri)}.',
             mend='Set MLFLOW_TRACKING_URI to that one.')
-    known = Run(spec, journal.folder, journal.last('run').get('id', ''))
     if not known.trained():
         progress(f'{journal.folder.name} was cut off before it was trained; it is released again.')
-        return release(spec, opened['promote'], progress)
+        return release(known.spec, opened['promote'], progress)
     return _go_on(known, opened, progress)
 
 # %% ../../nbs/release/09_resume.ipynb #7a1d0020

@@ -229,12 +229,21 @@ def keep_evidence(
     run_id:str, # of MLflow
     folder:Path, # with executed notebooks and what they found
     place:str='evidence', # folder of the artifacts
+    known:Mapping[str, str]|None=None, # what was logged before: path of an artifact → `sha256:…`
 )->dict[str, str]: # path of each artifact → `sha256:…`
-    "Log notebooks and findings as artifacts of a run"
-    store,kept = mlflow_store.client(),{}
+    "Log notebooks and findings as artifacts of a run, as far as they are new"
+    store,known,kept = mlflow_store.client(),known or {},{}
     for path in sorted([*folder.glob('*.ipynb'), *folder.glob('*.json')]):
-        store.log_artifact(run_id, str(path), place)
-        kept[f'{place}/{path.name}'] = f'sha256:{file_hash(path)}'
+        name = f'{place}/{path.name}'
+        kept[name] = f'sha256:{file_hash(path)}'
+        if known.get(name) != kept[name]: store.log_artifact(run_id, str(path), place)
+    return kept
+@patch
+def keep(self:Run)->dict[str, str]: # path of each artifact → `sha256:…`
+    "Log the evidence that is new since the journal noted some, and note it"
+    known = self.journal.last('evidence').get('kept', {})
+    kept = keep_evidence(self.id, self.folder, known=known)
+    if kept != known: self.journal.note('evidence', kept=kept)
     return kept
 def books_of(
     run:Run, # under way
@@ -255,7 +264,7 @@ def fail_run(
         error=str(error) or type(error).__name__)
     status = 'KILLED' if isinstance(error, (Interrupted, KeyboardInterrupt)) else 'FAILED'
     try:
-        keep_evidence(run.id, run.folder)
+        run.keep()
         store = mlflow_store.client()
         store.log_artifact(run.id, str(run.journal.path), 'evidence')
         store.set_terminated(run.id, status)

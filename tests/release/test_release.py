@@ -167,7 +167,7 @@ def pretended(for_gpu, double, tmp_path, monkeypatch):
 
 def told(found):
     "What a check found, in one line each"
-    return "\n".join(f"{name}: {value}" for name, value in vars(found).items() if name in ("passed", "code", "reason", "warnings", "speed", "placement", "seconds"))
+    return "\n".join(f"{name}: {value}" for name, value in vars(found).items() if name in ("passed", "code", "reason", "warnings", "speed", "placement", "times"))
 
 
 def test_without_a_gpu_the_job_fails_with_nine_and_its_reason_and_the_version_stays_recorded(for_gpu, environment, tracking, tmp_path, monkeypatch):

@@ -4,11 +4,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import httpx
+import pytest
 
 from commands import TESTS, last_json, mlserve
+from kills import Fates, hold_record, run_to_death
 from mlserve.release.record.journal import is_gone
+from mlserve.release.resume import _left
 
 GOOD = TESTS / "notebooks/good.ipynb"
 CUT = """
@@ -94,3 +98,58 @@ def test_a_release_that_is_killed_again_and_again_goes_on_to_one_pair(environmen
     assert done.returncode == 0 and done.stdout.strip() == image and done.stderr.count("done before") == 3, done.stderr
     done = mlserve("resume", env=environment)
     assert done.returncode == last_json(done.stderr)["code"] == 2, done.stderr  # nothing is left
+
+
+KILLS = 200
+OUTSIDE = {1, 6, 7, 130}  # what a command may end with whose kernel, or program, was killed
+
+
+def runs_of(state):
+    "The folders of runs, oldest first"
+    return [path.parent for path in sorted((state / "runs").glob("*/journal.jsonl"))]
+
+
+def killed_release(environment, tracking, state, folder, fates, wanted):
+    "One release that is killed again and again, and then ends; how often it was killed"
+    words = ["release", shutil.copy(GOOD, folder), *["--promote"] * fates.dice.randrange(2)]
+    before, known, kills = runs_of(state), hold_record(tracking, "good"), 0
+    for _ in range(100):
+        fate, start = fates.draw() if kills < wanted else None, time.monotonic()
+        code, out, err = run_to_death([*words, "--json"], environment, folder, fate)
+        if fate:
+            kills += fate.struck
+            print(f"{kills if fate.struck else '-':>4}  {str(fate):<44}  {words[0]:<7} {time.monotonic() - start:6.1f} s  code {code}", flush=True)
+            if not fate.struck:
+                fates.outlived(fate)
+        recorded, own = hold_record(tracking, "good"), [run for run in runs_of(state) if run not in before]
+        if code == 0:
+            break
+        assert "Traceback" not in err and (code == -9 or fate and fate.struck and code in OUTSIDE), (code, str(fate), err[-3000:])
+        words = ["resume"] if own else words
+    result = json.loads(out)
+    fates.learn(result["steps"])
+    built = {json.loads((run / "build.json").read_text())["image"] for run in own if (run / "build.json").exists()}
+    new = {version: image for version, image in recorded.items() if version not in known}
+    assert new == {result["version"]: result["image"]} and built == {result["image"]}, (new, built, result)
+    [run] = [run for run in own if result["run"] in (run / "journal.jsonl").read_text()]
+    code, out, err = run_to_death(["resume", run, "--json"], environment, folder)
+    assert code == 0 and json.loads(out)["image"] == result["image"] and hold_record(tracking, "good") == recorded, err[-3000:]
+    assert json.loads((state / "release.json").read_text())["image"] == result["image"]
+    assert not [journal.folder for journal in _left(state) if journal.folder in own]  # nothing for `mlserve resume` to find
+    return kills
+
+
+@pytest.mark.soak
+def test_R4_releases_that_are_killed_at_random_end_in_one_pair_each(environment, tracking, state, engine, tmp_path):
+    "At moments of every step and at system calls; the command, its children, or one of them"
+    others = set(owned(engine))
+    code, out, err = run_to_death(["release", shutil.copy(GOOD, tmp_path), "--promote", "--json"], environment, tmp_path)
+    assert code == 0, err[-3000:]
+    fates, kills, rounds = Fates(int(os.environ.get("KILLS_SEED", 1)), tmp_path, json.loads(out)["steps"]), 0, 0
+    while kills < KILLS:
+        (folder := tmp_path / f"{rounds}").mkdir()
+        start = time.monotonic()
+        kills += killed_release(environment, tracking, state, folder, fates, min(KILLS - kills, fates.dice.randrange(4, 16)))
+        rounds += 1
+        print(f"release {rounds} ends well after {time.monotonic() - start:.0f} s, {kills} kills in all", flush=True)
+        assert not set(owned(engine)) - others

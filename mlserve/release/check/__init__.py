@@ -21,9 +21,9 @@ from ...package.evaluation import Reading
 from ...package.holdout import SAVED, read_holdout
 from .assessment import foresee, held_digest, in_production
 from .comparison import compare_server
-from .container import (Limits, alive, blamed, container_options, ended, gpu_options,
+from .container import (Limits, alive, blamed, container_options, drained, ended, gpu_options,
     healthy, merge_options, remote_options, started, working_set)
-from .speed import Speed, beside_cpu, log_speed, measure_speed, sizes_of, timed
+from .speed import Speed, beside_cpu, log_speed, measure_speed, sizes_of, start_times, timed
 from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
 from ..record import Pair, failed_in_production, fetch_holdout, fetch_package, mark
@@ -84,7 +84,7 @@ class CheckResult:
     holdout: dict = field(default_factory=dict) # the same
     speed: dict = field(default_factory=dict) # kind of device → the fields of its `Speed`
     placement: dict = field(default_factory=dict) # on a GPU: where parameters, outputs and nodes are
-    seconds: float = 0 # until the container was ready
+    times: dict = field(default_factory=dict) # seconds: `load` and `warm` of the server, until `ready`, to `drain`
     memory: int = 0 # bytes of its working set after it was timed; 0 where the engine does not tell
 
 # %% ../../../nbs/release/check/04_check.ipynb #23d6ff31
@@ -139,8 +139,10 @@ def run_image(
         first = _first(client, package, inputs)
         answered = compare_server(client, package, holdout, device, reading)
         speed = {checked_device(device): asdict(_speed(client, container, package, inputs, first))}
-        return CheckResult(True, image=pair.image, version=pair.version, delivery=delivery, seconds=ready,
-            memory=working_set(container), speed=speed, **answered)
+        memory,log = working_set(container),container.logs().decode(errors='replace')
+        times = start_times(log) | {'ready': ready, 'drain': drained(container)}
+        return CheckResult(True, image=pair.image, version=pair.version, delivery=delivery, times=times,
+            memory=memory, speed=speed, **answered)
 
 # %% ../../../nbs/release/check/04_check.ipynb #2f20cc3c
 def speed_on_cpu(

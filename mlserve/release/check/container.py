@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Limits', 'Started', 'container_options', 'credentials', 'remote_options', 'gpu_options', 'merge_options', 'started',
-           'exit_error', 'alive', 'ended', 'healthy', 'fault_of', 'working_set', 'blamed']
+           'drained', 'exit_error', 'alive', 'ended', 'healthy', 'fault_of', 'working_set', 'blamed']
 
 # %% ../../../nbs/release/check/01_container.ipynb #c3754a6a
 import os, re, signal, time
@@ -169,6 +169,18 @@ def started(
         seconds = 0
         raise
     finally: _remove(container, seconds)
+def drained(
+    container:'Container', # that has nothing to do
+    seconds:int=10, # until it is killed
+)->float|None: # seconds; None where it had to be killed, or cut something off
+    "Stop a container, and time it"
+    import docker
+    begun = time.monotonic()
+    try:
+        container.stop(timeout=seconds)
+        taken,code = round(time.monotonic() - begun, 2),container.wait(timeout=seconds)['StatusCode']
+    except (docker.errors.DockerException, OSError): return None
+    return None if code else taken
 
 # %% ../../../nbs/release/check/01_container.ipynb #a72e6361
 def _ending(code):

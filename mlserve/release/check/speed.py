@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sizes_of', 'Inferring', 'timed', 'latencies', 'model_calls', 'ask_size', 'request_bytes', 'throughput', 'cold_pass',
-           'Speed', 'measure_speed', 'beside_cpu', 'log_speed']
+           'start_times', 'Speed', 'measure_speed', 'beside_cpu', 'log_speed']
 
 # %% ../../../nbs/release/check/02_speed.ipynb #5ee0a104
 import json, re, selectors, socket, time
@@ -140,12 +140,21 @@ def throughput(
     return good / (now - start)
 
 # %% ../../../nbs/release/check/02_speed.ipynb #5ee0a119
+def _told(log, event): # the fields of each line about an event
+    lines = [line for line in log.splitlines() if line.startswith('{') and f'"{event}"' in line]
+    return [fields for line in lines if (fields := json.loads(line))['event'] == event]
 def cold_pass(
     log:str, # of a container
 )->float|None: # ms
     "What the first pass of the model took, before the server was ready"
-    lines = [line for line in log.splitlines() if line.startswith('{') and '"warmed"' in line]
-    return max((round(json.loads(line)['first_ms'], 3) for line in lines), default=None)
+    return max((round(told['first_ms'], 3) for told in _told(log, 'warmed')), default=None)
+def start_times(
+    log:str, # of a container
+)->dict[str, float]: # seconds of `load` and `warm`; of the slowest worker
+    "What a server's start was spent on"
+    phases = [step for told in _told(log, 'ready') for step in told.get('phases', {}).items()]
+    known = {name: [seconds for step,seconds in phases if step == name] for name in ('load','warm')}
+    return {name: round(max(taken), 3) for name,taken in known.items() if taken}
 
 # %% ../../../nbs/release/check/02_speed.ipynb #5ee0a122
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def plan(
     checked_engine(engine)
     measured,options = read_measured(require_checked(pair, spec.device), spec.device),spec.deploy
     _claimed(engine, options)
+    times = allowed_times(measured, spec.delivery, spec.ready_seconds, options.cpus)
     return Deployment(engine, pair.name, pair.version, pair.image, pair.package, spec.device, spec.delivery,
-        resources_for(options, measured, spec.device), allowed_times(measured, spec.delivery, spec.ready_seconds),
-        options, measured.together, pair.tags.get('mlserve.place', ''), _proxied(engine, options.proxy or proxy),
-        checked_target(target))
+        resources_for(options, measured, spec.device), times, options, measured.together,
+        pair.tags.get('mlserve.place', ''), _proxied(engine, options.proxy or proxy), checked_target(target))

@@ -15,9 +15,10 @@ from typing import Any
 class Measured:
     "What the check of a version measured"
     ready: float|None = None # seconds from the start of the container until it was ready
+    busy: float = 0 # of them: seconds in which the model was loaded and warmed, on all the cores it had
     slowest: float = 1 # seconds of the slowest request of a hundred, at the largest batch that was asked
     together: float = 4 # requests at once, from which on more of them gain nothing
-    drain: float|None = None # seconds from SIGTERM to the end, under load
+    drain: float|None = None # seconds from SIGTERM to the end, with nothing to finish
     memory: int|None = None # bytes of the container's working set, after 64 clients had asked it at once
 
 # %% ../../../nbs/release/deploy/01_measured.ipynb #6511af43
@@ -35,9 +36,9 @@ def read_measured(
     kind:str, # `cpu` or `cuda`
 )->Measured: # with defaults where something is missing
     "What a finding says that a deployment can be planned from"
-    speed = finding.get('speed', {}).get(kind) or {}
-    known: dict[str, Any] = {}
-    if finding.get('seconds'): known['ready'] = float(finding['seconds'])
+    speed,times = finding.get('speed', {}).get(kind) or {},finding.get('times', {})
+    known: dict[str, Any] = {name: float(times[name]) for name in ('ready','drain') if times.get(name)}
+    if busy := sum(times.get(name) or 0 for name in ('load','warm')): known['busy'] = round(busy, 3)
     if finding.get('memory'): known['memory'] = int(finding['memory'])
     if speed.get('p99_ms'): known['slowest'] = round(max(speed['p99_ms']) / 1e3, 6)
     if speed.get('requests_per_second'): known['together'] = knee(speed['clients'], speed['requests_per_second'])

@@ -25,14 +25,19 @@ class Times:
 
 # %% ../../../nbs/release/deploy/02_times.ipynb #308aacba
 _fetch = 600 # seconds: what a server may spend on one delivery from a store
+_cores = 2 # of the check's container
+def _ready_with(measured, cpus): # seconds, with other cores than the check had
+    alone = max(0, measured.ready - measured.busy)
+    return alone * max(1, 1 / cpus) + measured.busy * max(1, _cores / cpus)
 def allowed_times(
     measured:Measured, # of the version
     delivery:str='baked', # `baked`, `volume`, `store` or `registry`
     ready_seconds:float=120, # what the spec allows, where nothing was measured
+    cpus:float=_cores, # cores of a container
 )->Times: # for every engine
     "The deadlines of a version"
-    start = max(20, 4 * measured.ready) if measured.ready else ready_seconds
+    start = max(20, 4 * _ready_with(measured, cpus)) if measured.ready else ready_seconds
     if delivery in ('store','registry'): start += _fetch
-    slow = max(10 * measured.slowest, 2 * (measured.drain or 0))
+    slow = 10 * measured.slowest + 2 * (measured.drain or 0)
     grace,hang = max(Times.grace, slow),max(Times.hang, 10 * measured.slowest)
     return Times(math.ceil(start), grace=math.ceil(grace), hang=math.ceil(hang))

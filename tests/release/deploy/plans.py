@@ -8,9 +8,9 @@ from mlserve.release.spec import ReleaseSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE, PACKAGE, PROXY = "registry.test/digits@sha256:" + "a" * 64, "sha256:" + "c" * 64, "registry.test/haproxy@sha256:" + "b" * 64
-FINDING = {"passed": True, "seconds": 4.63, "speed": {kind: {"p99_ms": [1.9, 4.2], "clients": [1, 4, 16, 64],
+FINDING = {"passed": True, "times": {"ready": 4.63}, "speed": {kind: {"p99_ms": [1.9, 4.2], "clients": [1, 4, 16, 64],
            "requests_per_second": [812.5, 1620.0, 2410.0, 2533.3]} for kind in ("cpu", "cuda")}}
-SLOW = {"passed": True, "seconds": 96, "speed": {"cpu": {"p99_ms": [900, 8200], "clients": [1, 4, 16, 64], "requests_per_second": [1, 1, 1, 1]}}}
+SLOW = {"passed": True, "times": {"ready": 96}, "speed": {"cpu": {"p99_ms": [900, 8200], "clients": [1, 4, 16, 64], "requests_per_second": [1, 1, 1, 1]}}}
 
 # name of a version: model, finding, fields of its spec, keys of [deploy], engines that cannot have it
 VERSIONS = {

@@ -26,7 +26,7 @@ from mlserve.release.deploy.live.proxy import slots_of
 from mlserve.release.deploy.live.history import read_history
 from mlserve.release.record import promote
 
-GOOD, BAD = {"passed": True, "seconds": 15}, {"passed": True, "seconds": 1}  # 60 and 20 s to become ready
+GOOD, BAD = {"passed": True, "times": {"ready": 15}}, {"passed": True, "times": {"ready": 1}}  # 60 and 20 s to become ready
 HANG = ["ENTRYPOINT [\"/opt/venv/bin/python\", \"-c\", \"import time; time.sleep(600)\"]", "CMD []"]
 WRONG, GONE, AWAY = "sha256:" + "0" * 64, "@sha256:" + "1" * 64, "127.0.0.1:9/double@sha256:" + "1" * 63
 TARGET = "compose-double"
