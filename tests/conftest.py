@@ -10,7 +10,7 @@ from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, 
 
 ENGINE = {"deploy", "engine_script", "supply_chain", "debug", "hardened", "memory", "refusals", "release", "resume", "cuda_image"}  # read one release of the example, and run its containers
 IMAGES = {"image", "matrix"}  # build images of their own
-SERVERS = {"conformance", "fuzz", "gpu_check", "handler", "ledger", "trial"}  # ask servers, whenever they answer
+SERVERS = {"conformance", "fuzz", "gpu_check", "handler", "ledger", "outages", "trial"}  # ask servers, whenever they answer
 CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
 CLIENTS = {"clients", "platforms", "proxies", "tracing"}  # servers with what stands before and beside them, with a clock
 SERVING = {"scheduler", "decoding", "endurance", "gpu", "http_limits", "isolation", "pipelining", "server"}  # ask servers, with a clock

@@ -25,9 +25,10 @@ from .git_source import commit_of
 from .image.engine import engine, reach_base
 from .notebook import check_parameters, experiment_of, shared_kernel
 from .record import mlflow_store
+from .record.mlflow_store import environment
 from .record.upload import reach_store
 from .registry.client import reach_registry
-from .run import (Run, books_of, environment, fail_run, keep_evidence, open_run, pipelines, reach_disk,
+from .run import (Run, books_of, fail_run, keep_evidence, open_run, pipelines, reach_disk,
     say, step, under_name, write_json)
 from .spec import ReleaseSpec, checked_device, default_name, default_repository
 from .supply_chain.provenance import confirm_attached
