@@ -139,8 +139,8 @@ def test_R1_a_registry_goes_away(pushed, point, fault):
     assert fault == "slowed" or "The registry 127.0.0.1" in said
 
 
-@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("spare", [0, 2, 7, 13, "reach"])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_R1_a_store_goes_away(s3, stored_package, monkeypatch, spare, fault):
     use(monkeypatch, s3)
     monkeypatch.setenv("MLSERVE_REMOTE_SECONDS", "5")  # its client alone takes up to two seconds to be loaded
