@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_cells', 'parameters_of', 'check_parameters', 'experiment_of', 'family', 'cell_error', 'shown_number',
-           'shared_kernel', 'run_notebook', 'ran_to_its_end', 'run_cells']
+           'shared_kernel', 'let_go', 'run_notebook', 'ran_to_its_end', 'run_cells']
 
 # %% ../../nbs/release/03_notebook.ipynb #4ab55e9a
 import contextlib, difflib, json, logging, re, subprocess, sys, uuid
@@ -17,6 +17,7 @@ from ..errors import LocalResource, MlserveError, NotebookFailed, RemoteUnavaila
 _told_by_us = 'asyncio', 'papermill', 'tornado.general'
 _optional = 'azure', 'boto3', 'gcsfs', 'pyarrow', 'rfc3987_syntax'
 _kernel = {'name': 'python3', 'language': 'python', 'display_name': 'Python 3'} # whatever a notebook says, or does not
+_options = '--log-level=50', # of every kernel
 def _papermill():
     "Papermill, for notebooks that are files"
     hidden = [name for name in _optional if name not in sys.modules]
@@ -162,20 +163,29 @@ def _quiet_kernels(folder): # imported late, for `run_cells` needs no kernel
 @contextlib.contextmanager
 def shared_kernel(
     folder:str|Path, # of the executed copies
+    warm:str='', # code for its start, at once; nothing is lost when it is killed afterwards
 )->Iterator[Any]: # a manager of Jupyter's
     "A kernel for notebooks that run one after the other, ended with them"
     from jupyter_core.utils import run_sync
     manager = _quiet_kernels(folder)(kernel_name='python3')
+    first = [*_options, f'--IPKernelApp.exec_lines={warm}']
+    if warm: run_sync(manager.start_kernel)(extra_arguments=first, cwd=str(folder))
     try: yield manager
     finally:
         with contextlib.suppress(RuntimeError):
-            if manager.has_kernel: run_sync(manager.shutdown_kernel)()
+            if manager.has_kernel: run_sync(manager.shutdown_kernel)(now=bool(warm))
         for client in manager.opened: client.stop_channels()
+def let_go(
+    kernel:Any, # of `shared_kernel`
+)->None:
+    "Ask a kernel to end, and do not wait for it"
+    from jupyter_core.utils import run_sync
+    if kernel.has_kernel: run_sync(kernel.request_shutdown)()
 async def _forget(manager):
     "Take back the names that a notebook left in a kernel, and the numbers of its cells"
     client = manager.client()
     client.start_channels()
-    await client.wait_for_ready(timeout=60)
+    await client.wait_for_ready(timeout=300)
     await client.execute('get_ipython().reset()', silent=True, reply=True, timeout=60)
 
 # %% ../../nbs/release/03_notebook.ipynb #5674254a
@@ -208,7 +218,7 @@ def run_notebook(
         papermill.execute_notebook(str(source), str(out), parameters=parameters,
             kernel_name=_kernel['name'], language=_kernel['language'], cwd=str(path.parent), progress_bar=bar,
             log_output=False, kernel_manager_class=_quiet_kernels(out.parent), km=kernel,
-            extra_arguments=['--log-level=50'])
+            extra_arguments=list(_options))
         return out
     except PapermillExecutionError as e:
         error = cell_error(path.name, e.ename, e.evalue, shown_number(path, out, e.exec_count), e.traceback)

@@ -23,7 +23,7 @@ from .check.container import credentials
 from .gates import Gates, told_metrics
 from .git_source import commit_of
 from .image.engine import engine, reach_base
-from .notebook import check_parameters, experiment_of, shared_kernel
+from .notebook import check_parameters, experiment_of, let_go, shared_kernel
 from .record import mlflow_store
 from .record.mlflow_store import environment
 from .record.upload import reach_store
@@ -195,14 +195,14 @@ def commands(
     who = f'-e MLSERVE_MODEL_VERSION={version} -e MLSERVE_IMAGE={image} '
     host = f"DOCKER_HOST={shlex.quote(os.environ['DOCKER_HOST'])} " if 'DOCKER_HOST' in os.environ else ''
     uri = mlflow_store.tracking_uri()
-    program,kept = shlex.quote(f'{Path(sys.executable).parent}/mlflow'),shlex.quote(uri)
-    own = f'{program} ui --backend-store-uri {kept} --host 127.0.0.1 --port 5000'
+    ui = f'{Path(sys.executable).parent}/mlflow','ui','--host','127.0.0.1','--port','5000','--backend-store-uri',uri
     return {'serve': f'{host}docker run --rm --network host --stop-timeout 30 -e MLSERVE_HOST=127.0.0.1 '
             f'{who}{_options(package, delivery, device)}{image}',
         'query': "curl -s http://127.0.0.1:8080/predict -H 'content-type: application/json' "
-            f'-d {shlex.quote(f"@{body}")}', 'mlflow_ui': uri if uri.startswith('http') else own}
+            f'-d {shlex.quote(f"@{body}")}', 'mlflow_ui': uri if uri.startswith('http') else shlex.join(ui)}
 
 # %% ../../nbs/release/08_pipeline.ipynb #c47dd52f
+_warm = 'import docker, matplotlib.pyplot, mlserve.release.check, mlserve.release.plan; mlserve.release.record.client()'
 def go_on(
     run:Run, # opened
     promote:bool, # move `production` too, when the check passed
@@ -210,9 +210,11 @@ def go_on(
 )->dict[str, Any]: # the content of `state/release.json`
     "Take every step of a release that is not done"
     try:
-        with environment(MLFLOW_RUN_ID=run.id), step('train', run.did, progress): run,place = train_model(run)
-        with shared_kernel(run.folder) as kernel:
-            built,pair,checked = build_record_check(replace(run, kernel=kernel), place, progress)
+        with shared_kernel(run.folder) as theirs, shared_kernel(run.folder, _warm) as ours:
+            with environment(MLFLOW_RUN_ID=run.id), step('train', run.did, progress):
+                run,place = train_model(replace(run, kernel=theirs))
+            let_go(theirs)
+            built,pair,checked = build_record_check(replace(run, kernel=ours), place, progress)
         for alias in ['candidate', 'production'] if promote else ['candidate']:
             with step(alias, run.did, progress):
                 record.promote(pair['name'], pair['version'], run.spec.device, warn=progress, alias=alias,
@@ -259,12 +261,11 @@ def write_result(
     checked:Mapping[str, Any], # what the check wrote
 )->dict[str, Any]: # the content of `state/release.json`
     "Put `state/release.json` together"
-    now = record.read_pair(pair['name'], pair['version'])
-    package,spec = load_package(place),run.spec
-    kept = {key: built[key] for key in ('package_mb','place','warnings')}
+    now,package,spec = record.read_pair(pair['name'], pair['version']),load_package(place),run.spec
     result = {'model': now.name, 'version': now.version, 'image': now.image, 'package': now.package,
         'device': checked['device'], 'reference': checked['reference'] or None, 'metrics': checked['metrics'] or None,
-        'gates': spec.gates.model_dump(exclude_defaults=True), 'image_mb': built['size_mb'], **kept,
+        'gates': spec.gates.model_dump(exclude_defaults=True), 'image_mb': built['size_mb'],
+        **{key: built[key] for key in ('package_mb','place','warnings')},
         'aliases': record.aliases(now), 'steps': run.steps(), 'run': run.id, 'evidence': books_of(run),
         'check': {key: checked[key] or None for key in _checked},
         'commands': commands(now.image, now.version, package, run.folder, spec.delivery, spec.device)}

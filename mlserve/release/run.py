@@ -102,7 +102,7 @@ class Run:
     spec: ReleaseSpec # resolved, with absolute paths
     folder: Path # `state/runs/<stamp>`
     id: str # of the MLflow run
-    kernel: Any = None # that the notebooks of ours share
+    kernel: Any = None # of `shared_kernel`, for the notebooks
     @property
     def journal(self)->Journal: # of the folder
         "What the run has begun and done"
@@ -115,7 +115,7 @@ def notebook(self:Run,
     "Run a notebook into the folder of the run"
     path = Path(path)
     if path.parent == pipelines(): return run_pipeline(path.stem, parameters, self.folder, self.kernel)
-    return run_notebook(path, parameters, self.folder/path.name)
+    return run_notebook(path, parameters, self.folder/path.name, self.kernel)
 @patch
 def result(self:Run,
     name:str, # of the step: `build`, `record`, `check`, or `spec`
