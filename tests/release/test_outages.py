@@ -13,6 +13,7 @@ from mlserve.package.lock import digest_of
 from mlserve.release import record
 from mlserve.release.image.normalize import normalize
 from mlserve.release.record import logged_package, upload
+from mlserve.release.record.mlflow_store import environment
 from mlserve.release.registry.client import Remote, attach, put_blob, put_manifest, reach_registry, read_reference, stream_blob
 from mlserve.release.registry.image_reader import read_image
 from mlserve.release.run import keep_evidence, open_run
@@ -49,7 +50,8 @@ def suffer(proxy, fault, spare, deed):
     code, said, seconds = ended(deed)
     assert proxy.spare == 0, f"it never came to the fault, {proxy.spare} answers were left: {code} {said}"
     proxy.clear()
-    again, why, _ = ended(deed)
+    with environment(MLSERVE_REMOTE_SECONDS="60"):
+        again, why, _ = ended(deed)
     print(f"| {fault} | after {spare} answers | {code} | {seconds:.1f} | {again} |")
     assert code == (0 if fault == "slowed" else 6), (code, said)
     assert fault == "slowed" or seconds < patience(int(os.environ["MLSERVE_REMOTE_SECONDS"]) + OURS), seconds
@@ -139,11 +141,11 @@ def test_R1_a_registry_goes_away(pushed, point, fault):
     assert fault == "slowed" or "The registry 127.0.0.1" in said
 
 
-@pytest.mark.parametrize("spare", [0, 2, 7, 13, "reach"])
+@pytest.mark.parametrize("spare", [0, "reach", *(pytest.param(n, marks=pytest.mark.soak) for n in (2, 7, 13))])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_R1_a_store_goes_away(s3, stored_package, monkeypatch, spare, fault):
     use(monkeypatch, s3)
-    monkeypatch.setenv("MLSERVE_REMOTE_SECONDS", "5")  # its client alone takes up to two seconds to be loaded
+    monkeypatch.setenv("MLSERVE_REMOTE_SECONDS", "60" if fault == "slowed" else "5")  # on a busy machine its client alone takes seconds to be loaded
     place = f"{s3.root}/cuts{time.monotonic_ns()}"
     deed = partial(upload.reach_store, place) if spare == "reach" else partial(upload.upload_package, stored_package, place)
     said = suffer(s3.proxy, fault, 0 if spare == "reach" else spare, deed)
