@@ -24,7 +24,7 @@ from .release.lock.pip import Network
 from .release.record import mlflow_store
 from .release.registry.client import reach_registry
 from .release.registry.reference import read_reference
-from .release.run import environment, reach_disk, say
+from .release.run import reach_disk, say
 from .release.spec import ReleaseSpec
 
 # %% ../nbs/06_doctor.ipynb #2a507e5e
@@ -156,7 +156,7 @@ def examine(
         ('registry', lambda: _registry(spec), True), ('mlflow', _record, True),
         ('index', lambda: _index(spec), False), ('clock', lambda: check_clock(clock), True)]
     findings = []
-    with environment(MLFLOW_TRACKING_URI=uri, MLSERVE_INSECURE=' '.join(spec.insecure)):
+    with mlflow_store.environment(MLFLOW_TRACKING_URI=uri, MLSERVE_INSECURE=' '.join(spec.insecure)):
         for what,question,needed in questions:
             findings.append(asked(what, question, needed))
             progress(line(findings[-1]))

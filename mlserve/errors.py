@@ -6,10 +6,12 @@
 __all__ = ['exit_codes', 'gpu_reasons', 'MlserveError', 'InvalidInput', 'NotFound', 'TooLarge', 'UnsupportedMedia', 'Unavailable',
            'DeadlinePassed', 'ModelFailed', 'NotebookFailed', 'Interrupted', 'UsageError', 'CheckFailed', 'Conflict',
            'IntegrityError', 'RemoteUnavailable', 'LocalResource', 'Refused', 'GpuRefused', 'error_body', 'hidden',
-           'last_line', 'read_last_line', 'by_code']
+           'after', 'last_line', 'read_last_line', 'by_code']
 
 # %% ../nbs/01_errors.ipynb #f403a808
 import json, re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from .patch import patch
 
 # %% ../nbs/01_errors.ipynb #d30182be
@@ -161,6 +163,17 @@ def hidden(
 )->str: # the same, with `…` for who and by which word
     "A text without the passwords of its addresses"
     return re.sub(r'://[^/@\s]*@', '://…@', text)
+
+# %% ../nbs/01_errors.ipynb #1de77cf7
+@contextmanager
+def after(
+    done:str, # a sentence about what stays
+)->Iterator[None]: # while more is done
+    "Name what stands already, where an outage comes after it"
+    try: yield
+    except (RemoteUnavailable, LocalResource) as e:
+        e.mend = f'{e.mend} {done}'.strip()
+        raise
 
 # %% ../nbs/01_errors.ipynb #1d3f1abe
 def last_line(

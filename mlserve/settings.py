@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TYPE_CHECKING', 'cpu_quota', 'number', 'text', 'Settings', 'service_links', 'unknown_names', 'port_variable',
-           'without_platforms', 'refuse_unknown', 'read_settings']
+           'without_platforms', 'refuse_unknown', 'read_settings', 'remote_seconds']
 
 # %% ../nbs/03_settings.ipynb #cb4b2d92
 import difflib, operator, os, re
@@ -153,7 +153,7 @@ def service_links(
 _names = {'MLSERVE_' + f.name.upper(): f.name for f in fields(Settings)} # variable to field
 _elsewhere = {'MLSERVE_REGISTRY', 'MLSERVE_BASE', 'MLSERVE_STATE', 'MLSERVE_PRIVATE_ENGINE', 'MLSERVE_DEBUG_BASE',
     'MLSERVE_SIGNING_KEY', 'MLSERVE_VERIFY_KEY', 'MLSERVE_PROXY_IMAGE', 'MLSERVE_INSECURE',
-    'MLSERVE_COMPOSE'} # of the release wing
+    'MLSERVE_COMPOSE', 'MLSERVE_REMOTE_SECONDS'} # of the release wing
 def unknown_names(
     env:Mapping[str, str], # the environment
 )->dict[str, str]: # each unknown name, and the nearest known one or ''
@@ -199,3 +199,13 @@ def read_settings(
     values:'dict[str, Any]' = {k: env[n] for n,k in _names.items() if n in env and n not in links}
     if by != 'MLSERVE_PORT': values['port'] = _typed(Settings.__dataclass_fields__['port'], env[by], by)
     return Settings(**values)
+
+# %% ../nbs/03_settings.ipynb #7501c772
+_budget = number(60, 1, 3600)
+_budget.name,_budget.type = 'remote_seconds',int
+def remote_seconds(
+    env:Mapping[str, str]|None=None, # the environment; the process's own by default
+)->int: # seconds
+    "How long a registry, a tracking server or a store may be silent: `MLSERVE_REMOTE_SECONDS`"
+    given = (os.environ if env is None else env).get('MLSERVE_REMOTE_SECONDS')
+    return _typed(_budget, _budget.default if given is None else given)

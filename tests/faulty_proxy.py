@@ -14,11 +14,12 @@ class Proxy:
 
     def clear(self):
         "No fault"
-        self.delay = 0  # seconds before each piece of an answer
         self.cut = None  # total bytes of answers after which every connection ends, once
         self.every = None  # bytes of answers after which a connection ends, each time
+        self.spare = 0  # pieces of answers that pass before any of the next four begins
         self.reset = False  # every connection is reset at once
         self.frozen = False  # answers stop coming, connections stay
+        self.delay = 0  # seconds before each piece of an answer
         self.rate = None  # bytes a second for each connection
         self.flip = None  # (bytes, bytes): the first is replaced by the second wherever it passes
         self.answers = []  # whole answers given instead of the server's, one a connection
@@ -49,10 +50,8 @@ class Proxy:
     async def _serve(self, reader, writer):
         self.connections += 1
         try:
-            if self.reset:
-                linger = struct.pack("ii", 1, 0)
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                return
+            if self.reset and not self.spare:
+                return self._reset(writer)
             if self.answers:
                 await reader.readuntil(b"\r\n\r\n")
                 writer.write(self.answers.pop(0))
@@ -70,6 +69,10 @@ class Proxy:
         finally:
             writer.close()
 
+    def _reset(self, writer):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.transport.abort()
+
     async def _up(self, reader, writer):
         while data := await reader.read(65536):
             writer.write(data)
@@ -78,12 +81,17 @@ class Proxy:
     async def _down(self, reader, writer):
         left = self.every
         while data := await reader.read(65536):
-            if self.delay:
-                await asyncio.sleep(self.delay)
-            if self.rate:
-                await asyncio.sleep(len(data) / self.rate)
-            while self.frozen:
-                await asyncio.sleep(0.05)
+            if self.spare:
+                self.spare -= 1
+            else:
+                if self.reset:
+                    return self._reset(writer)
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                if self.rate:
+                    await asyncio.sleep(len(data) / self.rate)
+                while self.frozen:
+                    await asyncio.sleep(0.05)
             if self.flip:
                 data = data.replace(*self.flip)
             last = self.cut is not None and self.down + len(data) >= self.cut

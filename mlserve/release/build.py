@@ -24,8 +24,8 @@ from .lock.dependencies import Target, complete, read_lock
 from .lock.wheel_metadata import Wheel, Wheels
 from .notebook import run_cells
 from .plan import BuildPlan, carry_out, prepare, result_of, stage_plan
-from .record.mlflow_store import state_folder
-from .run import absolute, environment, pipelines, read_json, run_folder, under_name, write_json
+from .record.mlflow_store import environment, state_folder
+from .run import absolute, pipelines, read_json, run_folder, under_name, write_json
 from .spec import ReleaseSpec, default_repository
 from .supply_chain.build_inputs import Inputs
 from .supply_chain.provenance import lock_of

@@ -11,7 +11,7 @@ import contextlib, difflib, json, logging, re, subprocess, sys, uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from ..errors import LocalResource, MlserveError, NotebookFailed, UsageError
+from ..errors import LocalResource, MlserveError, NotebookFailed, RemoteUnavailable, UsageError
 
 # %% ../../nbs/release/03_notebook.ipynb #5d1f0a32
 _told_by_us = 'asyncio', 'papermill', 'tornado.general'
@@ -106,6 +106,8 @@ def family(
 
 # %% ../../nbs/release/03_notebook.ipynb #092051c2
 _colour,_reason = re.compile(r'\x1b\[[\d;]*m'),re.compile(r'^reason: (\w+)$', re.M)
+_away = re.compile(r'failed with (timeout )?exception|failed with error code 5\d\d|too many 5\d\d|database is locked')
+_full = re.compile(r'\[Errno (?:28|30|122)\] (No space left on device|Read-only file system|Disk quota exceeded)')
 def cell_error(
     name:str, # of the notebook
     ename:str, # class of the exception
@@ -120,6 +122,11 @@ def cell_error(
         return UsageError(f'{name} sets another experiment than the one of its release.',
             mend="Set it by a plain word, mlflow.set_experiment('name'), or set MLFLOW_EXPERIMENT_NAME.")
     where = f'cell [{count}]' if count else 'a cell'
+    if ename in ('MlflowException','RestException') and _away.search(evalue):
+        return RemoteUnavailable(f'MLflow did not answer {name} in {where}: it is away, silent or busy.',
+            mend='Repeat the command when it answers again.')
+    if full := _full.search(evalue):
+        return LocalResource(f'{name} could not write in {where}: {full[1]}.', mend='Free some space and repeat.')
     return NotebookFailed(f"{name} raised {ename} in {where}: {evalue[:600].rstrip('. ')}.")
 
 # %% ../../nbs/release/03_notebook.ipynb #7cd5ea8c

@@ -27,7 +27,7 @@ from .notebook import check_parameters, experiment_of, let_go, shared_kernel
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
-from .run import (Run, books_of, environment, fail_run, open_run, pipelines, reach_disk,
+from .run import (Run, books_of, fail_run, open_run, pipelines, reach_disk,
     say, step, under_name, write_json)
 from .spec import ReleaseSpec, checked_device, default_name, default_repository
 from .supply_chain.provenance import confirm_attached
@@ -210,7 +210,7 @@ def go_on(
     "Take every step of a release that is not done"
     try:
         with shared_kernel(run.folder) as theirs, shared_kernel(run.folder, _warm) as ours:
-            with environment(MLFLOW_RUN_ID=run.id), step('train', run.did, progress):
+            with mlflow_store.environment(MLFLOW_RUN_ID=run.id), step('train', run.did, progress):
                 run,place = train_model(replace(run, kernel=theirs))
             let_go(theirs)
             built,pair,checked = build_record_check(replace(run, kernel=ours), place, progress)
@@ -235,8 +235,8 @@ def within_reach(
     "Kernels that know state and store, and everything that answers"
     state = Path(spec.state).absolute()
     steps: list[dict[str, Any]] = []
-    uri = mlflow_store.tracking_uri(state)
-    with environment(MLSERVE_STATE=str(state), MLFLOW_TRACKING_URI=uri, MLSERVE_INSECURE=' '.join(spec.insecure)):
+    known = {'MLSERVE_STATE': str(state), 'MLFLOW_TRACKING_URI': mlflow_store.tracking_uri(state)}
+    with mlflow_store.environment(**known, MLSERVE_INSECURE=' '.join(spec.insecure)):
         with step('reach', steps.append, progress): reach(spec)
         yield steps
 def release(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 import mlserve
-from ..errors import CheckFailed
+from ..errors import CheckFailed, after
 from ..package import Package
 from ..package.lock import file_hash
 from .image import built_image as image, saved_image
@@ -177,14 +177,15 @@ def publish(
 )->Published: # confirmed by the registry
     "Push an image, and attach its bill of materials and its provenance"
     reference = push_image(plan, built)
-    pushed = confirm_pushed(reference, [layer.digest for layer in built.layers], plan.ca)
-    remote = Remote(pushed.reference, ca=plan.ca)
-    bill,origin = documents_of(plan, reference, debian_of(pushed, remote, plan.state/'debian'))
-    statement = provenance.write_provenance(origin, mlserve.__version__)
-    sealed = provenance.seal(statement, os.environ.get('MLSERVE_SIGNING_KEY', ''))
-    attached = provenance.lay(pushed, remote, write_sbom(bill, plan.inputs.epoch), sealed)
-    provenance.confirm_attached(reference, attached, plan.ca)
-    return Published(reference, built, bill, attached)
+    with after(f'{reference} is pushed.'):
+        pushed = confirm_pushed(reference, [layer.digest for layer in built.layers], plan.ca)
+        remote = Remote(pushed.reference, ca=plan.ca)
+        bill,origin = documents_of(plan, reference, debian_of(pushed, remote, plan.state/'debian'))
+        statement = provenance.write_provenance(origin, mlserve.__version__)
+        sealed = provenance.seal(statement, os.environ.get('MLSERVE_SIGNING_KEY', ''))
+        attached = provenance.lay(pushed, remote, write_sbom(bill, plan.inputs.epoch), sealed)
+        provenance.confirm_attached(reference, attached, plan.ca)
+        return Published(reference, built, bill, attached)
 
 # %% ../../nbs/release/06_plan.ipynb #99430509
 def carry_out(

@@ -12,7 +12,8 @@ from ..errors import CheckFailed, MlserveError, RemoteUnavailable, UsageError, b
 from .gates import Gates, told_metrics
 from .record import mlflow_store
 from .record.journal import Journal
-from .run import environment, keep_evidence, read_json, run_folder, run_pipeline, write_json
+from .record.mlflow_store import environment
+from .run import keep_evidence, read_json, run_folder, run_pipeline, write_json
 from .record import Pair, read_pair
 from .supply_chain.statement import attest, evidence_of, spec_fields
 

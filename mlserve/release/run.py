@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['pipelines', 'run_pipeline', 'write_json', 'read_json', 'say', 'step', 'Run', 'run_folder', 'reach_disk', 'absolute',
-           'under_name', 'open_run', 'environment', 'keep_evidence', 'books_of', 'fail_run']
+           'under_name', 'open_run', 'keep_evidence', 'books_of', 'fail_run']
 
 # %% ../../nbs/release/04_run.ipynb #3d50f4dd
-import json, os, shlex, shutil, sys, threading, time
+import json, shlex, shutil, sys, threading, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,20 +210,6 @@ def open_run(
             mend='See that the artifact store of the tracking server can be written to from here.') from None
     return run
 
-# %% ../../nbs/release/04_run.ipynb #3a2a2b06
-@contextmanager
-def environment(
-    **values:str, # set while the block runs
-)->Iterator[None]: # with them
-    "Environment variables for the kernels of a release"
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try: yield
-    finally:
-        for name,value in before.items():
-            if value is None: os.environ.pop(name, None)
-            else: os.environ[name] = value
-
 # %% ../../nbs/release/04_run.ipynb #3f3aaa97
 def keep_evidence(
     run_id:str, # of MLflow
@@ -253,16 +239,28 @@ def books_of(
 
 # %% ../../nbs/release/04_run.ipynb #3f3aaa98
 _outside = 6, 7, 9, 70, 130 # codes of failures that are not the model's
+def _stands(run):
+    "What a run has pushed and recorded, in sentences"
+    done = []
+    for step,sentence in (('build', '{image} is pushed.'), ('record', '{name} version {version} is recorded.')):
+        if (run.folder/f'{step}.json').exists(): done.append(sentence.format(**run.result(step)))
+    return done
+def _go_on(run, error):
+    "Tell a failure that is not the model's what stands, and which command goes on"
+    if not run.trained() or getattr(error, 'code', MlserveError.code) not in _outside: return
+    vars(error)['resume'] = resume = shlex.join(['mlserve', 'resume', str(run.folder)])
+    if not isinstance(error, MlserveError): return
+    error.mend = ' '.join(filter(None, [error.mend, *_stands(run), f'{resume} goes on.']))
 def fail_run(
     run:Run, # under way
     error:BaseException, # why it goes no further
 )->None:
     "Log the evidence of a run that failed, close it, and name the command that goes on"
-    if run.trained() and getattr(error, 'code', MlserveError.code) in _outside:
-        vars(error)['resume'] = shlex.join(['mlserve', 'resume', str(run.folder)])
+    _go_on(run, error)
     run.journal.note('failed', step=getattr(error, 'step', ''), code=getattr(error, 'code', MlserveError.code),
         error=str(error) or type(error).__name__)
     status = 'KILLED' if isinstance(error, (Interrupted, KeyboardInterrupt)) else 'FAILED'
+    if isinstance(error, RemoteUnavailable) and hidden(mlflow_store.tracking_uri()) in error.message: return
     try:
         run.keep()
         store = mlflow_store.client()

@@ -220,7 +220,8 @@ def test_a_notebook_that_sets_its_experiment_is_trained_in_it(tracking, tmp_path
     import nbformat
     from mlflow import MlflowClient
     from mlserve.errors import UsageError
-    from mlserve.release.run import environment, open_run
+    from mlserve.release.record.mlflow_store import environment
+    from mlserve.release.run import open_run
     from mlserve.release.spec import ReleaseSpec
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
     client = MlflowClient(tracking_uri=tracking)

@@ -142,7 +142,6 @@ def killed_release(environment, tracking, state, folder, fates, wanted):
 @pytest.mark.soak
 def test_R4_releases_that_are_killed_at_random_end_in_one_pair_each(environment, tracking, state, engine, tmp_path):
     "At moments of every step and at system calls; the command, its children, or one of them"
-    others = set(owned(engine))
     code, out, err = run_to_death(["release", shutil.copy(GOOD, tmp_path), "--promote", "--json"], environment, tmp_path)
     assert code == 0, err[-3000:]
     fates, kills, rounds = Fates(int(os.environ.get("KILLS_SEED", 1)), tmp_path, json.loads(out)["steps"]), 0, 0
@@ -152,4 +151,4 @@ def test_R4_releases_that_are_killed_at_random_end_in_one_pair_each(environment,
         kills += killed_release(environment, tracking, state, folder, fates, min(KILLS - kills, fates.dice.randrange(4, 16)))
         rounds += 1
         print(f"release {rounds} ends well after {time.monotonic() - start:.0f} s, {kills} kills in all", flush=True)
-        assert not set(owned(engine)) - others
+        assert not left_by_the_dead(engine)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import (CheckFailed, DeadlinePassed, GpuRefused, LocalResource, MlserveError, ModelFailed,
     RemoteUnavailable, Unavailable, by_code, read_last_line)
 from ...patch import patch
-from ..image.engine import reason
+from ..image.engine import engine, remote
 from ..record.journal import OWNER, owner_of
+from ...settings import remote_seconds
 if TYPE_CHECKING:
     from docker.client import DockerClient
     from docker.models.containers import Container
@@ -126,10 +127,7 @@ def _pull(client, image):
     import docker
     try: return client.images.get(image)
     except docker.errors.ImageNotFound: pass
-    try: return client.images.pull(image)
-    except docker.errors.APIError as e:
-        raise RemoteUnavailable(f'The image {image} cannot be pulled: {reason(e)}.',
-            mend='See that the registry runs.') from None
+    with remote(f'Pulling {image}', 'See that the registry runs.'): return engine(remote_seconds()).images.pull(image)
 def _network(client, name):
     if not client.networks.list(names=[name]): client.networks.create(name, driver='bridge', check_duplicate=True)
 
@@ -148,9 +146,9 @@ def _start(container):
 def _remove(container, seconds):
     import docker
     try: container.stop(timeout=seconds)
-    except docker.errors.DockerException: pass
+    except (docker.errors.DockerException, LocalResource): pass
     try: container.remove(force=True, v=True)
-    except docker.errors.DockerException: pass
+    except (docker.errors.DockerException, LocalResource): pass
 @contextmanager
 def started(
     client:'DockerClient', # of the engine

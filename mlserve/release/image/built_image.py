@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavailable
+from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavailable, after
 from ...package.lock import digest_of
 from .buildah import build_options, find_buildah
 from .context import check_config, refuse_secrets
@@ -20,6 +20,7 @@ from .normalize import normalize
 from .saved_image import Layer, read_layers
 from ..registry.client import Remote, manifest
 from ..registry.reference import pushed_to, read_reference
+from ...settings import remote_seconds
 
 # %% ../../../nbs/release/image/07_built_image.ipynb #17e6d276
 @dataclass(frozen=True)
@@ -113,8 +114,12 @@ def pushed_digest(
     progress:Callable[[str], object]|None=None, # called with each status that is new
 )->str: # `sha256:…` of the manifest
     "The digest that a push ended with, or the error in its stream"
-    digest,last = '',''
+    digest,last,heard = '','',time.monotonic()
     for item in stream:
+        again,now = item.get('status', '').startswith('Retrying'),time.monotonic()
+        if again and now - heard > remote_seconds():
+            raise RemoteUnavailable('The registry breaks off each time that the image is sent.', mend=_refused)
+        if not again: heard = now
         if 'error' in item: raise RemoteUnavailable(f"The registry did not take the image: {item['error'][:300]}.",
             mend=_insecure if 'HTTP response to HTTPS' in item['error'] else _refused)
         digest = (item.get('aux') or {}).get('Digest', digest)
@@ -163,12 +168,13 @@ def push(
     tool = find_buildah(image.state) if isinstance(image, BuiltImage) and image.builder == 'buildah' else None
     def send()->str:
         if tool: return tool.push(id, repository, own, progress)
-        return _push_docker(engine(), id, repository, own, progress)
+        return _push_docker(engine(remote_seconds()), id, repository, own, progress)
     try: digest = _repeated(send)
-    except RemoteUnavailable:
-        digest = _kept(repository, own, id, ca)
+    except RemoteUnavailable as e:
+        digest = '' if 'was silent' in e.message else _kept(repository, own, id, ca)
         if not digest: raise
     reference = normalize(f'{repository}@{digest}', tag, epoch, ca)
     if tool: return reference
-    with remote(f'Pulling {reference}', _mend): engine().images.pull(repository, tag=reference.partition('@')[2])
+    with after(f'{reference} is pushed.'), remote(f'Pulling {reference}', _mend):
+        engine(remote_seconds()).images.pull(repository, tag=reference.partition('@')[2])
     return reference

@@ -17,6 +17,7 @@ from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavail
 from .buildah import find_buildah, run_streamed
 from ..lock.dependencies import Target
 from ..record.journal import OWNER, owner_of
+from ...settings import remote_seconds
 if TYPE_CHECKING: import docker
 
 # %% ../../../nbs/release/image/06_engine.ipynb #6b61ddfe
@@ -71,16 +72,26 @@ def reason(
 
 # %% ../../../nbs/release/image/06_engine.ipynb #0b00eaa9
 start_engine = 'Start one with `make engine-start` and `export $(make -s engine-env)`, or set DOCKER_HOST.'
+def _told(client, host):
+    "A client whose broken connections are failures of ours"
+    import requests
+    send = client.api.send
+    def _send(*args, **kw):
+        try: return send(*args, **kw)
+        except requests.exceptions.RequestException as e:
+            raise LocalResource(f'The Docker Engine at {host} went away: {reason(e)}.', mend=start_engine) from e
+    client.api.send = _send
+    return client
 def engine(
     seconds:float=600, # time limit of a single answer
 )->'docker.DockerClient': # of an engine that answers
     "A client of the engine, or a sentence that says there is none"
     import docker
+    host = os.environ.get('DOCKER_HOST') or 'unix:///var/run/docker.sock'
     try:
         docker.from_env(timeout=5).ping()
-        return docker.from_env(timeout=seconds)
+        return _told(docker.from_env(timeout=seconds), host)
     except Exception as e:
-        host = os.environ.get('DOCKER_HOST') or 'unix:///var/run/docker.sock'
         raise LocalResource(f'No Docker Engine answers at {host}: {reason(e)}.', mend=start_engine) from None
 
 # %% ../../../nbs/release/image/06_engine.ipynb #86264c78
@@ -90,9 +101,17 @@ def remote(
     mend:str, # what the operator can do about it
 )->Iterator[None]: # what runs inside speaks to a registry through the engine
     "Turn what an engine says about a registry into `RemoteUnavailable`"
-    import docker, requests
+    import docker, requests, urllib3
     try: yield
-    except (docker.errors.DockerException, requests.exceptions.RequestException) as e:
+    except (docker.errors.DockerException, requests.exceptions.RequestException, urllib3.exceptions.HTTPError,
+        LocalResource) as e:
+        silent = requests.exceptions.Timeout, urllib3.exceptions.TimeoutError
+        if isinstance(e, silent) or isinstance(e.__cause__, silent):
+            why = f'the registry was silent for {remote_seconds()} s'
+            raise RemoteUnavailable(f'{doing} failed: {why}.', mend=mend) from None
+        if isinstance(e, LocalResource): raise
+        if isinstance(e, urllib3.exceptions.ProtocolError):
+            raise LocalResource(f'{doing} failed: the Docker Engine went away.', mend=start_engine) from None
         if 'no space left' in str(getattr(e, 'explanation', None) or e):
             raise LocalResource(f'{doing} failed: the disk is full.', mend='Free some space and repeat.') from None
         raise RemoteUnavailable(f'{doing} failed: {reason(e)}.', mend=mend) from None
@@ -113,7 +132,7 @@ def resolve_base(
     "The digest of a base image; one that has a digest is taken as it is"
     if '@sha256:' in base: return base
     if builder == 'buildah': return find_buildah(state).resolve(base)
-    client = engine()
+    client = engine(remote_seconds())
     with remote(f'Pulling the base {base}', _mend): image = client.images.pull(base)
     digest = _digest_for(base, image.attrs.get('RepoDigests') or [])
     if digest: return digest
@@ -131,7 +150,7 @@ def reach_base(
         find_buildah(state).resolve(base)
         return
     import docker
-    client,base = engine(),resolve_base(base)
+    client,base = engine(remote_seconds()),resolve_base(base)
     with remote(f'Pulling the base {base}', _mend):
         try: client.images.get(base)
         except docker.errors.ImageNotFound: client.images.pull(base)
@@ -152,16 +171,18 @@ def as_target(
 
 # %% ../../../nbs/release/image/06_engine.ipynb #3d2cb8cd
 def _ask_engine(ref): # what the question's program prints inside a base
+    import docker
     client = engine()
     with remote(f'Pulling the base {ref}', mend='Check its name and the network.'):
         try: client.images.get(ref)
-        except Exception: client.images.pull(ref)
+        except docker.errors.ImageNotFound: engine(remote_seconds()).images.pull(ref)
         box = client.containers.create(ref, ['-c', _question], entrypoint='python3', network_mode='none',
             labels={OWNER: owner_of()})
     try:
         box.start()
         box.wait(timeout=60)
         return box.logs(stderr=False).decode()
+    except LocalResource: raise
     except Exception as e:
         raise Refused(f'The base {ref} cannot run python3: {reason(e)}.', mend='Take a base with Python 3.') from None
     finally: box.remove(force=True)

@@ -7,12 +7,12 @@ __all__ = ['Pair', 'pair_of', 'record', 'read_pair', 'find_pair', 'mark', 'contr
            'rollback', 'aliases']
 
 # %% ../../../nbs/release/record/03_record.ipynb #981af554
-import hashlib, json, os, re
+import hashlib, json, re, time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from ...errors import CheckFailed, Conflict, NotFound, Refused, RemoteUnavailable, UsageError
+from ...errors import CheckFailed, Conflict, NotFound, Refused, RemoteUnavailable, UsageError, after
+from ...settings import remote_seconds
 from .ledger import Move, move, standing
 from .logged_package import (Logged, artifact_hash as artifact_hash,
     fetch_artifact as fetch_artifact, fetch_holdout as fetch_holdout, fetch_package as fetch_package,
@@ -62,25 +62,15 @@ def _allow(name, image=None):
 
 # %% ../../../nbs/release/record/03_record.ipynb #4830369f
 _key = 'mlserve.key'
-@contextmanager
-def _sent_once():
-    "Without MLflow's own retries, which would repeat a call whose answer was lost"
-    name = 'MLFLOW_HTTP_REQUEST_MAX_RETRIES'
-    before = os.environ.get(name)
-    os.environ[name] = '0'
-    try: yield
-    finally:
-        if before is None: del os.environ[name]
-        else: os.environ[name] = before
 def _create(store, name, key, fields):
     "Create a version with an idempotency key, unless there is one"
+    end = time.monotonic() + remote_seconds()
     for left in (2, 1, 0):
         found = store.search_model_versions(f"name='{name}' and tags.`{_key}`='{key}'")
         if found: return min(found, key=lambda version: int(version.version))
-        try:
-            with _sent_once(): return store.create_model_version(name, **fields)
+        try: return store.create_model_version(name, **fields)
         except RemoteUnavailable:
-            if not left: raise
+            if not left or time.monotonic() > end: raise
         ensure_reachable(store.tracking_uri)
 
 # %% ../../../nbs/release/record/03_record.ipynb #040cf819
@@ -107,7 +97,8 @@ def record(
     own |= {tag: text for tag,text in more.items() if text}
     made = _create(store, name, key, {'source': f'models:/{logged.model_id}', 'run_id': logged.run_id,
         'model_id': logged.model_id, 'tags': own | dict(tags or {})})
-    return pair_of(store.get_model_version(name, made.version))
+    with after(f'{name} version {made.version} is recorded.'):
+        return pair_of(store.get_model_version(name, made.version))
 
 # %% ../../../nbs/release/record/03_record.ipynb #0ba71f67
 def read_pair(

@@ -10,7 +10,7 @@ import getpass, json, os, platform, time, uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from ...errors import Conflict
+from ...errors import Conflict, after
 from .mlflow_store import client, experiment, unrecorded
 if TYPE_CHECKING: from mlflow import MlflowClient
 
@@ -197,8 +197,10 @@ def move(
         return False
     mine,n = _entry(new, why),len(now.moves) + 1
     kept = write_once(store, run_id, f'{alias}.{n}', mine)
-    now = _standing(store, store.get_registered_model(name), alias, run_id)
-    if kept == mine: return bool(_follow(store, name, now, run_id))
+    won = f'{alias} of {name} has moved to {_named(new)} in the ledger, and follows with the same command.'
+    with after(won if kept == mine else ''):
+        now = _standing(store, store.get_registered_model(name), alias, run_id)
+        if kept == mine: return bool(_follow(store, name, now, run_id))
     if now.moves[n - 1].version == new: return False
     raise Conflict(f'{alias} of {name} moved to {_named(now.moves[n - 1].version)}, {now.moves[n - 1]}, '
         f'when {_named(new)} was to take it.')

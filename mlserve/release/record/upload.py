@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavailable, UsageError
+from ...errors import IntegrityError, LocalResource, MlserveError, RemoteUnavailable, UsageError, after
 from ...package import Package
 from ...package.lock import digest_of, parse_lock
+from ...settings import remote_seconds
 if TYPE_CHECKING: from fsspec import AbstractFileSystem
 
 # %% ../../../nbs/release/record/04_upload.ipynb #c0218c85
@@ -70,21 +71,20 @@ def _using(place): # a store
     except Exception as e: raise _failed(place, e) from None
 
 # %% ../../../nbs/release/record/04_upload.ipynb #4595a2f8
-def _ask(fs, what, *args, seconds=60, **more):
-    "One call of a file system, within its time"
+def _ask(fs, what, *args, size=0, **more):
+    "One call of a file system, within its time; `size` bytes come or go with it"
     from fsspec.asyn import sync
     if not fs.async_impl: return getattr(fs, what)(*args, **more)
-    return sync(fs.loop, getattr(fs, f'_{what}'), *args, timeout=seconds, **more)
+    return sync(fs.loop, getattr(fs, f'_{what}'), *args, timeout=remote_seconds() + size/1e6, **more)
 
 # %% ../../../nbs/release/record/04_upload.ipynb #24f6952e
 def reach_store(
     place:str, # an address
-    seconds:float=10, # budget of the question
 )->None:
     "Raise `RemoteUnavailable` when a store does not answer, or has no such bucket"
     fs,root = open_store(place)
     with _using(place):
-        try: _ask(fs, 'ls', root.partition('/')[0], seconds=seconds)
+        try: _ask(fs, 'ls', root.partition('/')[0])
         except PermissionError: pass
 
 # %% ../../../nbs/release/record/04_upload.ipynb #39f43e39
@@ -98,7 +98,7 @@ def _holds(fs, path, size, sha):
     digest = hashlib.sha256()
     for start in range(0, size, _part):
         end = min(start + _part, size)
-        digest.update(_ask(fs, 'cat_file', path, start=start, end=end, seconds=60 + _part/1e6))
+        digest.update(_ask(fs, 'cat_file', path, start=start, end=end, size=end - start))
     return digest.hexdigest() == sha
 
 # %% ../../../nbs/release/record/04_upload.ipynb #4e2b9749
@@ -127,11 +127,11 @@ def upload_package(
     "Send the files of a package to a store, the lock last"
     (fs,root),lock,sent = open_store(place),(Path(package.path)/'package.lock').read_bytes(),0
     files = parse_lock(lock) | {'package.lock': (len(lock), digest_of(lock).removeprefix('sha256:'))}
-    with _using(place):
-        for name,(size,sha) in files.items():
+    for n,(name,(size,sha)) in enumerate(files.items()):
+        with after(f'It has {n} of {len(files)} files.'), _using(place):
             if _holds(fs, f'{root}/{name}', size, sha): continue
-            _ask(fs, 'put_file', str(Path(package.path)/name), f'{root}/{name}', seconds=60 + size/1e6)
-            sent += size
-            if progress: progress(f'{name}: {size} bytes')
+            _ask(fs, 'put_file', str(Path(package.path)/name), f'{root}/{name}', size=size)
+        sent += size
+        if progress: progress(f'{name}: {size} bytes')
     confirm_upload(fs, root, place, {name: size for name,(size,_) in files.items()}, package.digest)
     return sent

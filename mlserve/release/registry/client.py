@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 from ...errors import IntegrityError, NotFound, RemoteUnavailable
 from ...package.lock import digest_of
+from ...settings import remote_seconds
 from ...patch import patch
 from .login import Login
 from .reference import Reference as Reference, pushed_to, read_reference as read_reference
@@ -23,18 +24,21 @@ class Remote:
     "A repository of a registry, and the bytes in it"
     def __init__(self,
         reference:Reference, # of any image in it
-        seconds:float=30, # limit of one answer
+        seconds:int|None=None, # limit of one answer; `remote_seconds()` by default
         ca:str|Path|None=None, # file of authorities
     ):
         self.reference,self.url = reference,reference.url
-        self.pause = 60.0 # seconds that all waits before a repetition may take together
-        self.http = httpx.Client(auth=Login(reference.host), timeout=seconds, trust_env=not reference.local,
+        self.seconds = seconds or remote_seconds()
+        self.pause = float(self.seconds) # seconds that all waits before a repetition may take together
+        patience = httpx.Timeout(self.seconds, connect=min(5, self.seconds))
+        self.http = httpx.Client(auth=Login(reference.host), timeout=patience, trust_env=not reference.local,
             verify=str(ca) if ca else True, follow_redirects=True)
 
 # %% ../../../nbs/release/registry/02_client.ipynb #91529a1e
 @patch
 def _away(self:Remote, error): # the error of a registry that cannot be reached
-    reason = str(error) or type(error).__name__
+    silent = isinstance(error, (httpx.ReadTimeout, httpx.WriteTimeout))
+    reason = f'it was silent for {self.seconds} s' if silent else str(error) or type(error).__name__
     return RemoteUnavailable(f'The registry {self.reference.host} did not answer: {reason}.',
         mend='See that it runs, then repeat.')
 @patch
@@ -203,12 +207,11 @@ def attach(
 # %% ../../../nbs/release/registry/02_client.ipynb #1be39036
 def reach_registry(
     repository:str, # where images will be pushed
-    seconds:float=5, # budget of one answer
     ca:str|Path|None=None, # file of authorities
 )->None:
     "Raise where a registry is not named, does not answer, or takes no image"
     pushed_to(repository)
-    remote = Remote(read_reference(repository), seconds, ca)
+    remote = Remote(read_reference(repository), ca=ca)
     try: place = remote.ask('POST', 'blobs/uploads/', ok=(202,)).headers.get('Location', '')
     except NotFound:
         raise NotFound(f'The registry {remote.reference.host} has no repository {repository!r}, and makes none.',
@@ -217,5 +220,5 @@ def reach_registry(
         if 'did not answer' not in e.message: raise
         raise RemoteUnavailable(e.message, mend='Start it (make engine-start), or set MLSERVE_REGISTRY.') from None
     where = str(httpx.URL(remote.url + '/').join(place))
-    try: remote.http.request('DELETE', where)
+    try: remote.http.request('DELETE', where, timeout=5)
     except httpx.HTTPError: pass # it forgets the place by itself

@@ -209,8 +209,9 @@ def test_an_upload_goes_where_the_environment_says_now(kind, request, monkeypatc
     use(monkeypatch, place)
     reach_store(f"{place.root}/now")
     use(monkeypatch, place, port=9)
+    monkeypatch.setenv("MLSERVE_REMOTE_SECONDS", "3")
     with pytest.raises(RemoteUnavailable):
-        reach_store(f"{place.root}/now", seconds=3)
+        reach_store(f"{place.root}/now")
 
 
 def test_missing_credentials_are_said(s3, stored_package, settings, monkeypatch):
