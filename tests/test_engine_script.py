@@ -2,6 +2,7 @@
 import os
 import signal
 import subprocess
+from pathlib import Path
 
 import httpx
 import pytest
@@ -45,5 +46,10 @@ def test_after_a_kill_the_next_start_says_ready_when_engine_and_registry_answer(
             assert httpx.get(f"http://{told['MLSERVE_REGISTRY']}/v2/", trust_env=False).status_code == 200
             for name in ("dockerd", "registry"):
                 os.kill(int((tmp_path / f"engine/{name}.pid").read_text()), signal.SIGKILL)
+        told = dict(line.split("=", 1) for line in (script("start", tmp_path), script("env", tmp_path))[1].stdout.splitlines())
+        bridge = run("/usr/bin/docker", "network", "create", "left", env={"DOCKER_HOST": told["DOCKER_HOST"]}).stdout[:12]
+        assert Path(f"/sys/class/net/br-{bridge}").exists()
+        script("stop", tmp_path)
+        assert not Path(f"/sys/class/net/br-{bridge}").exists()  # its addresses are free for the next engine
     finally:
         script("stop", tmp_path)
