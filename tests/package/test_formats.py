@@ -913,7 +913,7 @@ def given(**more):
     ({"inputs": {"x": torch.ones(3, 4, dtype=torch.bfloat16)}}, "Example 'x' (torch.bfloat16) cannot become an array"),
     ({"inputs": {"x": torch.tensor(3.0)}}, "Example 'x' is a single value"),
     ({"inputs": {"x": None}}, "Example 'x' is a single value"),
-    ({"inputs": {"x": ["a", "b"]}}, "NumPy type <U1 is not served"),
+    ({"inputs": {"x": ["a", "b"]}}, "Example 'x' holds text; a torch module takes numbers. Let a handler"),
     ({"inputs": {"x": [[0.5] * 4]}}, "Example 'x' is float64, the model's weights are float32. Give np.asarray(x, 'float32')."),
     ({"inputs": {"x": [[1] * 4]}}, "Example 'x' is int64, the model's weights are float32."),
     ({"outputs": "y"}, "outputs is of type str; a list of names"),

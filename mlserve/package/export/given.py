@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..convert import convert_table, golden_rows
 from ..convert.original import TableModel
 from .example import example_arrays, example_specs
+from ...errors import UsageError
 from ...tensors import TensorSpec
 
 # %% ../../../nbs/package/export/05_given.ipynb #24f7bbdc
@@ -34,11 +35,20 @@ class Given(NamedTuple):
         return len(next(iter(self.arrays.values())))
 
 # %% ../../../nbs/package/export/05_given.ipynb #45357ab1
+def _check_texts(model:Any, arrays:Mapping[str,Any])->None:
+    "Refuse texts for a module of torch"
+    text = next((name for name,array in arrays.items() if array.dtype == object), '')
+    if text and hasattr(model, 'forward'):
+        raise UsageError(f"Example '{text}' holds text; a torch module takes numbers.",
+            mend='Let a handler make numbers of text: handler=True, and its functions in exported cells.')
 def read_example(
     given:Given, # with an example as the notebook has it
     optional:Sequence[str]=(), # columns of a table that may miss a value
 )->Given: # with arrays
     "Take an example as arrays; a table is converted for that"
-    if isinstance(given.arrays, Mapping): return given._replace(arrays=example_arrays(given.arrays))
+    if isinstance(given.arrays, Mapping):
+        arrays = example_arrays(given.arrays)
+        _check_texts(given.model, arrays)
+        return given._replace(arrays=arrays)
     live = convert_table(given.model, given.arrays, given.names, optional)
     return given._replace(model=live, arrays=golden_rows(live))
