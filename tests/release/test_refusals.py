@@ -137,8 +137,8 @@ def test_an_interrupted_release_is_closed_and_kept(environment, state, tracking,
     assert code == line["code"] == 130 and line["step"] == "train" and line["resume"].startswith("mlserve release"), stderr
     assert (state / "release.json").read_text() == last  # what was released last
     journal = max((state / "runs").glob("*/journal.jsonl"), key=lambda p: p.stat().st_mtime)
-    *_, reached, failed, ended = map(json.loads, journal.read_text().splitlines())
-    assert (reached["name"], failed["step"], failed["code"], ended["status"]) == ("reach", "train", 130, "KILLED")
+    last = {entry["event"]: entry for entry in map(json.loads, journal.read_text().splitlines())}
+    assert (last["step"]["name"], last["failed"]["step"], last["failed"]["code"], last["ended"]["status"]) == ("reach", "train", 130, "KILLED")
     client = MlflowClient(tracking_uri=tracking)
     [run] = client.search_runs([client.get_experiment_by_name("mlserve").experiment_id], "attributes.run_name = 'slow'", max_results=1)
     assert run.info.status == "KILLED" and [f.path for f in client.list_artifacts(run.info.run_id, "evidence") if f.path.endswith("slow.ipynb")]
