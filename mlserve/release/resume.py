@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from ..errors import Conflict, UsageError, hidden
+from .check.container import remove_orphans
 from .git_source import commit_of
 from .image.engine import engine
 from .pipeline import go_on, release, within_reach
 from .record import mlflow_store
-from .record.journal import OWNER, Journal, is_gone, journals, orphaned, owner_of
+from .record.journal import Journal, journals, orphaned, owner_of
 from .run import Run, read_json, say
 from .spec import ReleaseSpec
 
@@ -30,8 +31,7 @@ def _close_runs(opened):
 def _remove_containers():
     "Remove the containers whose owner is gone"
     client = engine(seconds=30)
-    for box in client.containers.list(all=True, filters={'label': OWNER}, ignore_removed=True):
-        if is_gone(box.labels[OWNER]): box.remove(force=True, v=True)
+    remove_orphans(client)
     client.close()
 
 # %% ../../nbs/release/09_resume.ipynb #7a1d0008

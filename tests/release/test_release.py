@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 
 import httpx
@@ -13,6 +14,7 @@ from containers import HARDENED, address, damaged, docker_cli, wait_healthy
 from servers import until
 
 from mlserve.errors import gpu_reasons
+from mlserve.release.record.journal import OWNER, owner_of
 
 def test_release_says_what_it_made(release):
     assert release["model"] == "digits" and int(release["version"]) >= 1
@@ -79,12 +81,17 @@ def test_what_passed_on_a_cpu_is_promoted_for_one_and_for_no_gpu(release, enviro
     assert done.returncode == 3 and "--device cuda" in last_json(done.stderr)["error"]
 
 
-def test_a_second_check_takes_device_and_delivery_from_the_record(release, environment, tracking):
+def test_a_second_check_takes_device_and_delivery_from_the_record(release, environment, tracking, engine):
+    "It clears away what a kernel had started that was killed in a check, while its command lived"
+    with subprocess.Popen(["sleep", "60"]) as kernel:
+        left = engine.containers.create(release["image"], labels={OWNER: owner_of(kernel.pid)})
+        kernel.kill()
     done = mlserve("check", "digits", "--version", release["version"], "--json", env=environment)
     found = strict(done.stdout)
     assert done.returncode == 0 and (found["passed"], found["device"], found["delivery"]) == (True, "cpu", "baked")
     from mlflow import MlflowClient
     assert strict(MlflowClient(tracking_uri=tracking).get_model_version("digits", release["version"]).tags["mlserve.check.cpu"])["passed"]
+    assert left.id not in {box.id for box in engine.containers.list(all=True, ignore_removed=True)}
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.matrix)])
