@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 import numpy as np
 from .columns import Column, to_frame
-from .mends import library_of, takes_texts
+from .mends import called_with, library_of, takes_texts
 from ...errors import UsageError
 from ...tensors import Arrays, objects
 if TYPE_CHECKING:
@@ -64,13 +64,13 @@ class TableModel:
         names:Sequence[str], # of its answers
     ):
         self.model,self.columns,self.names = model,tuple(columns),list(names)
-        self.named,self.texts = bool(_known_names(model)),takes_texts(model)
+        self.named = bool(_known_names(model))
         self.graph: 'onnx.ModelProto|None' = None # what it was converted to
         self.types: dict[str, np.dtype] = {} # of the answers, as the graph has them
         self.rows: Arrays = {} # the whole example
     def answers(self, frame:'pd.DataFrame')->list[np.ndarray]:
         "A label and its probabilities, or a number"
-        given: Any = frame if self.named else frame.iloc[:, 0] if self.texts else frame.to_numpy()
+        given = called_with(self.model, frame, self.named)
         if library_of(self.model) == 'xgboost' and not hasattr(self.model, 'get_params'):
             import xgboost
             given = xgboost.DMatrix(given, enable_categorical=True)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from .columns import Column, to_frame
 from .graph import Body, joined
-from mlserve.package.convert.mends import (completed, conversions, estimators, library_of, takes_texts, text_options,
-    with_empty_texts)
+from .mends import called_with, completed, conversions, estimators, library_of
+from .mends import text_options, with_empty_texts
 from ..programs.onnx_program import OnnxProgram
 from ...errors import Refused
 from ...tensors import Arrays
@@ -104,8 +104,7 @@ def _transformed(steps:Any, columns:Sequence[Column], given:Arrays)->tuple[np.nd
     "What the first steps of a pipeline make of rows, and what their graph does"
     import onnxruntime as ort
     frame = to_frame(given, columns)
-    rows = frame if hasattr(steps, 'feature_names_in_') else frame.to_numpy()
-    made = steps.transform(frame.iloc[:, 0] if takes_texts(steps) else rows)
+    made = steps.transform(called_with(steps, frame, hasattr(steps, 'feature_names_in_')))
     body = converted_pipeline(steps, columns, 1)
     graph = joined(columns, Body(body.model, [(body.picks[0][0], 'same')]), ['made'])
     session = ort.InferenceSession(graph.SerializeToString(), providers=['CPUExecutionProvider'])

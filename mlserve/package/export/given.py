@@ -41,6 +41,8 @@ def _check_texts(model:Any, arrays:Mapping[str,Any])->None:
     if text and hasattr(model, 'forward'):
         raise UsageError(f"Example '{text}' holds text; a torch module takes numbers.",
             mend='Let a handler make numbers of text: handler=True, and its functions in exported cells.')
+
+# %% ../../../nbs/package/export/05_given.ipynb #9bb23205
 def read_example(
     given:Given, # with an example as the notebook has it
     optional:Sequence[str]=(), # columns of a table that may miss a value
