@@ -3,13 +3,16 @@ import asyncio
 import socket
 import struct
 import threading
+import time
+from functools import partial
 
 
 class Proxy:
-    "Passes bytes between a free port of this machine and a server, until a fault is planted"
+    "Passes bytes between a free port of this machine and a server, or a Unix socket, until a fault is planted"
 
     def __init__(self, port, host="127.0.0.1"):
-        self.upstream, self.connections, self.down = (host, port), 0, 0
+        self.connections, self.down = 0, 0
+        self.connect = partial(asyncio.open_connection, host, port) if isinstance(port, int) else partial(asyncio.open_unix_connection, port)
         self.clear()
 
     def clear(self):
@@ -23,6 +26,7 @@ class Proxy:
         self.rate = None  # bytes a second for each connection
         self.flip = None  # (bytes, bytes): the first is replaced by the second wherever it passes
         self.answers = []  # whole answers given instead of the server's, one a connection
+        self.met = None  # when somebody first met a reset, or an answer that does not come
 
     def __enter__(self):
         started = threading.Event()
@@ -56,7 +60,7 @@ class Proxy:
                 await reader.readuntil(b"\r\n\r\n")
                 writer.write(self.answers.pop(0))
                 return await writer.drain()
-            up_reader, up_writer = await asyncio.open_connection(*self.upstream)
+            up_reader, up_writer = await self.connect()
             try:
                 ends = [asyncio.ensure_future(self._up(reader, up_writer)), asyncio.ensure_future(self._down(up_reader, writer))]
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -70,6 +74,7 @@ class Proxy:
             writer.close()
 
     def _reset(self, writer):
+        self.met = self.met or time.monotonic()
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
 
@@ -91,6 +96,7 @@ class Proxy:
                 if self.rate:
                     await asyncio.sleep(len(data) / self.rate)
                 while self.frozen:
+                    self.met = self.met or time.monotonic()
                     await asyncio.sleep(0.05)
             if self.flip:
                 data = data.replace(*self.flip)

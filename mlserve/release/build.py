@@ -185,7 +185,7 @@ def load_base(
         raise IntegrityError(f'{path} is not the base that was vendored.', mend='Vendor again.')
     name = f"localhost/mlserve-base:{hashlib.sha256(''.join(layers).encode()).hexdigest()[:20]}"
     if builder == 'buildah': return find_buildah(state).load(path, name)
-    with open(path, 'rb') as f: loaded = engine().images.load(f)[0]
+    with open(path, 'rb') as f: loaded = engine(600).images.load(f)[0]
     if loaded.attrs['RootFS']['Layers'] != layers:
         raise IntegrityError(f'The engine made another image of {path}.', mend='Vendor again.')
     loaded.tag(*name.rsplit(':', 1))

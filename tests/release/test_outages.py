@@ -1,10 +1,12 @@
 """A registry, MLflow and a store are cut off, freeze and are slow: the exit code within the budget, and success on the same call when it is over."""
 import os
+import subprocess
 import time
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import pytest
-from emulators import use
+from emulators import mlflow_server, use
 from faulty_proxy import Proxy
 from servers import patience
 
@@ -151,3 +153,42 @@ def test_R1_a_store_goes_away(s3, stored_package, monkeypatch, spare, fault):
     said = suffer(s3.proxy, fault, 0 if spare == "reach" else spare, deed)
     assert fault == "slowed" or s3.root in said
     assert fault == "slowed" or spare in (13, "reach") or "files." in said, said
+
+
+@pytest.fixture
+def small(tmp_path):
+    "A file system of a megabyte"
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.parametrize("fault, kind", [("full", "server"), ("full", "file"), ("read-only", "file"), pytest.param("read-only", "server", marks=pytest.mark.soak)])
+def test_R2_an_artifact_store_takes_nothing_more(kind, fault, small, double, tmp_path, monkeypatch):
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow/artifacts").symlink_to(small)
+    database = f"sqlite:///{tmp_path}/mlflow/mlflow.db"
+    with mlflow_server(tmp_path / "mlflow", database, 1) if kind == "server" else nullcontext(database) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        book = tmp_path / "train.ipynb"
+        book.write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+        spec = ReleaseSpec(name="small", notebook=book, state=tmp_path / "state")
+        run = open_run(spec)
+        deeds = [partial(open_run, spec), partial(logged_package.log_package, double), run.keep]
+        if fault == "full":
+            with suppress(OSError), open(small / "rest", "wb") as rest:
+                while True:
+                    rest.write(bytes(4096))
+                    rest.flush()
+            (run.folder / "check.json").write_text(" " * 8192)
+        else:
+            (run.folder / "check.json").write_text("{}")
+            subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+        for deed in deeds:
+            code, said, _ = ended(deed)
+            assert code == {"file": 7, "server": 6}[kind] and uri in said, (code, said)
+            assert kind == "file" or "its artifact store has room" in said
+        (small / "rest").unlink(missing_ok=True) if fault == "full" else subprocess.run(["mount", "-o", "remount,rw", small], check=True)
+        assert [ended(deed)[0] for deed in deeds] == [0, 0, 0]

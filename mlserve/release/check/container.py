@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import (CheckFailed, DeadlinePassed, GpuRefused, LocalResource, MlserveError, ModelFailed,
     RemoteUnavailable, Unavailable, by_code, read_last_line)
 from ...patch import patch
-from ..image.engine import engine, remote
+from ..image.engine import remote
 from ..record.journal import OWNER, is_gone, owner_of
-from ...settings import remote_seconds
 if TYPE_CHECKING:
     from docker.client import DockerClient
     from docker.models.containers import Container
@@ -128,7 +127,7 @@ def _pull(client, image):
     import docker
     try: return client.images.get(image)
     except docker.errors.ImageNotFound: pass
-    with remote(f'Pulling {image}', 'See that the registry runs.'): return engine(remote_seconds()).images.pull(image)
+    with remote(f'Pulling {image}', 'See that the registry runs.'): return client.images.pull(image)
 def _network(client, name):
     if not client.networks.list(names=[name]): client.networks.create(name, driver='bridge', check_duplicate=True)
 
@@ -158,7 +157,8 @@ def remove_orphans(
 def _remove(container, seconds):
     import docker
     try: container.stop(timeout=seconds)
-    except (docker.errors.DockerException, LocalResource): pass
+    except docker.errors.DockerException: pass
+    except LocalResource: return # the engine is away; `remove_orphans` comes later
     try: container.remove(force=True, v=True)
     except (docker.errors.DockerException, LocalResource): pass
 @contextmanager
@@ -176,7 +176,7 @@ def started(
     try:
         _start(container)
         yield container
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LocalResource): # nobody waits, or the engine is away
         seconds = 0
         raise
     finally: _remove(container, seconds)

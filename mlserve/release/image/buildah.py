@@ -6,7 +6,7 @@
 __all__ = ['run_streamed', 'Buildah', 'find_buildah', 'buildah_failure', 'build_options']
 
 # %% ../../../nbs/release/image/05_buildah.ipynb #2f6642c1
-import fcntl, json, os, re, shutil, subprocess, tempfile, threading
+import fcntl, json, os, re, shutil, subprocess, tempfile, threading, time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +19,15 @@ from ..registry.reference import plain_http
 
 # %% ../../../nbs/release/image/05_buildah.ipynb #30585231
 @contextmanager
-def _ended(process, seconds): # a child that cannot outlive its caller or its time limit
-    timer = threading.Timer(seconds, process.kill)
-    timer.start()
+def _ended(process, seconds, alive): # a child that cannot outlive its caller, its time limit, or what it waits for
+    over,end = threading.Event(),time.monotonic() + seconds
+    def _watch():
+        while not over.wait(max(0, min(2, end - time.monotonic()))):
+            if time.monotonic() >= end or not alive(): return process.kill()
+    threading.Thread(target=_watch, daemon=True).start()
     try: yield process
     finally:
-        timer.cancel()
+        over.set()
         if process.poll() is None: process.kill()
         process.wait()
 
@@ -35,12 +38,13 @@ def run_streamed(
     progress:Callable[[str], object]|None=None, # called with each line
     seconds:float=3600, # time limit
     keep:int|None=60, # lines to keep, None for all
+    alive:Callable[[], object]=lambda: True, # asked every few seconds whether what it waits for is there
 )->tuple[int, list[str]]: # exit code, and the last lines
     "Run a program to its end, handing on what it prints"
     last:deque[str] = deque(maxlen=keep)
     started = subprocess.Popen([str(c) for c in command], env={**os.environ, **env}, text=True, errors='replace',
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    with _ended(started, seconds) as process:
+    with _ended(started, seconds, alive) as process:
         for line in process.stdout:
             last.append(line.rstrip())
             if progress and line.strip(): progress(line.rstrip())

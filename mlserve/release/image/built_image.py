@@ -42,7 +42,7 @@ def save(
     if image.builder == 'buildah': return find_buildah(image.state).save(image.id, path)
     try:
         with open(path, 'wb') as f:
-            for chunk in engine().images.get(image.id).save(): f.write(chunk)
+            for chunk in engine(600).images.get(image.id).save(): f.write(chunk)
     except OSError as e: raise LocalResource(f'{path} cannot be written: {e.strerror}.') from None
     return Path(path)
 
@@ -168,7 +168,7 @@ def push(
     tool = find_buildah(image.state) if isinstance(image, BuiltImage) and image.builder == 'buildah' else None
     def send()->str:
         if tool: return tool.push(id, repository, own, progress)
-        return _push_docker(engine(remote_seconds()), id, repository, own, progress)
+        return _push_docker(engine(), id, repository, own, progress)
     try: digest = _repeated(send)
     except RemoteUnavailable as e:
         digest = '' if 'was silent' in e.message else _kept(repository, own, id, ca)
@@ -176,5 +176,5 @@ def push(
     reference = normalize(f'{repository}@{digest}', tag, epoch, ca)
     if tool: return reference
     with after(f'{reference} is pushed.'), remote(f'Pulling {reference}', _mend):
-        engine(remote_seconds()).images.pull(repository, tag=reference.partition('@')[2])
+        engine().images.pull(repository, tag=reference.partition('@')[2])
     return reference

@@ -83,14 +83,14 @@ def _told(client, host):
     client.api.send = _send
     return client
 def engine(
-    seconds:float=600, # time limit of a single answer
+    seconds:float|None=None, # how long it may be silent; `remote_seconds()` by default
 )->'docker.DockerClient': # of an engine that answers
     "A client of the engine, or a sentence that says there is none"
     import docker
     host = os.environ.get('DOCKER_HOST') or 'unix:///var/run/docker.sock'
     try:
         docker.from_env(timeout=5).ping()
-        return _told(docker.from_env(timeout=seconds), host)
+        return _told(docker.from_env(timeout=seconds or remote_seconds()), host)
     except Exception as e:
         raise LocalResource(f'No Docker Engine answers at {host}: {reason(e)}.', mend=start_engine) from None
 
@@ -132,7 +132,7 @@ def resolve_base(
     "The digest of a base image; one that has a digest is taken as it is"
     if '@sha256:' in base: return base
     if builder == 'buildah': return find_buildah(state).resolve(base)
-    client = engine(remote_seconds())
+    client = engine()
     with remote(f'Pulling the base {base}', _mend): image = client.images.pull(base)
     digest = _digest_for(base, image.attrs.get('RepoDigests') or [])
     if digest: return digest
@@ -150,7 +150,7 @@ def reach_base(
         find_buildah(state).resolve(base)
         return
     import docker
-    client,base = engine(remote_seconds()),resolve_base(base)
+    client,base = engine(),resolve_base(base)
     with remote(f'Pulling the base {base}', _mend):
         try: client.images.get(base)
         except docker.errors.ImageNotFound: client.images.pull(base)
@@ -175,7 +175,7 @@ def _ask_engine(ref): # what the question's program prints inside a base
     client = engine()
     with remote(f'Pulling the base {ref}', mend='Check its name and the network.'):
         try: client.images.get(ref)
-        except docker.errors.ImageNotFound: engine(remote_seconds()).images.pull(ref)
+        except docker.errors.ImageNotFound: client.images.pull(ref)
         box = client.containers.create(ref, ['-c', _question], entrypoint='python3', network_mode='none',
             labels={OWNER: owner_of()})
     try:
@@ -219,12 +219,22 @@ def build_failure(
     return LocalResource(f'The build failed: {line}', mend='The lines above it say which step.')
 
 # %% ../../../nbs/release/image/06_engine.ipynb #85852f56
+def _pulse(): # of the engine, within the budget
+    import docker
+    try: return docker.from_env(timeout=remote_seconds()).ping()
+    except Exception: return False
 def run_build(
     builder:Builder, # the client
     args:Sequence[str|Path], # arguments after `docker build`
     progress:Callable[[str], object]|None=None, # called with each line
     seconds:float=3600, # time limit
 )->None:
-    "Run a build to its end, handing on what it prints"
-    code,lines = run_streamed([builder.command, 'build', *args], builder.env, progress, seconds)
+    "Run a build to its end, or that of the engine, handing on what it prints"
+    pulse: list[object] = []
+    def _alive()->object:
+        pulse.append(_pulse())
+        return pulse[-1]
+    code,lines = run_streamed([builder.command, 'build', *args], builder.env, progress, seconds, alive=_alive)
+    if code and pulse and not pulse[-1]:
+        raise LocalResource('The Docker Engine went away while it built.', mend=start_engine)
     if code: raise build_failure(lines)

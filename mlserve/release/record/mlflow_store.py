@@ -91,7 +91,7 @@ def _elsewhere(status, text, uri):
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b29a2
 _local = 'disk is full','disk I/O error','readonly database'
-_again = 'The same command goes on when it answers again.'
+_again,_room = 'The same command goes on when it answers again.','See that its artifact store has room, and can be written.'
 _outages = (('too many 5', 'answered 500'), ('timed out', 'did not answer in time'),
     ('locked', 'is locked by another process'), ('onnection', 'broke the connection'))
 def outage(
@@ -153,6 +153,7 @@ def _told(method, uri):
                 with asking(uri): return method(*args, **kw)
             except RemoteUnavailable as e:
                 last = not wait or time.monotonic() + wait > end
+                if e.mend == _again and last and 'artifact' in method.__name__: e.mend = f'{_room} {_again}'
                 if last or e.mend != _again or method.__name__ == _once: raise
             time.sleep(wait)
     return _ask

@@ -20,7 +20,6 @@ from .rollout import Running
 from ..start.with_compose import Starter, WithCompose, find_compose
 from ..start.with_swarm import SERVICE, end_service, find_swarm
 from ...image.engine import engine, remote, start_engine
-from ....settings import remote_seconds
 if TYPE_CHECKING:
     from docker import DockerClient
     from docker.models.containers import Container
@@ -120,7 +119,7 @@ def pull(self:Engine,
     import docker
     image,who = deployment.image,f'{deployment.model} version {deployment.version}'
     with remote(f'Pulling {image}', 'See that the registry runs, and repeat.'):
-        try: pulled = engine(remote_seconds()).images.pull(image)
+        try: pulled = self.client.images.pull(image)
         except docker.errors.NotFound:
             raise IntegrityError(f'The registry does not have the image of {who} any more: {image}.',
                 mend='Deploy another version, or release it again.') from None
