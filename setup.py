@@ -23,7 +23,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["mlserve", "mlserve.*"]) + ["mlserve.pipelines"],
     package_dir={"mlserve.pipelines": "nbs/pipelines"},  # the pipeline notebooks travel in the wheel
-    package_data={"mlserve": ["py.typed"], "mlserve.pipelines": ["*.ipynb"]},
+    package_data={"mlserve": ["py.typed", "serving/docs/page.html"], "mlserve.pipelines": ["*.ipynb"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
         "serving": wings["serving"],

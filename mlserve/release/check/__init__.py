@@ -28,6 +28,7 @@ from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
 from ..record import Pair, failed_in_production, fetch_holdout, fetch_package, mark
 from ..spec import checked_device
+from ...settings import remote_seconds
 if TYPE_CHECKING:
     import numpy as np
     from docker.models.containers import Container

@@ -86,12 +86,13 @@ def credentials(
 def remote_options(
     env:Mapping[str, str], # of this process
     port:int, # free, on loopback
+    seconds:float, # for the delivery; then it is the store that failed
 )->dict[str, Any]: # more arguments for `run`
     "What a container needs to read its package at the start"
     from docker.types import Mount
     given = credentials(env)
     files = {value: {'bind': value, 'mode': 'ro'} for value in given.values() if os.path.isfile(value)}
-    own = {'MLSERVE_HOST': '127.0.0.1', 'MLSERVE_PORT': str(port)}
+    own = {'MLSERVE_HOST': '127.0.0.1', 'MLSERVE_PORT': str(port), 'MLSERVE_FETCH_SECONDS': f'{seconds:g}'}
     return {'environment': given | own, 'network_mode': 'host', 'network': None, 'ports': None, 'volumes': files,
         'mounts': [Mount('/var/cache/mlserve', None, type='volume')]}
 

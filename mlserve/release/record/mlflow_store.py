@@ -91,7 +91,8 @@ def _elsewhere(status, text, uri):
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b29a2
 _local = 'disk is full','disk I/O error','readonly database'
-_again,_room = 'The same command goes on when it answers again.','See that its artifact store has room, and can be written.'
+_again = 'The same command goes on when it answers again.'
+_room = 'See that its artifact store has room, and can be written.'
 _outages = (('too many 5', 'answered 500'), ('timed out', 'did not answer in time'),
     ('locked', 'is locked by another process'), ('onnection', 'broke the connection'))
 def outage(

@@ -8,6 +8,7 @@ __all__ = ['EXTENSIONS', 'reply', 'refuse', 'Around', 'create_app', 'create_metr
 # %% ../../../nbs/serving/http/08_app.ipynb #fecfe3f3
 import asyncio, json
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any
 from fastapi import FastAPI, Request, Response
@@ -26,8 +27,10 @@ from ..state import PROBES, Lifecycle, TypedCall, card, health, readiness, servi
 from ..observability.metrics import Numbers
 from .exchange import Answer, refusal
 from .inference import ROUTES, Inference, own_route
-from .intake import Route
-from .protocols import described, with_own_types
+from .intake import FORM, Route
+from .protocols import example_of
+from ..docs.openapi import described, tag_of, with_model, with_own_types
+from ..docs.page import PAGE, POLICY, prefers_html
 from ..observability.prometheus import exposition, statistics
 from ...settings import Settings
 
@@ -94,15 +97,19 @@ def counted(self:Around, scope:Scope, status:int)->None:
     if 400 <= status < 500: log_refused(path, status, scope['mlserve.id'], error)
 
 # %% ../../../nbs/serving/http/08_app.ipynb #9b5cf526
+def _paged()->Response:
+    "The page for people"
+    return Response(PAGE, media_type='text/html', headers={'content-security-policy': POLICY})
 def _platform_routes(app:FastAPI, life:Lifecycle, settings:Settings)->None:
     "Alive, ready, what is it"
     def add(path:bytes, probe:Any)->None:
         async def ask()->Response: return reply(probe(life))
         app.get(path.decode(), tags=['platform'], summary=probe.__doc__)(ask)
     for path,probe in PROBES.items(): add(path, probe)
-    if not settings.ui:
-        @app.get('/', tags=['operator'], summary='Who answers')
-        async def root()->Response: return reply(card(life, settings))
+    @app.get('/', tags=['operator'], summary='Who answers; a page, where a browser asks and `MLSERVE_UI` is on')
+    async def root(request:Request)->Response:
+        page = settings.ui and prefers_html(request.headers.get('accept', ''))
+        return _paged() if page else reply(card(life, settings))
     @app.get('/health', tags=['operator'], summary='What is served, on which device, and since when')
     async def about()->Response: return reply(health(life, settings))
     @app.get('/version', tags=['operator'], summary='The version of mlserve')
@@ -203,11 +210,13 @@ async def _ask(inference:TypedCall, route:Route, request:Request)->Response:
 def _inference_routes(app:FastAPI, life:Lifecycle, settings:Settings, inference:TypedCall)->None:
     "Every way to ask for a prediction"
     def add(route:Route)->None:
+        media = [kind.decode() for kind in route.media if kind != FORM]
+        about,tag = described(route.pattern, media, route.encode.__doc__),tag_of(route.pattern)
         async def predict(request:Request)->Response:
             given = request.path_params
             if 'name' in given: the_package(life, settings, given['name'], given.get('version'))
             return await _ask(inference, route, request)
-        app.post(route.pattern, name=route.pattern, tags=['predictions'], openapi_extra=described(route))(predict)
+        app.post(route.pattern, name=route.pattern, tags=[tag], openapi_extra=about)(predict)
     for route in ROUTES: add(route)
     @app.post('/handle', tags=['predictions'], summary="Predictions in the model's own types")
     async def handle(request:Request)->Response:
@@ -216,12 +225,18 @@ def _inference_routes(app:FastAPI, life:Lifecycle, settings:Settings, inference:
         return await _ask(inference, own, request)
 
 # %% ../../../nbs/serving/http/08_app.ipynb #91b29e73
-def _describe_own(app:FastAPI, life:Lifecycle)->None:
-    "Add the types of the model's own steps to OpenAPI"
-    plain = app.openapi
+def _describe_model(app:FastAPI, life:Lifecycle, settings:Settings)->None:
+    "Add the types and examples of the model to OpenAPI, once it is loaded"
+    plain,known = app.openapi,[]
     def openapi()->dict[str, Any]:
-        handler: Any = getattr(life.model, 'handler', None)
-        return plain() if own_route(life.model) is None else with_own_types(plain(), handler.openapi())
+        package,version,handler = life.package,settings.model_version,getattr(life.model, 'handler', None)
+        if known or package is None or life.model is None or not life.rows: return known[0] if known else plain()
+        made = {route.pattern: example_of(route, life.rows, package, version) for route in ROUTES}
+        examples = {path: bodies for path,bodies in made.items() if bodies}
+        api = with_model(deepcopy(plain()), examples, package, version)
+        if own_route(life.model) is not None: api = with_own_types(api, handler.openapi()) # type: ignore[union-attr]
+        known.append(api)
+        return api
     app.openapi = openapi # type: ignore[method-assign] # as FastAPI's documentation has it
 
 # %% ../../../nbs/serving/http/08_app.ipynb #8c25147b
@@ -239,24 +254,6 @@ def _error_handlers(app:FastAPI)->None:
     async def invalid(request:Request, e:RequestValidationError)->Response:
         return refuse(InvalidInput('The parameters of this request are not those of the route.'))
 
-# %% ../../../nbs/serving/http/08_app.ipynb #40767d74
-_page = '''<!doctype html><html lang="en"><meta charset="utf-8"><title>mlserve</title>
-<style>body{font:16px/1.5 system-ui;max-width:50em;margin:2em auto;padding:0 1em}
-pre,textarea{width:100%;box-sizing:border-box;background:#8881;padding:.6em;white-space:pre-wrap}
-summary{cursor:pointer;font-family:monospace}b{display:inline-block;width:4em}</style>
-<h1>mlserve</h1><p>What this server answers. <a href="openapi.json">openapi.json</a></p><div id="all"></div><script>
-const all=document.getElementById("all"),el=(n,t="")=>{const e=document.createElement(n);e.textContent=t;return e};
-fetch("openapi.json").then(r=>r.json()).then(o=>{for(const[p,ops]of Object.entries(o.paths))
-for(const m of Object.keys(ops)){
-const d=el("details"),s=el("summary"),url=el("textarea",p),go=el("button","send"),out=el("pre");
-const body=el("textarea",m=="post"?'{"inputs": []}':"");
-url.rows=1;s.append(el("b",m.toUpperCase()),p);d.append(s,url);if(m=="post")d.append(body);d.append(go,out);
-const sent=()=>m=="post"?{body:body.value,headers:{"content-type":"application/json"}}:{};
-go.onclick=async()=>{const r=await fetch(url.value,{method:m.toUpperCase(),...sent()});
-out.textContent=r.status+"\\n"+await r.text()};all.append(d)}})</script></html>'''
-_policy = {'content-security-policy': "default-src 'self' 'unsafe-inline'"}
-async def _docs()->Response: return Response(_page, media_type='text/html', headers=_policy)
-
 # %% ../../../nbs/serving/http/08_app.ipynb #f21a4415
 def create_app(
     life:Lifecycle, # filled by the server while it starts
@@ -273,8 +270,10 @@ def create_app(
     for add in (_server_routes, _model_routes): add(app, life, settings, numbers)
     for add_plain in (_index_route, _v1_routes): add_plain(app, life, settings)
     _inference_routes(app, life, settings, inference)
-    _describe_own(app, life)
-    for path in ('/', '/docs') if settings.ui else (): app.get(path, include_in_schema=False)(_docs)
+    _describe_model(app, life, settings)
+    if settings.ui:
+        @app.get('/docs', include_in_schema=False)
+        async def docs()->Response: return _paged()
     numbers.add_routes(getattr(route, 'path') for route in app.routes)
     _error_handlers(app)
     app.add_middleware(Around, life=life, numbers=numbers)

@@ -18,9 +18,9 @@ from ..batching.execution import shape_key
 from ..observability.logging import Sparingly, log, log_refused, trace
 from ..observability.metrics import Numbers
 from .exchange import Answer, refusal
-from .intake import BINARY, CSV, JSON, LINES, NEAR, SLOW
+from .intake import BINARY, CSV, FORM, JSON, LINES, NEAR, SLOW
 from .intake import Body, Headers, Intake, Route, check_media, compressed
-from .protocols import FORM, Written
+from .protocols import Written
 from ...tensors import Arrays
 from .protocols import read_infer, read_instances, read_invocations, read_plain
 from .protocols import write_infer, write_instances, write_invocations, write_plain

@@ -16,6 +16,7 @@ from typing import Protocol
 from ...patch import patch
 from ...errors import InvalidInput, LocalResource, MlserveError, NotFound, TooLarge, Unavailable
 from ..observability.logging import request_id
+from ..docs.page import prefers_html
 from .budget import ByteBudget
 from .exchange import Exchange
 from .intake import Headers, More, Route, is_text
@@ -164,7 +165,8 @@ class Token:
     "The token that a client must bring"
     def __init__(self,
         path:str|Path, # `MLSERVE_TOKEN_FILE`
-    ): self.path,self.digest = path,_digest(path)
+        page:bool=False, # whether there is a page for people
+    ): self.path,self.digest,self.page = path,_digest(path),page
     def check(self,
         h:Headers, # of the request
         path:bytes, # the path asked for
@@ -173,6 +175,8 @@ class Token:
         scheme,_,given = h.get(b'authorization', b'').partition(b' ')
         right = hmac.compare_digest(self.digest, sha256(given.strip()).digest())
         if right and scheme.lower() == b'bearer' or path in PROBES: return
+        browser = path in (b'/', b'/docs') and prefers_html(h.get(b'accept', b'').decode('latin-1'))
+        if self.page and browser: return
         raise HeadRefused(401, 'A bearer token is needed.', ((b'www-authenticate', b'Bearer'),))
 
 # %% ../../../nbs/serving/http/03_request_head.ipynb #3b050434

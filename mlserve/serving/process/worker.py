@@ -148,7 +148,7 @@ def _listeners(settings:Settings, life:Lifecycle, sockets:Sequence[socket], boar
     inference = life.inference = Inference(life, settings, numbers, open_spans(os.environ, _service(settings)), helper)
     makers = [create_app, *([create_metrics_app] * (len(sockets) - 1))]
     apps = [Later(partial(make, life, settings, numbers)) for make in makers]
-    token = Token(settings.token_file) if settings.token_file else None
+    token = Token(settings.token_file, settings.ui) if settings.token_file else None
     main = Listener(apps[0], life, numbers, limits_of(settings), token, inference.intake.budget)
     main.inference = inference
     more = [Listener(app, life, numbers, limits_of(settings)) for app in apps[1:]]
