@@ -98,7 +98,8 @@ def _options(pair, package, device, delivery, limits):
     size = sum(file.stat().st_size for file in package.path.iterdir())
     limits = limits.room_for(size, device != 'cpu' and 'tensorrt' in package.providers)
     own = container_options(pair, device, package.path if delivery == 'volume' else None, limits)
-    remote = remote_options(os.environ, _free_port()) if delivery in ('store','registry') else {}
+    fetch = min(remote_seconds() + size / 1e7, .9 * limits.ready_seconds) # the budget, and at least 10 MB a second
+    remote = remote_options(os.environ, _free_port(), fetch) if delivery in ('store','registry') else {}
     return merge_options(own, gpu_options(device), remote)
 
 # %% ../../../nbs/release/check/04_check.ipynb #155f5c81

@@ -338,8 +338,31 @@ def test_openapi_is_valid_and_complete(http):
     validate(document.json())
     assert {"/predict", "/v2/models/{name}/infer", "/invocations", "/v1/models/{name}:predict"} <= set(document.json()["paths"])
     for path in ("/", "/docs"):
-        page = http.get(path)
-        assert page.status_code == 200 and "//cdn" not in page.text
+        page = http.get(path, headers={"accept": "text/html,*/*;q=0.8"})
+        assert page.status_code == 200 and page.text.startswith("<!doctype html>") and "default-src 'none'" in page.headers["content-security-policy"]
+    assert http.get("/").json()["name"] == "double"  # a program's Accept is anything
+
+
+def test_every_example_of_openapi_is_answered_as_it_says(http):
+    document = http.get("/openapi.json")
+    if document.status_code == 404:
+        return failed(http.get("/"), 404)
+    import jsonschema
+    asked = 0
+    for path, ways in document.json()["paths"].items():
+        post = ways.get("post", {})
+        body = post.get("requestBody", {}).get("content", {}).get("application/json", {})
+        if "example" in body:
+            given = {p["name"]: p["example"] for p in post["parameters"] if p["in"] == "path"}
+            got, told = http.post(path.format(**given), json=body["example"]), post["responses"]["200"]["content"]["application/json"]
+            assert got.status_code == 200 and got.json() == told["example"], path
+            jsonschema.validate(body["example"], body["schema"])
+            jsonschema.validate(got.json(), told["schema"])
+            wrong = {key: [["no number"]] for key in body["example"]}
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(wrong, body["schema"])
+            asked += 1
+    assert asked >= 8
 
 
 def test_every_path_that_is_asked_by_get_is_asked_by_head(http):
