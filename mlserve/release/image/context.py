@@ -45,7 +45,7 @@ def stage_code(
     folder:Path, # the context's `code`
     source:str|Path|None=None, # the installed mlserve package
 )->None:
-    "The modules a serving image needs, and nothing else"
+    "The modules a serving image needs, its page, and nothing else"
     home = Path(source or Path(errors.__file__).parent).resolve()
     reached,todo = set(),[home / '__init__.py', *(home / 'serving').rglob('*.py')]
     while todo:
@@ -54,7 +54,7 @@ def stage_code(
         reached.add(file)
         todo += [p / '__init__.py' for p in file.parents if p.is_relative_to(home)]
         todo += _imported(file, home)
-    for f in reached:
+    for f in (*reached, *(home / 'serving').rglob('*.html')):
         to = folder / 'mlserve' / f.relative_to(home)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(f, to)
