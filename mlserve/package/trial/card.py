@@ -28,9 +28,11 @@ class Described(Contract, Protocol):
 # %% ../../../nbs/package/trial/01_card.ipynb #9253efdc
 def spec_text(
     spec:TensorSpec, # of an input or an output
-)->str: # such as `image FP32 [n, 1, 8, 8]`
+)->str: # such as `image FP32 [n, 1, 8, 8]`, or `ids INT64 [n, length 1–512]`
     "Name, type and shape of a tensor"
-    return f"{spec.name} {spec.datatype} [{', '.join('n' if size < 0 else str(size) for size in spec.shape)}]"
+    free = spec.free or {}
+    sizes = [str(free.get(axis, 'n' if size < 0 else size)) for axis,size in enumerate(spec.shape)]
+    return f"{spec.name} {spec.datatype} [{', '.join(sizes)}]"
 def folder_text(
     path:Path, # a folder
 )->str: # as short as it can be written here

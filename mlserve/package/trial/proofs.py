@@ -7,7 +7,7 @@ __all__ = ['Proof', 'Proofs', 'Proven', 'prove']
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #a35cf508
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from ...errors import CheckFailed, MlserveError
@@ -18,7 +18,7 @@ from ..programs.torch_program import Program
 from .agreement import Agreement, Terms, model_answers, row_arrays
 from .card import Described
 from .markup import badge, columns, size_text, table
-from ...tensors import Arrays, count_rows
+from ...tensors import Arrays, count_rows, sizes_of
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #54502158
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _held_back(package:Proven, program:Program, example:int)->str|None:
     return _near(groups['outputs'], got, package)
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #56196731
-def _trials(package:Proven, load:Callable[[],Program], recorded:tuple[Arrays,Arrays])->list[Proof]:
+def _trials(package:Proven, load:Callable[[],Program], recorded:Sequence[tuple[Arrays,Arrays]])->list[Proof]:
     "Each trial of a program that held, and the one that did not"
     proofs: list[Proof] = []
     begin = [time.perf_counter()]
@@ -86,7 +86,7 @@ def _trials(package:Proven, load:Callable[[],Program], recorded:tuple[Arrays,Arr
         now = time.perf_counter()
         proofs.append(Proof(name, True, 'the same answers', now - begin[0]))
         begin[0] = now
-    inputs,expected = recorded
+    inputs,expected = recorded[0]
     try: prove_program(load(), load(), inputs, list(expected), expected, package.tolerance, package.batch,
         bool(package.nonfinite), lambda: [load(), load()], held)
     except MlserveError as e:
@@ -98,12 +98,12 @@ def _trials(package:Proven, load:Callable[[],Program], recorded:tuple[Arrays,Arr
 def prove(
     package:Proven, # on disk
     load:Callable[[],Program], # loads its program
-    recorded:tuple[Arrays,Arrays], # its golden rows
+    recorded:Sequence[tuple[Arrays,Arrays]], # its golden rows, at each size
     model:Any=None, # the live model, where it is at hand
     inputs:Any=None, # rows that both are asked
 )->Proofs: # in the order in which they were made
     "Every proof of saving, again"
-    program,(given,expected) = load(),recorded
+    program,((given, expected),*others) = load(),recorded
     names = list(expected)
     def own(arrays:Arrays)->Arrays:
         rows = 32 if package.batch else count_rows(arrays)
@@ -115,6 +115,10 @@ def prove(
         _taken('golden rows', lambda: _near(expected, own(given), package)),
         _taken('held-back rows', lambda: _held_back(package, program, count_rows(given))),
         *_trials(package, load, recorded)]
+    for arrays,answered in others:
+        sizes = ', '.join(f'{name} {n}' for name,n in sizes_of(arrays, package.inputs).items())
+        def found()->str: return _near(answered, own(arrays), package)
+        proofs.append(_taken(f'golden rows, {sizes}', found))
     if model is not None and not hasattr(inputs, 'iloc'):
         proofs.append(_taken('the live model, golden rows', lambda: asked(given)))
     if model is not None and inputs is not None:

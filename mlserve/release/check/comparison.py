@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import CheckFailed, MlserveError
-from ...package import Package, call_rows, golden
+from ...package import Package, call_rows, golden_pairs
 from ...package.evaluation import Reading, baseline, measure
 from ...tensors import compare
 if TYPE_CHECKING: import numpy as np
@@ -119,10 +119,12 @@ def compare_server(
     kind,name = device_of(health)
     if kind != device.partition(':')[0]:
         raise CheckFailed(f'The container answers on {kind or "an unknown device"!r}; {device!r} was asked for.')
-    inputs,expected = golden(package)
+    (inputs, expected),*others = golden_pairs(package)
     rows,nan = call_rows(package),bool(package.nonfinite)
     placement = placed_on_gpu(health) if kind == 'cuda' else {}
     same = require_close('golden', expected, replay(client, inputs, rows, 'golden'), package.tolerance, nan)
+    for given,answered in others:
+        require_close('golden', answered, replay(client, given, rows, 'golden'), package.tolerance, nan)
     fields: dict[str, Any] = {'device': kind, 'device_name': name, 'placement': placement, 'golden': same}
     if holdout:
         expected,labels = holdout['outputs'],holdout['labels']['labels']

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 from ...errors import GpuRefused, LocalResource, MlserveError, UsageError
-from ...package import Package, golden
+from ...package import Package, golden, padding_of
 from ...package.arrays import tile
 from ...settings import Settings
 from ...tensors import dtype_of
@@ -68,7 +68,7 @@ def _batcher(life:Lifecycle, model:'Model', report:WarmupReport, settings:Settin
     expected = {s.name: dtype_of(s.datatype) for s in package.outputs}
     return Batcher(model.forward, chosen.max_batch, settings.max_delay_ms, settings.queue, threads, serial=not cpu,
         inline=inline, expected=expected, prepare=prepare, free_memory=free_memory,
-        computes=partial(computes, life.probe), joined=package.batch)
+        computes=partial(computes, life.probe), joined=package.batch, padding=padding_of(package))
 
 # %% ../../../nbs/serving/process/06_loading.ipynb #87d4ad0c
 def load(
