@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDEST', 'PROVIDERS', 'mlmodel', 'example_files', 'is_name', 'check_model_name', 'check_tolerance', 'parse_mlmodel',
-           'check_types', 'check_ways', 'check_outputs', 'check_providers', 'check_dynamic', 'default_tolerance',
-           'check_width']
+           'check_types', 'check_ways', 'check_outputs', 'check_providers', 'check_dynamic', 'plain_arguments',
+           'default_tolerance', 'check_width']
 
 # %% ../../nbs/package/08_mlmodel.ipynb #92cdce67
 import json, os, platform, re
@@ -168,7 +168,8 @@ def check_types(
     table = type(inputs).__name__ in ('DataFrame','Series') # pandas is not imported for that
     if isinstance(inputs, (list, tuple)) and len(inputs) == 2 and all(inputs): given['inputs'],_ = inputs # at two sizes
     allowed:dict[str,tuple[Any,str]] = {'name': (str, 'text'), 'path': ((str, os.PathLike), 'a path'),
-        'inputs': (Mapping, 'a dictionary of example tensors by name, or two of them,'), 'outputs': ((list, tuple), 'a list of names'),
+        'inputs': (Mapping, 'a dictionary of example tensors by name, or two of them,'),
+        'outputs': ((list, tuple), 'a list of names'),
         'tolerance': ((dict, type(None)), 'a dictionary of rtol and atol'), 'files': ((list, tuple), 'a list of paths'),
         'arguments': ((dict, type(None)), 'a dictionary')}
     for what,value in given.items():
@@ -229,10 +230,19 @@ def check_dynamic(
     varies = dynamic is not None or isinstance(inputs, (list, tuple))
     if padding is not None and not varies:
         raise UsageError('padding is given, and no size varies.', mend='Name it in dynamic, or give two examples.')
-    if padding is not None and not batch: raise UsageError('padding is given with batch=False; it is for rows of one batch.')
+    if padding is not None and not batch:
+        raise UsageError('padding is given with batch=False; it is for rows of one batch.')
     if varies and 'tensorrt' in providers:
         raise UsageError("Sizes vary with providers=('tensorrt', 'cuda'), which builds its engine for one size.",
             mend="Save with providers=('cuda',).")
+
+# %% ../../nbs/package/08_mlmodel.ipynb #91e0d95e
+def plain_arguments(
+    arguments:dict[str,Any], # of a module's class
+)->dict[str,Any]: # as `MLmodel` holds them
+    "The arguments of a class, if JSON can carry them"
+    try: return json.loads(json.dumps(arguments))
+    except (TypeError, ValueError) as e: raise UsageError(f'arguments cannot be written as JSON: {e}.') from e
 
 # %% ../../nbs/package/08_mlmodel.ipynb #1485ad58
 _tolerances = {'FP16': (1e-2, 1e-3), 'FP32': (1e-4, 1e-5), 'FP64': (1e-7, 1e-9)}

@@ -52,7 +52,8 @@ def _graph(module:'torch.nn.Module', arrays:dict[str,np.ndarray], names:list[str
             return tuple(named(self.model(*tensors), names).values())
     batch = torch.export.Dim('batch')
     free = {s.name: s.free or {} for s in inputs}
-    known = {size.name: torch.export.Dim(size.name, max=size.most) for sizes in free.values() for size in sizes.values()}
+    sizes = [size for places in free.values() for size in places.values()]
+    known = {size.name: torch.export.Dim(size.name, max=size.most) for size in sizes}
     shapes = ({0: batch} | {axis: known[size.name] for axis,size in free.get(name, {}).items()} for name in arrays)
     given = at_sizes(arrays, inputs, {name: max(2, n) for name,n in sizes_of(arrays, inputs).items()})
     try:
@@ -60,9 +61,9 @@ def _graph(module:'torch.nn.Module', arrays:dict[str,np.ndarray], names:list[str
             program = torch.export.export(Ordered().eval(), _example(given), dynamic_shapes=(tuple(shapes),))
     except torch._dynamo.exc.UserError as e:
         if not known or 'specialized' not in str(e) and 'violated' not in str(e): raise
-        raise Refused(f"The model cannot be exported with {' and '.join(known)} that vary: torch.export finds them fixed "
-            'by its code. Nothing was saved.', mend="Give format='torchscript', or mend the line that fixes them: "
-            f"{str(e).strip().splitlines()[0][:200]}") from e
+        why = str(e).strip().splitlines()[0][:200]
+        raise Refused(f"torch.export finds {' and '.join(known)} fixed by the model's code: {why} Nothing was saved.",
+            mend="Give format='torchscript', or mend the line that fixes it.") from e
     for node in program.graph.nodes: node.meta.pop('stack_trace', None)
     return program
 

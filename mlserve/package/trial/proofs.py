@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from ...errors import CheckFailed, MlserveError
 from ..export.invariance import prove_program
+from ..export.size_proofs import sizes_text
 from ..holdout import answers, beside, read_holdout
 from ..lock import parse_lock, read_small, verify_lock
 from ..programs.torch_program import Program
 from .agreement import Agreement, Terms, model_answers, row_arrays
 from .card import Described
 from .markup import badge, columns, size_text, table
-from ...tensors import Arrays, count_rows, sizes_of
+from ...tensors import Arrays, count_rows
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #54502158
 @dataclass(frozen=True)
@@ -115,10 +116,9 @@ def prove(
         _taken('golden rows', lambda: _near(expected, own(given), package)),
         _taken('held-back rows', lambda: _held_back(package, program, count_rows(given))),
         *_trials(package, load, recorded)]
-    for arrays,answered in others:
-        sizes = ', '.join(f'{name} {n}' for name,n in sizes_of(arrays, package.inputs).items())
-        def found()->str: return _near(answered, own(arrays), package)
-        proofs.append(_taken(f'golden rows, {sizes}', found))
+    for rows,answered in others:
+        at = sizes_text(rows, package.inputs)
+        proofs.append(_taken(f'golden rows, {at}', lambda: _near(answered, own(rows), package)))
     if model is not None and not hasattr(inputs, 'iloc'):
         proofs.append(_taken('the live model, golden rows', lambda: asked(given)))
     if model is not None and inputs is not None:
