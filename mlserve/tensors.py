@@ -81,6 +81,10 @@ class TensorSpec:
         known:dict[str, Any] = {'name': self.name, 'datatype': self.datatype, 'shape': list(self.shape)}
         if self.free: known['free'] = {str(axis): asdict(size) for axis,size in self.free.items()}
         return known if self.optional is None else known | {'optional': self.optional}
+    def __str__(self)->str:
+        free = self.free or {}
+        sizes = [str(free.get(axis, 'n' if n < 0 else n)) for axis,n in enumerate(self.shape)]
+        return f"{self.name} {self.datatype} [{', '.join(sizes)}]"
     @classmethod
     def from_dict(cls,
         d:Mapping[str, Any], # as `to_dict` makes it

@@ -139,7 +139,7 @@ def test_a_served_text_says_its_sizes_and_refuses_what_is_longer(packages, tmp_p
     server = packages["onnx"].serve()
     try:
         meta = httpx.get(f"{server.url}/v2/models/text").json()
-        assert meta["inputs"][0]["shape"] == [-1, -1] and meta["inputs"][0]["parameters"] == {"free": {"1": "length 1–48"}}
+        assert meta["inputs"][0]["shape"] == [-1, -1] and meta["inputs"][0]["parameters"] == {"sizes": "length 1–48"}
         for length in (2, 17):
             given = texts(2, length, length)
             answer = httpx.post(f"{server.url}/predict", json={"inputs": {n: a.tolist() for n, a in given.items()}}).json()["outputs"]

@@ -53,17 +53,18 @@ def _graph(module:'torch.nn.Module', arrays:dict[str,np.ndarray], names:list[str
     batch = torch.export.Dim('batch')
     free = {s.name: s.free or {} for s in inputs}
     sizes = [size for places in free.values() for size in places.values()]
-    known = {size.name: torch.export.Dim(size.name, max=size.most) for size in sizes}
+    known = {s.name: torch.export.Dim(s.name, min=s.least if s.least > 2 else None, max=s.most) for s in sizes}
     shapes = ({0: batch} | {axis: known[size.name] for axis,size in free.get(name, {}).items()} for name in arrays)
     given = at_sizes(arrays, inputs, {name: max(2, n) for name,n in sizes_of(arrays, inputs).items()})
     try:
         with torch.no_grad():
             program = torch.export.export(Ordered().eval(), _example(given), dynamic_shapes=(tuple(shapes),))
     except torch._dynamo.exc.UserError as e:
-        if not known or 'specialized' not in str(e) and 'violated' not in str(e): raise
-        why = str(e).strip().splitlines()[0][:200]
-        raise Refused(f"torch.export finds {' and '.join(known)} fixed by the model's code: {why} Nothing was saved.",
-            mend="Give format='torchscript', or mend the line that fixes it.") from e
+        lines = [line.strip(' -').partition('. ')[0] for line in str(e).splitlines()]
+        why = next((line for line in lines if any(name in line for name in known) and 'export(' not in line), '')
+        if not why: raise
+        raise Refused(f"torch.export finds {' and '.join(known)} fixed by the model's code: {why[:200]}. "
+            'Nothing was saved.', mend="Give format='torchscript', or mend the line that fixes it.") from e
     for node in program.graph.nodes: node.meta.pop('stack_trace', None)
     return program
 

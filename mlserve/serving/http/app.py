@@ -27,7 +27,7 @@ from ..observability.metrics import Numbers
 from .exchange import Answer, refusal
 from .inference import ROUTES, Inference, own_route
 from .intake import Route
-from .protocols import described, with_own_types
+from .protocols import described, with_own_types, with_tensors
 from ..observability.prometheus import exposition, statistics
 from ...settings import Settings
 
@@ -217,11 +217,11 @@ def _inference_routes(app:FastAPI, life:Lifecycle, settings:Settings, inference:
 
 # %% ../../../nbs/serving/http/08_app.ipynb #91b29e73
 def _describe_own(app:FastAPI, life:Lifecycle)->None:
-    "Add the types of the model's own steps to OpenAPI"
+    "Add the model's tensors, and the types of its own steps, to OpenAPI"
     plain = app.openapi
     def openapi()->dict[str, Any]:
-        handler: Any = getattr(life.model, 'handler', None)
-        return plain() if own_route(life.model) is None else with_own_types(plain(), handler.openapi())
+        api,handler = with_tensors(plain(), life.package),getattr(life.model, 'handler', None)
+        return api if own_route(life.model) is None else with_own_types(api, handler.openapi())
     app.openapi = openapi # type: ignore[method-assign] # as FastAPI's documentation has it
 
 # %% ../../../nbs/serving/http/08_app.ipynb #8c25147b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Written', 'FORM', 'read_plain', 'write_plain', 'read_instances', 'write_instances', 'read_infer', 'write_infer',
-           'read_invocations', 'write_invocations', 'described', 'with_own_types']
+           'read_invocations', 'write_invocations', 'described', 'with_own_types', 'with_tensors']
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #10c31aed
 from typing import TYPE_CHECKING, Any
@@ -97,4 +97,15 @@ def with_own_types(
     asked,given = ({'application/json': {'schema': types[side]}} for side in ('request', 'response'))
     post['requestBody'] = {'required': True, 'content': asked}
     post['responses']['200'] = {'description': "The answer of the model's own steps", 'content': given}
+    return api
+
+# %% ../../../nbs/serving/http/04_protocols.ipynb #e6bb30f6
+def with_tensors(
+    api:dict[str, Any], # the whole document
+    package:'Package|None', # that is served, if it is loaded
+)->dict[str, Any]: # the document, changed
+    "Say in OpenAPI what the model takes and gives"
+    if package is None: return api
+    takes,gives = (', '.join(map(str, specs)) for specs in (package.inputs, package.outputs))
+    api['info']['description'] = f'The model {package.name}: {takes} → {gives}.'
     return api
