@@ -8,7 +8,9 @@ from test_invariance import load_here, submitted
 from torch import nn
 
 from mlserve.errors import CheckFailed, InvalidInput, Refused, UsageError
+from mlserve.package.holdout import beside, read_holdout
 from mlserve.package import golden_pairs, load_package, load_program, save_package
+from mlserve.release.check.comparison import compare_server
 from mlserve.wire.predict import decode_predict
 from mlserve.wire.v2 import decode_infer
 
@@ -179,3 +181,31 @@ def test_a_package_stays_what_it_was_and_proves_itself(packages):
 def test_sizes_that_cannot_be_meant_are_refused(more, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         saved(tmp_path, **more)
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    "A package with held-back rows of unequal lengths, and the rows"
+    rows = [texts(1, length, length) for length in (3, 9, 3, 48, 20, 9)]
+    return saved(tmp_path_factory.mktemp("held"), holdout=(rows, np.arange(6) % 2)), rows
+
+
+def test_A1_held_back_rows_of_unequal_lengths_are_answered_each_at_its_own(held):
+    package, rows = held
+    groups, _ = read_holdout(beside(package.path), package.digest)
+    assert groups["inputs"]["ids"].shape == (6, 48) and groups["sizes"]["length"].tolist() == [3, 9, 3, 48, 20, 9]
+    for i, given in enumerate(rows):
+        label, each = Encoder().eval()(*map(torch.from_numpy, given.values()))
+        assert np.abs(groups["outputs"]["label"][i] - label[0].detach().numpy()).max() < 1e-5
+        assert np.abs(groups["outputs"]["each"][i, :each.shape[1]] - each[0].detach().numpy()).max() < 1e-5
+    assert [proof for proof in package.check() if proof.name == "held-back rows" and "6 rows" in proof.found]
+
+
+def test_a_server_is_compared_at_every_size(held):
+    package, _ = held
+    server = package.serve()
+    try:
+        found = compare_server(server._client, package, read_holdout(beside(package.path), package.digest)[0], "cpu")
+        assert found["rows"] == 6 and found["holdout"]["max_abs"] < 1e-5
+    finally:
+        server.stop()

@@ -75,7 +75,8 @@ def _held_back(package:Proven, program:Program, example:int)->str|None:
     if not beside(package.path).exists(): return None
     groups,_ = read_holdout(beside(package.path), package.digest)
     inputs = row_arrays(groups['inputs'], package)
-    got = answers(program, inputs, list(groups['outputs']), 32 if package.batch else example, bool(package.nonfinite))
+    got = answers(program, inputs, list(groups['outputs']), 32 if package.batch else example,
+        bool(package.nonfinite), package.inputs, groups.get('sizes'))
     return _near(groups['outputs'], got, package)
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #56196731

@@ -220,8 +220,8 @@ def _describe_own(app:FastAPI, life:Lifecycle)->None:
     "Add the model's tensors, and the types of its own steps, to OpenAPI"
     plain = app.openapi
     def openapi()->dict[str, Any]:
-        api,handler = with_tensors(plain(), life.package),getattr(life.model, 'handler', None)
-        return api if own_route(life.model) is None else with_own_types(api, handler.openapi())
+        api,model = with_tensors(plain(), life.package),life.model
+        return with_own_types(api, model.handler.openapi()) if model and own_route(model) and model.handler else api
     app.openapi = openapi # type: ignore[method-assign] # as FastAPI's documentation has it
 
 # %% ../../../nbs/serving/http/08_app.ipynb #8c25147b
