@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDEST', 'PROVIDERS', 'mlmodel', 'example_files', 'is_name', 'check_model_name', 'check_tolerance', 'parse_mlmodel',
-           'check_types', 'check_ways', 'check_outputs', 'check_providers', 'default_tolerance', 'check_width']
+           'check_types', 'check_ways', 'check_outputs', 'check_providers', 'check_dynamic', 'plain_arguments',
+           'default_tolerance', 'check_width']
 
 # %% ../../nbs/package/08_mlmodel.ipynb #92cdce67
 import json, os, platform, re
@@ -106,8 +107,11 @@ def _are_specs(value:Any)->bool:
     "Whether something describes tensors of different names"
     if not isinstance(value, list) or not value: return False
     names = {TensorSpec.from_dict(spec).name for spec in value}
-    keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'}
+    keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'},{'name', 'datatype', 'shape', 'free'}
     return len(names) == len(value) and all(set(spec) in keys for spec in value)
+def _are_numbers(value:Any)->bool:
+    "Whether something is numbers by name"
+    return isinstance(value, dict) and all(type(number) in (int, float, bool) for number in value.values())
 def _is_module(value:Any)->bool:
     "Whether something says which class takes the weights"
     if value is None: return True
@@ -124,7 +128,8 @@ _required:dict[str,Callable[[Any], bool]] = {'name': is_name, 'file': lambda v: 
     'inputs': _are_specs, 'outputs': _are_specs}
 _optional:dict[str,Callable[[Any], bool]] = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module,
     'batch': lambda v: type(v) is bool, 'nonfinite': lambda v: v in (None, 'strings'),
-    'dtype': lambda v: v in (None, 'float16', 'bfloat16'), 'providers': lambda v: v in map(list, PROVIDERS)}
+    'dtype': lambda v: v in (None, 'float16', 'bfloat16'), 'providers': lambda v: v in map(list, PROVIDERS),
+    'padding': _are_numbers}
 def _holds(check:Callable[[Any], bool], value:Any)->bool:
     "Whether a value passes its check, or even survives it"
     try: return check(value)
@@ -159,9 +164,12 @@ def check_types(
     **given:Any, # by the names that `save_package` has for them
 )->None: # or UsageError
     "Refuse arguments of another type than is allowed"
-    table = type(given.get('inputs')).__name__ in ('DataFrame','Series') # pandas is not imported for that
+    inputs = given.get('inputs')
+    table = type(inputs).__name__ in ('DataFrame','Series') # pandas is not imported for that
+    if isinstance(inputs, (list, tuple)) and len(inputs) == 2 and all(inputs): given['inputs'],_ = inputs # at two sizes
     allowed:dict[str,tuple[Any,str]] = {'name': (str, 'text'), 'path': ((str, os.PathLike), 'a path'),
-        'inputs': (Mapping, 'a dictionary of example tensors by name'), 'outputs': ((list, tuple), 'a list of names'),
+        'inputs': (Mapping, 'a dictionary of example tensors by name, or two of them,'),
+        'outputs': ((list, tuple), 'a list of names'),
         'tolerance': ((dict, type(None)), 'a dictionary of rtol and atol'), 'files': ((list, tuple), 'a list of paths'),
         'arguments': ((dict, type(None)), 'a dictionary')}
     for what,value in given.items():
@@ -209,6 +217,32 @@ def check_providers(
     if not batch:
         raise UsageError(f'providers is {given} with batch=False; it is allowed where requests may share a batch.',
             mend="Save with providers=('cuda',).")
+
+# %% ../../nbs/package/08_mlmodel.ipynb #cf061cae
+def check_dynamic(
+    dynamic:Any, # names of dimensions that vary
+    padding:Any, # values that fill inputs
+    batch:bool, # False where rows belong together
+    providers:Sequence[str], # of onnxruntime
+    inputs:Any, # one example or two
+)->None: # or UsageError
+    "Refuse sizes that vary where they cannot"
+    varies = dynamic is not None or isinstance(inputs, (list, tuple))
+    if padding is not None and not varies:
+        raise UsageError('padding is given, and no size varies.', mend='Name it in dynamic, or give two examples.')
+    if padding is not None and not batch:
+        raise UsageError('padding is given with batch=False; it is for rows of one batch.')
+    if varies and 'tensorrt' in providers:
+        raise UsageError("Sizes vary with providers=('tensorrt', 'cuda'), which builds its engine for one size.",
+            mend="Save with providers=('cuda',).")
+
+# %% ../../nbs/package/08_mlmodel.ipynb #91e0d95e
+def plain_arguments(
+    arguments:dict[str,Any], # of a module's class
+)->dict[str,Any]: # as `MLmodel` holds them
+    "The arguments of a class, if JSON can carry them"
+    try: return json.loads(json.dumps(arguments))
+    except (TypeError, ValueError) as e: raise UsageError(f'arguments cannot be written as JSON: {e}.') from e
 
 # %% ../../nbs/package/08_mlmodel.ipynb #1485ad58
 _tolerances = {'FP16': (1e-2, 1e-3), 'FP32': (1e-4, 1e-5), 'FP64': (1e-7, 1e-9)}

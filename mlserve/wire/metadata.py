@@ -12,8 +12,9 @@ from ..tensors import TensorSpec
 
 # %% ../../nbs/wire/08_metadata.ipynb #113307a5
 def _tensor(s:TensorSpec)->dict[str, Any]:
-    "A tensor in V2's words; whether a column may miss a value is one of its parameters"
-    known = {'name': s.name, 'datatype': s.datatype, 'shape': list(s.shape)}
+    "A tensor in V2's words; its parameters say whether a column may miss a value, and how sizes vary"
+    known:dict[str, Any] = {'name': s.name, 'datatype': s.datatype, 'shape': list(s.shape)}
+    if s.free: known['parameters'] = {'sizes': ', '.join(map(str, s.free.values()))}
     return known if s.optional is None else known | {'parameters': {'optional': s.optional}}
 def model_metadata(
     name:str, # the model's name

@@ -47,7 +47,7 @@ def named_arrays(
         names = ', '.join(s.name for s in specs)
         raise InvalidInput(f'{key!r} must be an object with {names}, as the model has several.')
     arrays = {s.name: to_array(value[s.name], s, limit, booleans) for s in specs}
-    if len(arrays) > 1: count_rows(arrays)
+    if len(arrays) > 1: count_rows(arrays, specs)
     return arrays
 
 # %% ../../nbs/wire/04_predict.ipynb #bfe11a06

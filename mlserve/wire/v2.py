@@ -117,7 +117,7 @@ def _arrays(claims, rest, limit, booleans):
         arrays[spec.name] = objects([from_base64(v) for v in array.flat], shape) if encoded else array
     if rest is not None and at != len(rest):
         raise InvalidInput(f'The body has {len(rest)} bytes behind the JSON; the inputs claim {at}.')
-    if len(arrays) > 1: count_rows(arrays)
+    if len(arrays) > 1: count_rows(arrays, [claim[0] for claim in claims])
     return arrays
 
 # %% ../../nbs/wire/05_v2.ipynb #077f11e1

@@ -7,11 +7,12 @@ __all__ = ['Proof', 'Proofs', 'Proven', 'prove']
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #a35cf508
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from ...errors import CheckFailed, MlserveError
 from ..export.invariance import prove_program
+from ..export.size_proofs import sizes_text
 from ..holdout import answers, beside, read_holdout
 from ..lock import parse_lock, read_small, verify_lock
 from ..programs.torch_program import Program
@@ -74,11 +75,12 @@ def _held_back(package:Proven, program:Program, example:int)->str|None:
     if not beside(package.path).exists(): return None
     groups,_ = read_holdout(beside(package.path), package.digest)
     inputs = row_arrays(groups['inputs'], package)
-    got = answers(program, inputs, list(groups['outputs']), 32 if package.batch else example, bool(package.nonfinite))
+    got = answers(program, inputs, list(groups['outputs']), 32 if package.batch else example,
+        bool(package.nonfinite), package.inputs, groups.get('sizes'))
     return _near(groups['outputs'], got, package)
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #56196731
-def _trials(package:Proven, load:Callable[[],Program], recorded:tuple[Arrays,Arrays])->list[Proof]:
+def _trials(package:Proven, load:Callable[[],Program], recorded:Sequence[tuple[Arrays,Arrays]])->list[Proof]:
     "Each trial of a program that held, and the one that did not"
     proofs: list[Proof] = []
     begin = [time.perf_counter()]
@@ -86,7 +88,7 @@ def _trials(package:Proven, load:Callable[[],Program], recorded:tuple[Arrays,Arr
         now = time.perf_counter()
         proofs.append(Proof(name, True, 'the same answers', now - begin[0]))
         begin[0] = now
-    inputs,expected = recorded
+    inputs,expected = recorded[0]
     try: prove_program(load(), load(), inputs, list(expected), expected, package.tolerance, package.batch,
         bool(package.nonfinite), lambda: [load(), load()], held)
     except MlserveError as e:
@@ -98,12 +100,12 @@ def _trials(package:Proven, load:Callable[[],Program], recorded:tuple[Arrays,Arr
 def prove(
     package:Proven, # on disk
     load:Callable[[],Program], # loads its program
-    recorded:tuple[Arrays,Arrays], # its golden rows
+    recorded:Sequence[tuple[Arrays,Arrays]], # its golden rows, at each size
     model:Any=None, # the live model, where it is at hand
     inputs:Any=None, # rows that both are asked
 )->Proofs: # in the order in which they were made
     "Every proof of saving, again"
-    program,(given,expected) = load(),recorded
+    program,((given, expected),*others) = load(),recorded
     names = list(expected)
     def own(arrays:Arrays)->Arrays:
         rows = 32 if package.batch else count_rows(arrays)
@@ -115,6 +117,9 @@ def prove(
         _taken('golden rows', lambda: _near(expected, own(given), package)),
         _taken('held-back rows', lambda: _held_back(package, program, count_rows(given))),
         *_trials(package, load, recorded)]
+    for rows,answered in others:
+        at = sizes_text(rows, package.inputs)
+        proofs.append(_taken(f'golden rows, {at}', lambda: _near(answered, own(rows), package)))
     if model is not None and not hasattr(inputs, 'iloc'):
         proofs.append(_taken('the live model, golden rows', lambda: asked(given)))
     if model is not None and inputs is not None:

@@ -7,13 +7,14 @@ __all__ = ['Answering', 'replay', 'device_of', 'placed_on_gpu', 'require_close',
 
 # %% ../../../nbs/release/check/03_comparison.ipynb #af4fee6e
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import CheckFailed, MlserveError
-from ...package import Package, call_rows, golden
+from ...package import Package, call_rows, golden_pairs
+from ...package.arrays import calls, gathered
 from ...package.evaluation import Reading, baseline, measure
-from ...tensors import compare
+from ...tensors import TensorSpec, compare
 if TYPE_CHECKING: import numpy as np
 
 # %% ../../../nbs/release/check/03_comparison.ipynb #4f72b7f3
@@ -37,15 +38,14 @@ def replay(
     inputs:Mapping[str, 'np.ndarray'], # name → array `[rows, ...]`
     rows:int=32, # of one request
     what:str='recorded', # rows, for the failure
+    specs:'Sequence[TensorSpec]'=(), # of the inputs, where sizes vary
+    sizes:Mapping[str, 'np.ndarray']|None=None, # by name the size of each row, where they differ
 )->dict[str, 'np.ndarray']: # name → array `[rows, ...]`
     "The answers to all rows, asked request by request"
-    import numpy as np
-    total = len(next(iter(inputs.values())))
     parts = []
-    for first in range(0, total, rows):
-        with _asking(f'{what} rows {first + 1} to {min(first + rows, total)}'):
-            parts.append(client.infer({name: array[first:first+rows] for name,array in inputs.items()}))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for places,arrays in calls(inputs, rows, specs, sizes):
+        with _asking(f'{what} rows {places[0] + 1} to {places[-1] + 1}'): parts.append((places, client.infer(arrays)))
+    return gathered(parts)
 
 # %% ../../../nbs/release/check/03_comparison.ipynb #b4e8af96
 def device_of(
@@ -119,14 +119,16 @@ def compare_server(
     kind,name = device_of(health)
     if kind != device.partition(':')[0]:
         raise CheckFailed(f'The container answers on {kind or "an unknown device"!r}; {device!r} was asked for.')
-    inputs,expected = golden(package)
+    (inputs, expected),*others = golden_pairs(package)
     rows,nan = call_rows(package),bool(package.nonfinite)
     placement = placed_on_gpu(health) if kind == 'cuda' else {}
     same = require_close('golden', expected, replay(client, inputs, rows, 'golden'), package.tolerance, nan)
+    for given,answered in others:
+        require_close('golden', answered, replay(client, given, rows, 'golden'), package.tolerance, nan)
     fields: dict[str, Any] = {'device': kind, 'device_name': name, 'placement': placement, 'golden': same}
     if holdout:
         expected,labels = holdout['outputs'],holdout['labels']['labels']
-        answers = replay(client, holdout['inputs'], rows, 'held-back')
+        answers = replay(client, holdout['inputs'], rows, 'held-back', package.inputs, holdout.get('sizes'))
         same = require_close('held-back', expected, answers, package.tolerance, nan)
         fields |= {'rows': len(labels), 'holdout': same}
         if reading: fields |= {'reading': str(reading), 'metrics': _metrics(reading, expected, answers, labels)}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 import numpy as np
 from ...patch import patch
+from ...package.arrays import Padding
 from ...errors import MlserveError, ModelFailed, Unavailable
 from ...tensors import Arrays
 from ..model.failures import device_lost, in_short, out_of_memory
@@ -37,15 +38,18 @@ def shape_key(
 # %% ../../../nbs/serving/batching/02_execution.ipynb #7556c1f9
 def merge(
     jobs:Sequence[Job], # of equal shape key
+    padding:Padding|None=None, # by which rows of unequal sizes share a call
 )->dict[str, np.ndarray]: # all rows of all jobs, by name
     "Lay the arrays of the jobs one below the other, in new memory"
     if len(jobs) == 1: return {k: v.copy() for k,v in jobs[0].arrays.items()}
-    return {k: np.concatenate([j.arrays[k] for j in jobs]) for k in jobs[0].arrays}
+    each = padding.padded([j.arrays for j in jobs]) if padding else [j.arrays for j in jobs]
+    return {k: np.concatenate([arrays[k] for arrays in each]) for k in each[0]}
 
 # %% ../../../nbs/serving/batching/02_execution.ipynb #a294d6b9
 def split_answer(
     outputs:Arrays, # all rows
     jobs:Sequence[Job], # in the order in which they were merged
+    padding:Padding|None=None, # by which they were merged
 )->None: # each job has its result
     "Cut the answer where the inputs were joined"
     if len(jobs) == 1:
@@ -55,6 +59,7 @@ def split_answer(
     for j in jobs:
         end = start + j.rows
         j.result = {k: v[start:end] for k,v in named}
+        if padding: j.result = padding.cropped(j.result, j.arrays)
         start = end
 
 # %% ../../../nbs/serving/batching/02_execution.ipynb #2226d666
@@ -90,9 +95,10 @@ class Runner:
         expected:Mapping[str, np.dtype]|None=None, # output name to dtype
         free_memory:Callable[[], object]|None=None, # called when memory ran out
         computes:Callable[[], bool]|None=None, # whether the device still does, asked when it may be lost
+        padding:Padding|None=None, # by which rows of unequal sizes share a call
     ):
         self.predict,self.max_batch,self.expected,self.calls,self.out_of_memory = predict,max_batch,expected,0,0
-        self.free_memory,self.computes = free_memory or (lambda: None),computes or (lambda: False)
+        self.padding,self.free_memory,self.computes = padding,free_memory or (lambda: None),computes or (lambda: False)
     def _one(self, inputs:dict[str, np.ndarray], rows:int)->Arrays:
         "One call of the model, checked"
         self.calls += 1
@@ -107,13 +113,13 @@ def call(self:Runner,
     limit:float, # most rows in one call of the model
 )->None: # each job has its result
     "One pass over all rows of the jobs"
-    inputs,rows = merge(jobs),sum([j.rows for j in jobs])
-    if rows <= limit: return split_answer(self._one(inputs, rows), jobs)
+    inputs,rows = merge(jobs, self.padding),sum([j.rows for j in jobs])
+    if rows <= limit: return split_answer(self._one(inputs, rows), jobs, self.padding)
     step,parts = int(limit),[]
     for start in range(0, rows, step):
         portion = {k: v[start:start+step] for k,v in inputs.items()}
         parts.append(self._one(portion, min(step, rows - start)))
-    split_answer({k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, jobs)
+    split_answer({k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, jobs, self.padding)
 
 # %% ../../../nbs/serving/batching/02_execution.ipynb #62ae1f58
 def _strip(error:BaseException|None)->None:

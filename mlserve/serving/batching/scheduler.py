@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from ...patch import patch
 from ...errors import DeadlinePassed, MlserveError, Unavailable
+from ...package.arrays import Padding
 from ...tensors import Arrays
 from .execution import DeviceLost, Predict, Runner, run_jobs, shape_key
 from .threads import start_thread
@@ -39,18 +40,18 @@ class Batcher:
         on_batch:Callable[[Report], object]|None=None, # called with what each batch was
         on_fault:Callable[[MlserveError], object]|None=None, # called with `Broken` or `DeviceLost`
         joined:bool=True, # requests may share a call and large ones be cut; else a request is one call
+        padding:Padding|None=None, # by which requests of unequal sizes share a call
     ):
         self.predict,self.expected,self.free_memory,self.computes = predict,expected,free_memory,computes
         self.max_batch,self.queue,self.threads,self.serial,self.inline = max_batch,queue,threads,serial,inline
         self.prepare,self.on_batch,self.on_fault = prepare or (lambda: None),on_batch,on_fault or (lambda fault: None)
-        self.limit = max_batch if joined else math.inf
+        self.limit,self.draining,self.closed = max_batch if joined else math.inf,False,False
+        self.padding,self.key = padding,padding.key if padding else shape_key
         most,delay = (max_batch, max_delay_ms / 1000) if joined else (1, 0.)
         self.far,self.near = RequestQueue(most, delay),RequestQueue(most, 0)
-        self.near_rows,self.draining,self.closed = max_batch if inline else -1,False,False
+        self.near_rows,self.busy = max_batch if inline else -1,dict[int|str, float]()
         self.lock,self.idle,self.stats,self.pace = threading.Lock(),0,Stats(),0.
-        self.open = OpenRequests(self.lock, self.stats)
-        self.tokens: SimpleQueue[bool] = SimpleQueue()
-        self.busy: dict[int|str, float] = {}
+        self.open,self.tokens = OpenRequests(self.lock, self.stats),SimpleQueue[bool]()
         self.broken: MlserveError|None = None
         self.lost: MlserveError|None = None
         self.loop: asyncio.AbstractEventLoop = None # type: ignore[assignment] # `start` comes before all that uses it
@@ -67,7 +68,7 @@ class Batcher:
 @patch
 def runner(self:Batcher)->Runner: # for one thread
     "A runner of this model"
-    return Runner(self.predict, self.limit, self.expected, self.free_memory, self.computes)
+    return Runner(self.predict, self.limit, self.expected, self.free_memory, self.computes, self.padding)
 @patch
 def start(self:Batcher)->None:
     "Bind to the running loop and start the model threads"
@@ -167,7 +168,7 @@ async def submit(self:Batcher,
     def done(result:Any, error:MlserveError|None)->None:
         if answer.done(): return
         answer.set_result(result) if error is None else answer.set_exception(error)
-    ticket = self.submit_nowait(arrays, rows, shape_key(arrays) if key is None else key, done, deadline)
+    ticket = self.submit_nowait(arrays, rows, self.key(arrays) if key is None else key, done, deadline)
     try: return await answer
     finally: ticket.cancel()
 

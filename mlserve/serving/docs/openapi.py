@@ -41,7 +41,7 @@ def tag_of(
     if pattern.startswith('/v1/'): return 'V1'
     return 'older names' if pattern.startswith('/predictions/') or '{version}' in pattern else 'predictions'
 
-# %% ../../../nbs/serving/docs/00_openapi.ipynb #46c76d0d
+# %% ../../../nbs/serving/docs/00_openapi.ipynb #cd1d005c
 _kinds = {'BOOL': 'boolean', 'BYTES': 'string', 'FP16': 'number', 'FP32': 'number', 'FP64': 'number'}
 def _value(spec, words):
     "One value of a tensor"
@@ -49,24 +49,29 @@ def _value(spec, words):
     if words and kinds == ['number']: kinds.append('string')
     if spec.optional: kinds.append('null')
     return {'type': kinds[0] if len(kinds) == 1 else kinds}
+def _bounds(spec, axis):
+    "How many items a list of a tensor has"
+    n,size = spec.shape[axis],(spec.free or {}).get(axis)
+    if size: return {'minItems': size.least, 'maxItems': size.most}
+    return {'minItems': n, 'maxItems': n} if n > 0 else {}
 def schema_of(
     spec:TensorSpec, # contract of a tensor
-    sizes:Sequence[int], # those of its shape that are written as lists
+    first:int=0, # axis of the outermost list
     words:bool=False, # NaN and infinities are words
 )->dict[str, Any]: # JSON schema
     "A tensor as nested lists"
     schema = _value(spec, words)
-    for n in reversed(sizes):
-        schema = {'type': 'array', 'items': schema} | ({'minItems': n, 'maxItems': n} if n > 0 else {})
+    for axis in reversed(range(first, len(spec.shape))):
+        schema = {'type': 'array', 'items': schema} | _bounds(spec, axis)
     return schema
 
-# %% ../../../nbs/serving/docs/00_openapi.ipynb #41d5d38e
+# %% ../../../nbs/serving/docs/00_openapi.ipynb #8cead743
 def _object(properties, required): return {'type': 'object', 'properties': properties, 'required': required}
 def _row(specs, words):
     "A row of a table: a column of one value is that value"
-    sizes = {s.name: () if s.shape[1:] == (1,) else s.shape[1:] for s in specs}
+    first = {s.name: 2 if s.shape[1:] == (1,) else 1 for s in specs}
     needed = [s.name for s in specs if not s.optional]
-    return _object({s.name: schema_of(s, sizes[s.name], words) for s in specs}, needed)
+    return _object({s.name: schema_of(s, first[s.name], words) for s in specs}, needed)
 def tensors_schema(
     specs:Sequence[TensorSpec], # contracts of the inputs, or of the outputs
     rows:bool=False, # written as one object for each row
@@ -74,8 +79,8 @@ def tensors_schema(
 )->dict[str, Any]: # JSON schema
     "All tensors of a side"
     if rows: return {'type': 'array', 'items': _row(specs, words)}
-    if len(specs) == 1: return schema_of(specs[0], specs[0].shape, words)
-    return _object({s.name: schema_of(s, s.shape, words) for s in specs}, [s.name for s in specs])
+    if len(specs) == 1: return schema_of(specs[0], 0, words)
+    return _object({s.name: schema_of(s, 0, words) for s in specs}, [s.name for s in specs])
 
 # %% ../../../nbs/serving/docs/00_openapi.ipynb #0ad760d7
 def _v2_tensor(spec, words):
@@ -99,7 +104,7 @@ def body_schema(
     if 'datatype' not in first: return _object({key: tensors_schema(specs, bool(first), words)}, [key])
     return _object({key: {'type': 'array', 'items': {'anyOf': [_v2_tensor(s, words) for s in specs]}}}, [key])
 
-# %% ../../../nbs/serving/docs/00_openapi.ipynb #a9aa5460
+# %% ../../../nbs/serving/docs/00_openapi.ipynb #ff5196db
 _most = 2**18 # characters of an example
 def with_model(
     api:dict[str, Any], # the whole document
@@ -109,12 +114,15 @@ def with_model(
 )->dict[str, Any]: # the document, changed
     "Add a model's types and examples to OpenAPI"
     names,words = {'name': model.name, 'version': version},model.nonfinite == 'strings'
+    takes,gives = (', '.join(map(str, specs)) for specs in (model.inputs, model.outputs))
+    api.setdefault('info', {})['description'] = f'The model {model.name}: {takes} → {gives}.'
     for path,(request,answer) in examples.items():
         post = api['paths'][path]['post']
         for body,specs,content in ((request, model.inputs, post['requestBody']['content']),
             (answer, model.outputs, post['responses']['200'].setdefault('content', {}))):
             known = json.loads(body)
-            content[_json] = {'schema': body_schema(known, specs, words)} | ({'example': known} if len(body) < _most else {})
+            content[_json] = {'schema': body_schema(known, specs, words)}
+            if len(body) < _most: content[_json]['example'] = known
     asked = [p for ways in api['paths'].values() for about in ways.values() for p in about.get('parameters', ())]
     for parameter in asked:
         if parameter['in'] == 'path' and names.get(parameter['name']): parameter['example'] = names[parameter['name']]

@@ -234,9 +234,8 @@ def _describe_model(app:FastAPI, life:Lifecycle, settings:Settings)->None:
         made = {route.pattern: example_of(route, life.rows, package, version) for route in ROUTES}
         examples = {path: bodies for path,bodies in made.items() if bodies}
         api = with_model(deepcopy(plain()), examples, package, version)
-        if own_route(life.model) is not None: api = with_own_types(api, handler.openapi()) # type: ignore[union-attr]
-        known.append(api)
-        return api
+        known.append(with_own_types(api, handler.openapi()) if own_route(life.model) and handler else api)
+        return known[0]
     app.openapi = openapi # type: ignore[method-assign] # as FastAPI's documentation has it
 
 # %% ../../../nbs/serving/http/08_app.ipynb #8c25147b

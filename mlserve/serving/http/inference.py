@@ -14,7 +14,6 @@ from ...patch import patch
 from ...wire.json_body import inflate
 from ...errors import MlserveError, ModelFailed
 from ...wire.predict import InferRequest
-from ..batching.execution import shape_key
 from ..observability.logging import Sparingly, log, log_refused, trace
 from ..observability.metrics import Numbers
 from .exchange import Answer, refusal
@@ -151,7 +150,7 @@ def _decoded(self:Inference, call:Call, body:bytes)->InferRequest:
 def _key(self:Inference, arrays:Arrays)->Hashable:
     "What two requests must share to run together"
     if self.fixed is None: self.fixed = all(n > 0 for spec in self.loaded.package.inputs for n in spec.shape[1:])
-    return None if self.fixed else shape_key(arrays)
+    return None if self.fixed else self.loaded.batcher.key(arrays)
 @patch
 def _submit(self:Inference, call:Call, request:InferRequest)->None:
     "Hand the tensors to the model"

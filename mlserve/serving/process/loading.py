@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 from ...errors import GpuRefused, LocalResource, MlserveError, UsageError
 from ...package import Package, golden
-from ...package.arrays import tile
+from ...package.arrays import Padding, tile
 from ...settings import Settings
 from ...tensors import dtype_of
 from ..batching.scheduler import Batcher
@@ -64,11 +64,12 @@ def _batcher(life:Lifecycle, model:'Model', report:WarmupReport, settings:Settin
     prepare = partial(compute_threads, 1 if cpu else settings.threads)
     chosen = plan(model.forward, golden(package)[0], report.rates, threads, prepare, package.batch)
     inline = cpu and chosen.inline
+    padding = Padding(package.inputs, package.outputs, package.padding) if package.padding else None
     log('capacity', max_batch=chosen.max_batch, inline=inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in package.outputs}
     return Batcher(model.forward, chosen.max_batch, settings.max_delay_ms, settings.queue, threads, serial=not cpu,
         inline=inline, expected=expected, prepare=prepare, free_memory=free_memory,
-        computes=partial(computes, life.probe), joined=package.batch)
+        computes=partial(computes, life.probe), joined=package.batch, padding=padding)
 
 # %% ../../../nbs/serving/process/06_loading.ipynb #87d4ad0c
 def load(
