@@ -227,7 +227,8 @@ def _inference_routes(app:FastAPI, life:Lifecycle, settings:Settings, inference:
 # %% ../../../nbs/serving/http/08_app.ipynb #91b29e73
 def _describe_model(app:FastAPI, life:Lifecycle, settings:Settings)->None:
     "Add the types and examples of the model to OpenAPI, once it is loaded"
-    plain,known = app.openapi,[]
+    plain = app.openapi
+    known: list[dict[str, Any]] = []
     def openapi()->dict[str, Any]:
         package,version,handler = life.package,settings.model_version,getattr(life.model, 'handler', None)
         if known or package is None or life.model is None or not life.rows: return known[0] if known else plain()
