@@ -63,7 +63,7 @@ def texts(rows, length, seed=0):
     return {"ids": random.integers(1, 50, (rows, length)) * mask, "mask": mask}
 
 
-def saved(folder, format="torchscript", model=Encoder, outputs=("label", "each"), **more):
+def saved(folder, format=None, model=Encoder, outputs=("label", "each"), **more):
     given = {"padding": {"ids": 0, "mask": 0}} | more
     return save_package(model(), folder / "text", "text", [texts(4, 12), texts(3, 7, 1)], list(outputs), format, **given)
 
