@@ -30,6 +30,7 @@ import test_platforms
 import test_protocols
 import test_reference
 import test_server
+import test_sizes
 import torch
 
 from commands import TESTS
@@ -46,6 +47,8 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_the_saved_program_answers_what_is_unlike_the_example, {"read": R.UNSEEN["what a trace is not asked"]}, "only_the_example_is_asked", "DID NOT RAISE"),
     ("A1", R.test_A1_a_value_of_the_first_call_is_never_frozen, {"lazy": R.LazyNumber, "format": "torchscript"}, "no_program_is_fresh", "DID NOT RAISE"),
     ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
+    ("A1", test_sizes.test_A1_a_length_that_a_trace_took_from_the_example_is_refused, {}, "only_the_examples_size_is_proved", "DID NOT RAISE"),
+    ("A2", test_sizes.test_A2_padding_that_changes_an_answer_is_refused, {}, "padding_is_believed", "DID NOT RAISE"),
     ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),

@@ -238,9 +238,13 @@ def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
     return load_package(path)
 
 # %% ../../nbs/package/09_package.ipynb #f4bd8054
-def _said(**given:Any)->dict[str,Any]:
+def _said(model:Any, format:str, handler:Any, arguments:dict[str,Any]|None, **given:Any)->dict[str,Any]:
     "What `MLmodel` will say; what is usual is not said"
-    return {key: value for key,value in given.items() if value is not None}
+    ours = {'format': format, 'file': FORMATS[format]} | {key: v for key,v in given.items() if v is not None}
+    if format != 'safetensors': return ours
+    if not handler:
+        raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
+    return ours | {'module': {'class': type(model).__name__, 'arguments': plain_arguments(arguments or {})}}
 
 # %% ../../nbs/package/09_package.ipynb #cc3d4194
 def save_package(
@@ -276,13 +280,10 @@ def save_package(
     check_dtype(dtype, model, format)
     check_providers(providers, format, batch)
     check_dynamic(dynamic, padding, batch, providers, inputs)
-    if format == 'safetensors' and not handler:
-        raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
     check_replaceable(path)
     check_beside(path)
-    module = {'class': type(model).__name__, 'arguments': plain_arguments(arguments or {})}
-    ours = _said(name=name, format=format, file=FORMATS[format], batch=None if batch else False, dtype=dtype or None,
-        nonfinite=nonfinite or None, providers=None if tuple(providers) == PROVIDERS[0] else list(providers),
-        module=module if format == 'safetensors' else None) | {'tolerance': tolerance}
+    ours = _said(model, format, handler, arguments, name=name, batch=None if batch else False, dtype=dtype or None,
+        nonfinite=nonfinite or None, providers=None if tuple(providers) == PROVIDERS[0] else list(providers))
+    ours['tolerance'] = tolerance
     given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding)
     return _save(path, ours, read_example(given, optional))

@@ -182,7 +182,7 @@ def gathered(
         shape = np.max([answer[name].shape[1:] for _,answer in parts], axis=0).astype(int)
         whole = np.full((total, *shape), b'' if first.dtype == object else 0, first.dtype)
         for places,answer in parts:
-            ends = tuple(slice(n) for n in answer[name].shape[1:])
-            whole[(places, *ends)] = answer[name]
+            index:tuple[Any,...] = (places, *map(slice, answer[name].shape[1:]))
+            whole[index] = answer[name]
         made[name] = whole
     return made

@@ -36,7 +36,7 @@ def format_of(
     "The format of a model that nobody named one for"
     suffix = Path(model).suffix if isinstance(model, (str, Path)) else ''
     known = [format for format,file in FORMATS.items() if suffix and Path(file).suffix == suffix]
-    if not isinstance(inputs, Mapping): return 'onnx'
+    if not isinstance(inputs, (Mapping, list, tuple)): return 'onnx'
     return known[0] if known else 'torchscript'
 def _check_answers(model:Any, outputs:Sequence[str])->None:
     "Refuse names for answers that the model does not give"
