@@ -42,7 +42,7 @@ test-tools: setup # what the tests trace, emulate, proxy, load, build and ask wi
 	missing=$${missing:-}; missing=$${missing/nginx/nginx-light}; missing=$${missing/javac/openjdk-17-jdk-headless}; missing=$${missing/%cc/gcc libc6-dev}; \
 	[ -z "$$missing" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $$missing >&2; }
 	@[ -x state/tools/checkov/bin/checkov ] || bash .ci/install state/tools/checkov checkov==3.3.30
-	@for client in kubernetes-validate $(PINS); do pins=tests/clients/$$client.txt; folder=state/tools/$$client; \
+	@for client in kubernetes-validate workflows $(PINS); do pins=tests/clients/$$client.txt; folder=state/tools/$$client; \
 	cmp -s $$pins $$folder/.installed || { rm -rf $$folder; $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $$folder -r $$pins 2> >(grep -v '^WARNING: Location' >&2); cp $$pins $$folder/.installed; }; done
 
 clients: MORE := javac

@@ -5,7 +5,7 @@ import os
 import pytest
 from commands import EXAMPLE, mlserve
 from containers import downloaded, engine, start  # noqa: F401 (fixtures, one of each for all modules)
-from linters import checkov, kubernetes_validate, promtool  # noqa: F401
+from linters import checkov, kubernetes_validate, promtool, workflow_linters  # noqa: F401
 from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, store, stored_package  # noqa: F401
 
 ENGINE = {"cuda_image", "debug", "deploy", "hardened", "memory", "release"}  # read one release of the example, and run its containers

@@ -5,17 +5,20 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import sys
 import tarfile
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import docker
 import httpx
 import pytest
-from commands import last_json
+from commands import ROOT, last_json, mlserve, run
 from load import Load
 from servers import free_port
 
@@ -265,6 +268,27 @@ def test_status_and_releases_say_what_runs_and_where_it_is_not_what_was_wanted(r
     assert rows[versions["hangs"]]["deployed"][TARGET]["outcome"] == "failed" and rows[versions["unchecked"]]["status"] == "recorded"
     assert run_command(["logs", "double"]) == 0
     assert '"event"' in capsys.readouterr().out
+
+
+@pytest.mark.matrix
+def test_the_lines_for_a_shell_release_promote_and_deploy(environment, engine, release, tmp_path):
+    "As they stand on the page about pipelines, with the smallest notebook"
+    page = (ROOT / "nbs/tutorials/release_from_your_ci.ipynb").read_text()
+    [script] = re.findall(r"```bash\n(.*?)```", "".join("".join(c["source"]) for c in json.loads(page)["cells"]), re.S)
+    port = free_port()
+    (tmp_path / "mlserve.toml").write_text(f"[deploy]\nport = {port}\n")
+    shutil.copy(ROOT / "tests/notebooks/good.ipynb", tmp_path)
+    try:
+        done = run("bash", "-c", script, "release.sh", "good.ipynb", env={**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"http://127.0.0.1:{port}", done.stderr[-3000:]
+        version = json.loads((tmp_path / "release.json").read_text())["version"]
+        assert httpx.get(f"http://127.0.0.1:{port}/v2/models/good", trust_env=False).json()["versions"] == [version]
+        assert mlserve("rollback", "good", "--target", "compose-good", env=environment).returncode == 4, "nothing ran there before"
+    finally:
+        for container in engine.containers.list(all=True, filters={"label": "io.mlserve.target=compose-good"}):
+            container.remove(force=True)
+        for network in engine.networks.list(names=["compose-good"]):
+            network.remove()
 
 
 @pytest.fixture
