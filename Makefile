@@ -10,7 +10,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release check test test-fast clients matrix site soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
+.PHONY: help setup release check test test-fast clients matrix kubernetes site soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -52,6 +52,10 @@ clients: setup test-tools ## servers asked by the clients of others, and a colle
 
 matrix: setup engine-start test-tools ## the formats, deliveries, builders and devices that `make test` leaves out
 	@$(WITH_ENGINE) pytest -q -m matrix
+
+kubernetes: setup ## what is rendered for Kubernetes, given to a real control plane, which is built once: half an hour of two cores
+	@bash .ci/kubernetes state/kubernetes
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -s -m kubernetes
 
 site: setup ## the documentation site rendered: every page with its prose, every link and anchor
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m site tests/test_generated.py

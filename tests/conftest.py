@@ -16,7 +16,8 @@ CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
 SERVING = {"scheduler", "decoding", "gpu", "http_limits", "pipelining", "platforms", "server"}  # ask servers, with a clock
 ENDURANCE = {"endurance", "isolation", "proxies"}  # servers that are watched for long, killed and replaced, with a clock
 CLIENTS = {"clients", "tracing"}  # servers with the clients of others and a collector of traces; run by `make clients`
-LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS}
+KUBERNETES = {"kubernetes"}  # a control plane, run by `make kubernetes`
+LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS, "kubernetes": KUBERNETES}
 
 
 def pytest_addoption(parser):
