@@ -10,7 +10,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release check test test-fast clients matrix site soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
+.PHONY: help setup release check test test-fast clients matrix kubernetes site soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -42,7 +42,7 @@ test-tools: setup # what the tests trace, emulate, proxy, load, build and ask wi
 	missing=$${missing:-}; missing=$${missing/nginx/nginx-light}; missing=$${missing/javac/openjdk-17-jdk-headless}; missing=$${missing/%cc/gcc libc6-dev}; \
 	[ -z "$$missing" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $$missing >&2; }
 	@[ -x state/tools/checkov/bin/checkov ] || bash .ci/install state/tools/checkov checkov==3.3.30
-	@for client in kubernetes-validate $(PINS); do pins=tests/clients/$$client.txt; folder=state/tools/$$client; \
+	@for client in kubernetes-validate workflows $(PINS); do pins=tests/clients/$$client.txt; folder=state/tools/$$client; \
 	cmp -s $$pins $$folder/.installed || { rm -rf $$folder; $(BIN)/pip install -q --disable-pip-version-check --no-deps --target $$folder -r $$pins 2> >(grep -v '^WARNING: Location' >&2); cp $$pins $$folder/.installed; }; done
 
 clients: MORE := javac
@@ -52,6 +52,10 @@ clients: setup test-tools ## servers asked by the clients of others, and a colle
 
 matrix: setup engine-start test-tools ## the formats, deliveries, builders and devices that `make test` leaves out
 	@$(WITH_ENGINE) pytest -q -m matrix
+
+kubernetes: setup ## what is rendered for Kubernetes, given to a real control plane, which is built once: half an hour of two cores
+	@bash .ci/kubernetes state/kubernetes
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -s -m kubernetes
 
 site: setup ## the documentation site rendered: every page with its prose, every link and anchor
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m site tests/test_generated.py

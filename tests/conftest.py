@@ -5,7 +5,7 @@ import os
 import pytest
 from commands import EXAMPLE, mlserve
 from containers import downloaded, engine, start  # noqa: F401 (fixtures, one of each for all modules)
-from linters import checkov, kubernetes_validate, promtool  # noqa: F401
+from linters import checkov, kubernetes_validate, promtool, workflow_linters  # noqa: F401
 from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, store, stored_package  # noqa: F401
 
 ENGINE = {"cuda_image", "debug", "deploy", "hardened", "memory", "release"}  # read one release of the example, and run its containers
@@ -16,7 +16,8 @@ CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
 SERVING = {"scheduler", "decoding", "gpu", "http_limits", "pipelining", "platforms", "server"}  # ask servers, with a clock
 ENDURANCE = {"endurance", "isolation", "proxies"}  # servers that are watched for long, killed and replaced, with a clock
 CLIENTS = {"clients", "tracing"}  # servers with the clients of others and a collector of traces; run by `make clients`
-LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS}
+KUBERNETES = {"kubernetes"}  # a control plane, run by `make kubernetes`
+LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS, "kubernetes": KUBERNETES}
 
 
 def pytest_addoption(parser):

@@ -5,17 +5,20 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
+import sys
 import tarfile
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import docker
 import httpx
 import pytest
-from commands import last_json
+from commands import ROOT, last_json, mlserve, run
 from load import Load
 from servers import free_port
 
@@ -206,6 +209,50 @@ def test_R9_a_command_that_is_killed_leaves_one_version_and_the_same_command_end
     assert not load.failures, load.failures[:3]
 
 
+def test_a_canary_gets_its_share_and_goes_back_or_takes_all_and_no_request_is_lost(record, capsys):
+    versions, port = record
+    running, other = versions["two"], versions["one"]
+    assert deploy(running)[0] == 0
+    promote("double", running, allow_older=True)
+    with Load(port, 3, pause=0.02) as load:
+        code, result, told = deploy(other, "--share", "10%")
+        assert code == 0, told
+        assert [s["name"] for s in result["steps"]] == ["pull", "start", "healthy", "identity", "switch", "record"]
+        begun = time.monotonic()
+        code, _, told = deploy(versions["other"], "--share", "5")
+        assert code == 4 and f"share the requests on the target {TARGET} already" in told["error"]
+        code, _, told = deploy(versions["wrong"])
+        assert (code, told["step"]) == (5, "healthy"), told
+        while sum(sent > begun for _, sent in load.answers.values()) < 400:
+            time.sleep(0.2)
+        shared = [version for version, sent in load.answers.values() if sent > begun]
+        part = shared.count(other) / len(shared)
+        capsys.readouterr()
+        assert run_command(["status", "double", "--json"]) == 0
+        old, new = [row for row in json.loads(capsys.readouterr().out) if row["target"] == TARGET]
+        assert run_command(["status", "double"]) == 0
+        print(capsys.readouterr().out, f"share {part:.3f} of {len(shared)}")
+        assert run_command(["rollback", "double", "--target", TARGET]) == 0
+        clean(port, running)
+        assert {e.version: e.outcome for e in read_history("double", TARGET)}[other] == "rolled back"
+        assert deploy(other, "--share", "50%")[0] == 0
+        code, result, told = deploy(other)
+        assert code == 0, told
+        assert [s["name"] for s in result["steps"]] == ["identity", "switch", "drain", "stop", "record"]
+        time.sleep(0.5)
+    clean(port, other)
+    assert {slot.weight for slot in slots_of(find_engine().proxy(TARGET))} == {1}
+    assert not load.failures, load.failures[:3]
+    assert 0.08 < part < 0.12 and {*shared} == {running, other}
+    assert (old["version"], old["share"], old["finding"], new["version"], new["share"]) == (running, 90, "", other, 10)
+    assert new["finding"].startswith(f"Version {other} gets 10 % of the requests.") and old["requests"] > 5 * new["requests"] > 0
+    assert [[row[key] for key in ("errors", "failures", "restarts")] for row in (old, new)] == [[0, 0, 0]] * 2 and old["p99_ms"] and new["p99_ms"]
+    code, _, told = deploy(other, "--share", "10%")
+    assert code == 4 and f"No other version serves on the target {TARGET}" in told["error"]
+    code, _, told = deploy(other, "--share", "tenth")
+    assert code == 2 and "'tenth' was given" in told["error"]
+
+
 def test_what_cannot_be_deployed_is_refused_before_anything_is_touched(record, monkeypatch):
     versions, port = record
     before = sorted(c.id for c in find_engine().containers())
@@ -265,6 +312,27 @@ def test_status_and_releases_say_what_runs_and_where_it_is_not_what_was_wanted(r
     assert rows[versions["hangs"]]["deployed"][TARGET]["outcome"] == "failed" and rows[versions["unchecked"]]["status"] == "recorded"
     assert run_command(["logs", "double"]) == 0
     assert '"event"' in capsys.readouterr().out
+
+
+@pytest.mark.matrix
+def test_the_lines_for_a_shell_release_promote_and_deploy(environment, engine, release, tmp_path):
+    "As they stand on the page about pipelines, with the smallest notebook"
+    page = (ROOT / "nbs/tutorials/release_from_your_ci.ipynb").read_text()
+    [script] = re.findall(r"```bash\n(.*?)```", "".join("".join(c["source"]) for c in json.loads(page)["cells"]), re.S)
+    port = free_port()
+    (tmp_path / "mlserve.toml").write_text(f"[deploy]\nport = {port}\n")
+    shutil.copy(ROOT / "tests/notebooks/good.ipynb", tmp_path)
+    try:
+        done = run("bash", "-c", script, "release.sh", "good.ipynb", env={**environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"http://127.0.0.1:{port}", done.stderr[-3000:]
+        version = json.loads((tmp_path / "release.json").read_text())["version"]
+        assert httpx.get(f"http://127.0.0.1:{port}/v2/models/good", trust_env=False).json()["versions"] == [version]
+        assert mlserve("rollback", "good", "--target", "compose-good", env=environment).returncode == 4, "nothing ran there before"
+    finally:
+        for container in engine.containers.list(all=True, filters={"label": "io.mlserve.target=compose-good"}):
+            container.remove(force=True)
+        for network in engine.networks.list(names=["compose-good"]):
+            network.remove()
 
 
 @pytest.fixture

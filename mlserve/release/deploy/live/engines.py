@@ -100,7 +100,8 @@ def running(self:Engine,
         route = slot.route if slot else 'closed' if front else ''
         found.append(Running(container.id, labels.get('io.mlserve.model', ''), labels.get('io.mlserve.version', ''),
             labels.get('io.mlserve.package', ''), container.attrs['Config']['Image'], health, route,
-            container.attrs['State'].get('StartedAt', ''), 'swarm' if SERVICE in labels else 'compose'))
+            container.attrs['State'].get('StartedAt', ''), 'swarm' if SERVICE in labels else 'compose',
+            slot.weight if slot else 1))
     return found
 @patch
 def ready(self:Engine,
@@ -180,6 +181,13 @@ def told_identity(
     line = re.search(r'^mlserve_info\{(.*)\}', text, re.M)
     return dict(re.findall(r'(\w+)="([^"]*)"', line[1])) if line else {}
 @patch
+def metrics_of(self:Engine,
+    container:'Container', # that runs
+)->str: # text; without metrics where it does not answer
+    "The page of metrics of the server in a container"
+    with remote('Asking a container for its metrics', start_engine):
+        return container.exec_run(['/opt/venv/bin/python', '-c', _question]).output.decode(errors='replace')
+@patch
 def identify(self:Engine,
     containers:Sequence['Container'], # that are ready
     deployment:Deployment, # which they should be
@@ -187,9 +195,7 @@ def identify(self:Engine,
     "Ask new containers which package they serve"
     wanted = {'version': deployment.version, 'image': deployment.image, 'package': deployment.package}
     for container in containers:
-        with remote('Asking a new container who it is', start_engine):
-            done = container.exec_run(['/opt/venv/bin/python', '-c', _question])
-        told = told_identity(done.output.decode(errors='replace'))
+        told = told_identity(self.metrics_of(container))
         wrong = [f'{key} {told.get(key, "none")}' for key,value in wanted.items() if told.get(key) != value]
         if wrong:
             raise IntegrityError(f'The new container says that it serves {", ".join(wrong)}; recorded for '

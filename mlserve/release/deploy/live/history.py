@@ -21,12 +21,12 @@ class Deployed:
     "What happened to a version on a target, the last time"
     version: str # of the model
     when: str # in UTC
-    outcome: str # `ok`, `failed` or `rolled back`
+    outcome: str # `ok`, `canary`, `failed` or `rolled back`
     other: str = '' # the version that it replaced; where it was rolled back, the one that replaces it
     code: int = 0 # of the failure
 def entry_for(
     version:str, # of the model
-    outcome:str, # `ok`, `failed` or `rolled back`
+    outcome:str, # `ok`, `canary`, `failed` or `rolled back`
     other:str='', # a version
     code:int=0, # of a failure
 )->Deployed: # of this moment

@@ -12,7 +12,7 @@ from ..deployment import Deployment
 def _backend(deployment, name):
     "Where requests go"
     places = max(8, 2 * deployment.options.replicas)
-    return ['backend model', '  balance leastconn', '  option httpchk',
+    return ['backend model', '  balance roundrobin', '  option httpchk',
         '  http-check send meth GET uri /v2/health/ready ver HTTP/1.1 hdr Host proxy',
         '  default-server check inter 1s fall 2 rise 1 resolvers docker resolve-prefer ipv4 init-addr none',
         f'  server-template s {places} {name}:8080']
