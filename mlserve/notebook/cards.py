@@ -20,7 +20,8 @@ def bars(
     "Numbers beside each other"
     top = max((number for _,number,_ in rows), default=0) or 1
     def line(label:str, number:float, text:str)->str:
-        bar = f'<div style="height: .8em; width: {max(1, 16 * number / top):.1f}em; background: #2b7de0; opacity: .8"></div>'
+        size = f'height: .8em; width: {max(.2, 16 * number / top):.1f}em'
+        bar = f'<div style="{size}; background: #2b7de0; opacity: .8"></div>'
         return f'<tr><th>{escape(label)}</th><td>{bar}</td><td>{escape(text)}</td></tr>'
     body = ''.join(line(*row) for row in rows)
     return Markup(f'<div style="margin-top: .7em">{escape(title)}</div><table>{body}</table>') if rows else Markup()
@@ -32,7 +33,8 @@ def metric_texts(
     "A metric of the container beside those of production and the notebook"
     texts = {}
     for name,told in metrics.items():
-        others = [f'{who} {told[who]:.4g}' for who in ('production', 'notebook', 'baseline') if told.get(who) is not None]
+        known = [who for who in ('production', 'notebook', 'baseline') if told.get(who) is not None]
+        others = [f'{who} {told[who]:.4g}' for who in known]
         texts[name.replace('_', ' ')] = f"{told['container']:.4g}; {', '.join(others)}"
     return texts
 def _latencies(check:Mapping[str, Any])->list[tuple[str, float, str]]:
