@@ -376,10 +376,11 @@ def test_a_cell_releases_the_notebook_that_is_open_once_it_is_saved(environment,
     import nbformat
     path, book = tmp_path / "good.ipynb", nbformat.read(TESTS / "notebooks/good.ipynb", 4)
     called = ["from mlserve.notebook import release, versions\ntry: release()\nexcept Exception as e: print(e)",
-              "import pathlib\nfile = pathlib.Path('good.ipynb')\nwritten = file.write_text(file.read_text().replace('fill_(2)', 'fill_(1)'))",
+              "import os\nos.replace('saved.ipynb', 'good.ipynb')",
               "released = release()\nreleased", "versions('good')"]
     book.cells += [nbformat.v4.new_code_cell(source, metadata={"tags": ["after-release"]}) for source in called]
-    path.write_text(nbformat.writes(book).replace("fill_(1)", "fill_(2)"))
+    (tmp_path / "saved.ipynb").write_text(nbformat.writes(book))
+    path.write_text(nbformat.writes(book).replace("weight.fill_(1)", "weight.fill_(2)"))
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(
         env={**os.environ, **environment, "JPY_SESSION_NAME": str(path)})
     refused, _, released, listed = [cell.outputs for cell in book.cells[-4:]]
