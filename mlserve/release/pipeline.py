@@ -264,7 +264,7 @@ def write_result(
     result = {'model': now.name, 'version': now.version, 'image': now.image, 'package': now.package,
         'device': checked['device'], 'reference': checked['reference'] or None, 'metrics': checked['metrics'] or None,
         'gates': spec.gates.model_dump(exclude_defaults=True), 'image_mb': built['size_mb'],
-        **{key: built[key] for key in ('package_mb','place','warnings')},
+        **{key: built[key] for key in ('layers_mb','package_mb','place','warnings')},
         'aliases': record.aliases(now), 'steps': run.steps(), 'run': run.id, 'evidence': books_of(run),
         'check': {key: checked[key] or None for key in _checked},
         'commands': commands(now.image, now.version, package, run.folder, spec.delivery, spec.device)}

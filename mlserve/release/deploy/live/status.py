@@ -142,7 +142,8 @@ def releases(
         pair,entries = pair_of(version),entries_of(version)
         rows.append({'version': pair.version, 'status': pair.status,
             'aliases': sorted(alias for alias,v in named.items() if str(v) == pair.version),
-            'image': pair.image, 'package': pair.package, 'metrics': _accuracies(pair),
+            'image': pair.image, 'image_mb': float(pair.tags.get('mlserve.image_mb', 0)) or None,
+            'package': pair.package, 'metrics': _accuracies(pair),
             'created': version.creation_timestamp / 1e3,
             'deployed': {t: {'outcome': e.outcome, 'when': e.when} for t,e in sorted(entries.items())}})
     return rows
