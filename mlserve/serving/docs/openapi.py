@@ -104,11 +104,11 @@ def body_schema(
     if 'datatype' not in first: return _object({key: tensors_schema(specs, bool(first), words)}, [key])
     return _object({key: {'type': 'array', 'items': {'anyOf': [_v2_tensor(s, words) for s in specs]}}}, [key])
 
-# %% ../../../nbs/serving/docs/00_openapi.ipynb #ff5196db
+# %% ../../../nbs/serving/docs/00_openapi.ipynb #2efbd2c3
 _most = 2**18 # characters of an example
 def with_model(
     api:dict[str, Any], # the whole document
-    examples:Mapping[str, tuple[bytes, bytes]], # path → a request and its answer, in JSON
+    examples:Mapping[str, tuple[bytes, bytes]|None], # path → a request and its answer, in JSON, where there is one
     model:'Package', # its name, and the contracts of its inputs and outputs
     version:str, # of the model; '' when nobody told it
 )->dict[str, Any]: # the document, changed
@@ -116,8 +116,9 @@ def with_model(
     names,words = {'name': model.name, 'version': version},model.nonfinite == 'strings'
     takes,gives = (', '.join(map(str, specs)) for specs in (model.inputs, model.outputs))
     api.setdefault('info', {})['description'] = f'The model {model.name}: {takes} → {gives}.'
-    for path,(request,answer) in examples.items():
-        post = api['paths'][path]['post']
+    for path,bodies in examples.items():
+        if bodies is None: continue
+        post,(request,answer) = api['paths'][path]['post'],bodies
         for body,specs,content in ((request, model.inputs, post['requestBody']['content']),
             (answer, model.outputs, post['responses']['200'].setdefault('content', {}))):
             known = json.loads(body)

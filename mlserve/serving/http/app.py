@@ -232,8 +232,7 @@ def _describe_model(app:FastAPI, life:Lifecycle, settings:Settings)->None:
     def openapi()->dict[str, Any]:
         package,version,handler = life.package,settings.model_version,getattr(life.model, 'handler', None)
         if known or package is None or life.model is None or not life.rows: return known[0] if known else plain()
-        made = {route.pattern: example_of(route, life.rows, package, version) for route in ROUTES}
-        examples = {path: bodies for path,bodies in made.items() if bodies}
+        examples = {route.pattern: example_of(route, life.rows, package, version) for route in ROUTES}
         api = with_model(deepcopy(plain()), examples, package, version)
         known.append(with_own_types(api, handler.openapi()) if own_route(life.model) and handler else api)
         return known[0]
