@@ -10,7 +10,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release check test test-fast clients matrix kubernetes site soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
+.PHONY: help setup release check test test-fast clients browser matrix kubernetes site soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -49,6 +49,11 @@ clients: MORE := javac
 clients: PINS := kserve mlserver
 clients: setup test-tools ## servers asked by the clients of others, and a collector of traces
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m clients
+
+browser: MORE := $(shell command -v google-chrome >/dev/null || echo chromium)
+browser: PINS := browser
+browser: setup test-tools ## the page of a running model in Chromium, with axe
+	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m browser
 
 matrix: setup engine-start test-tools ## the formats, deliveries, builders and devices that `make test` leaves out
 	@$(WITH_ENGINE) pytest -q -m matrix

@@ -1,0 +1,182 @@
+"""The page of a running model in a real browser: asked by a form, drawn on, read by axe, in light and dark, wide and narrow."""
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from linters import pinned
+from servers import Server
+
+WIDTHS = {"wide": 1200, "narrow": 400}
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    "Debian's browser, and axe"
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    assert program, "The tests of pages need a browser: apt-get install chromium"
+    sys.path.append(str(pinned("browser")))
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    "Opens a page; what it asked of others, and what it complained of, is a failure at the end"
+    contexts, said = [], []
+
+    def opened(url, scheme="light", width="wide", ready="#send"):
+        contexts.append(chromium.new_context(color_scheme=scheme, viewport={"width": WIDTHS[width], "height": 900}))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("console", lambda message: said.append(message.text))
+        page.on("request", lambda request: None if request.url.startswith((url.rpartition("/")[0], "data:")) else said.append(request.url))
+        page.goto(url)
+        page.wait_for_selector(ready, state="visible", timeout=60_000)
+        return page
+    opened.said = said
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not said
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    "A server of a model that says in which row of eight an image is brightest"
+    import torch
+
+    from mlserve.package import save_package
+
+    class Brightest(torch.nn.Module):
+        def forward(self, image):
+            return torch.softmax(image.sum((1, 3)), 1)
+    folder = tmp_path_factory.mktemp("drawn")
+    save_package(Brightest().eval(), folder / "package", "brightest", {"image": torch.rand(4, 1, 8, 8)}, ["row"])
+    with Server(folder / "package", folder, real=True, ui=True, model_version=3) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    "A server of a table: who is heavy, by mass and sex"
+    import pandas as pd
+    from sklearn.compose import make_column_transformer
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder
+
+    from mlserve.package import save_package
+    rows = pd.DataFrame({"mass": np.linspace(3000, 6000, 60), "sex": ["male", None, "female"] * 20})
+    texts = make_pipeline(SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore"))
+    model = make_pipeline(make_column_transformer((SimpleImputer(), ["mass"]), (texts, ["sex"])), LogisticRegression(max_iter=5000))
+    model.fit(rows, np.where(rows["mass"] > 4500, "heavy", "light"))
+    folder = tmp_path_factory.mktemp("table")
+    save_package(model, folder / "package", "weights", inputs=rows, outputs=["label", "probabilities"], optional=["mass", "sex"])
+    with Server(folder / "package", folder, real=True, ui=True) as server:
+        yield server
+
+
+def serious(page):
+    "What axe finds that somebody cannot use"
+    from axe_playwright_python.sync_playwright import Axe
+    found = Axe().run(page).response["violations"]
+    return [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_drawing_is_answered_with_bars(drawn, visit, scheme, width):
+    page = visit(drawn.url + "/", scheme, width)
+    page.click("text=Clear")
+    box = page.locator("canvas").bounding_box()
+    y = box["y"] + box["height"] * 5.5 / 8
+    page.mouse.move(box["x"] + 20, y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 20, y, steps=8)
+    page.mouse.up()
+    page.click("#send")
+    page.wait_for_selector(".bar")
+    assert page.locator(".bar").first.inner_text().split()[0] == "5" and page.locator(".bar").count() == 8
+    sent = json.loads(page.input_value("#body"))
+    assert np.argmax(drawn.http.post("/predict", json=sent).json()["outputs"][0]) == 5
+    assert "200 in" in page.inner_text("#took") and page.inner_text("#state") == "ready" and "version 3" in page.inner_text("header")
+    assert not serious(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]
+
+
+def test_the_request_elsewhere_is_the_request(drawn, visit):
+    page = visit(drawn.url + "/")
+    body = json.loads(page.input_value("#body"))
+    for language, start in (("curl", "curl -s"), ("Python", "import requests"), ("JavaScript", "const answer = await fetch")):
+        page.click(f"#tongues >> text={language}")
+        text = page.inner_text("#snippet")
+        assert text.startswith(start) and f"{drawn.url}/predict" in text
+    page.click("#tongues >> text=Python")
+    named = {}
+    exec(page.inner_text("#snippet").partition("body = ")[2].partition("\n")[0].join(["body = ", ""]), named)
+    assert named["body"] == body
+
+
+def test_a_row_of_a_table_is_filled_in(table, visit):
+    page = visit(table.url + "/", "dark")
+    for mass, sex, sent in (("5900", "", {"mass": 5900, "sex": None}), ("3100", "male", {"mass": 3100, "sex": "male"})):
+        page.get_by_label("mass").fill(mass)
+        page.get_by_label("sex").fill(sex)
+        page.click("#send")
+        page.wait_for_function("document.querySelector('#took').textContent.startsWith('200')")
+        assert json.loads(page.input_value("#body"))["inputs"] == [sent]
+        label = table.http.post("/predict", json={"inputs": [sent]}).json()["outputs"][0]["label"]
+        assert page.inner_text("#answer p b") == label == ("heavy" if mass == "5900" else "light")
+    assert not serious(page)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_route_that_has_an_example_answers_it(drawn, visit, width):
+    page = visit(drawn.url + "/docs", width=width, ready="#routes summary")
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    asked = 0
+    for row in page.locator("#routes details:not(.group)").all():
+        body = row.locator("textarea")
+        if row.locator("button").count() and (not body.count() or body.input_value()):
+            row.locator("button").click()
+            row.locator("pre").first.wait_for()
+            said = row.locator("pre").first.inner_text()
+            assert said.startswith("200 in"), (row.locator("summary").first.inner_text(), said)
+            asked += 1
+    assert asked > 25
+    assert not serious(page)
+
+
+def test_a_token_is_asked_for_and_kept_nowhere(drawn, visit, tmp_path):
+    (tmp_path / "token").write_text("s3cret")
+    package = next(drawn.log.parent.glob("package"))
+    with Server(package, tmp_path, wait=False, real=True, ui=True, token_file=tmp_path / "token") as server:
+        server.wait_ready()
+        assert server.http.get("/").status_code == 401
+        page = visit(server.url + "/", ready="#secret")
+        assert not page.is_visible("#send")
+        for given in ("wrong", "s3cret"):
+            page.fill("#secret", given)
+            page.click("text=Use it")
+            page.wait_for_selector("#problem" if given == "wrong" else "#send", state="visible")
+        page.click("#send")
+        page.wait_for_selector(".bar")
+        assert page.evaluate("[document.cookie, localStorage.length, sessionStorage.length]") == ["", 0, 0]
+        assert "s3cret" not in page.content()
+        visit.said[:] = [said for said in visit.said if "401" not in said]  # Chromium tells of each
+
+
+def test_control_axe_sees_a_fault_and_the_policy_stops_a_script(drawn, visit):
+    page = visit(drawn.url + "/")
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<img src=\"data:,\"><b onclick=\"1\">x</b>')")
+    assert [rule for rule, _ in serious(page)] == ["image-alt"]
+    page.evaluate("document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'}))")
+    assert page.evaluate("window.ran") is None
+    assert any("Content Security Policy" in said for said in visit.said)
+    visit.said.clear()
