@@ -21,9 +21,9 @@ setup(
     url=cfg["git_url"],
     license="Apache-2.0",
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=["mlserve", "mlserve.*"]) + ["mlserve.pipelines"],
-    package_dir={"mlserve.pipelines": "nbs/pipelines"},  # the pipeline notebooks travel in the wheel
-    package_data={"mlserve": ["py.typed", "serving/docs/page.html"], "mlserve.pipelines": ["*.ipynb"]},
+    packages=find_packages(include=["mlserve", "mlserve.*"]) + ["mlserve.pipelines", "mlserve.scaffolds"],
+    package_dir={"mlserve.pipelines": "nbs/pipelines", "mlserve.scaffolds": "nbs/scaffolds"},  # notebooks that travel in the wheel
+    package_data={"mlserve": ["py.typed", "serving/docs/page.html"], "mlserve.pipelines": ["*.ipynb"], "mlserve.scaffolds": ["*.ipynb", "*.toml", "*.yaml", "*.md", "requirements.txt", "gitignore"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
         "serving": wings["serving"],

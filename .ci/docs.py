@@ -21,7 +21,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
-WINGS = {"tutorials": "Tutorials", "examples": "Examples", "reference": "Reference", "explanations": "Explanations", "wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release"}
+WINGS = {"tutorials": "Tutorials", "examples": "Examples", "reference": "Reference", "explanations": "Explanations", "wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release", "notebook": "Notebook", "scaffolds": "Scaffolds"}
 LINK = re.compile(r"\]\((?:nbs/)?((?:[\w.-]+/)*)(?:\d\d_)?([\w-]+)\.ipynb")  # the README is read from the root; a page has no number
 EXPORTED = re.compile(r"^#\| *exporti?$", re.M)
 

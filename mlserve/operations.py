@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Model', 'Engine', 'Live', 'Target', 'Whose', 'Platform', 'Port', 'Share', 'Back', 'Where', 'show',
-           'warn', 'render', 'deploy', 'rollback', 'status', 'releases', 'logs', 'doctor']
+           'warn', 'render', 'deploy', 'rollback', 'status', 'releases', 'logs', 'doctor', 'init']
 
 # %% ../nbs/07_operations.ipynb #c8ae1cc7
 import json, os, sys
@@ -122,3 +122,11 @@ def doctor(notebook:Annotated[Path|None,
     told = f'missing: {names}' if missing else 'all that a release needs is here'
     show([asdict(finding) for finding in findings], told, full)
     if missing: raise typer.Exit(missing[0].code)
+
+# %% ../nbs/07_operations.ipynb #e39a0243
+@app.command()
+def init(kind:Annotated[str, typer.Argument(help='classification or regression.')],
+    folder:Annotated[Path, typer.Argument(help='New or empty; the model is named after it.')], full:Json=False)->None:
+    "Write a small project that releases as it is: a model notebook, gates, a workflow, a README."
+    from mlserve.notebook.scaffold import after_scaffold, scaffold
+    show([str(path) for path in scaffold(kind, folder)], after_scaffold(folder), full)

@@ -69,7 +69,7 @@ def test_no_job_may_write_to_the_repository():
 
 
 def test_schemas_and_linters_have_no_finding(workflow_linters, tmp_path):
-    assert workflow_linters("github", *sorted((ROOT / ".github/workflows").glob("*.yaml"))) == []
+    assert workflow_linters("github", *sorted((ROOT / ".github/workflows").glob("*.yaml")), ROOT / "nbs/scaffolds/release.yaml") == []
     (tmp_path / ".gitlab-ci.yml").write_text(block("yaml"))
     assert workflow_linters("gitlab", tmp_path / ".gitlab-ci.yml") == []
 

@@ -1,0 +1,45 @@
+"""A project that `mlserve init` wrote, released as it is; and a release from a cell of a notebook."""
+import json
+import os
+
+import nbclient
+import nbformat
+import pytest
+from commands import TESTS, mlserve
+from mlserve.notebook.scaffold import KINDS
+
+pytestmark = pytest.mark.matrix
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_project_is_released_as_it_is(kind, environment, tmp_path):
+    folder = tmp_path / f"First {kind}"
+    made = mlserve("init", kind, folder)
+    assert made.returncode == 0 and made.stdout.startswith(f"cd {folder}\n"), made.stderr
+    again = mlserve("init", kind, folder)
+    assert again.returncode == 2 and "is not empty" in again.stderr
+    done = mlserve("release", folder / "model.ipynb", "--promote", "--json", env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert result["model"] == f"first-{kind}" and result["aliases"] == ["candidate", "production"]
+    [metric] = {"classification": ["accuracy"], "regression": ["rmse"]}[kind]
+    assert metric in result["metrics"]
+
+
+def test_a_cell_releases_the_notebook_that_is_open_once_it_is_saved(environment, tmp_path):
+    "In a kernel that is told where its notebook lies, as Jupyter's server tells it; the release runs in a child"
+    path, book = tmp_path / "good.ipynb", nbformat.read(TESTS / "notebooks/good.ipynb", 4)
+    called = ["from mlserve.notebook import release, versions\ntry: release()\nexcept Exception as e: print(e)",
+              "import os\nos.replace('saved.ipynb', 'good.ipynb')",
+              "released = release()\nreleased", "versions('good')"]
+    book.cells += [nbformat.v4.new_code_cell(source, metadata={"tags": ["after-release"]}) for source in called]
+    (tmp_path / "saved.ipynb").write_text(nbformat.writes(book))
+    path.write_text(nbformat.writes(book).replace("weight.fill_(1)", "weight.fill_(2)"))
+    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(
+        env={**os.environ, **environment, "JPY_SESSION_NAME": str(path)})
+    refused, _, released, listed = [cell.outputs for cell in book.cells[-4:]]
+    assert "changes that are not saved" in refused[0].text
+    shown = [output.data["text/html"] for output in (*released, *listed) if "data" in output]
+    assert shown[0].count('value="1"') == 6 and "failed" not in shown[0], shown[0]
+    assert "good version" in shown[1] and "layers" in shown[1] and environment["MLFLOW_TRACKING_URI"] in shown[1]
+    assert "candidate" in shown[2] and " MB" in shown[2]
