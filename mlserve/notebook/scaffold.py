@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'templates', 'scaffold', 'after_scaffold', 'mlserve_magic']
 
-# %% ../../nbs/notebook/03_scaffold.ipynb #0e2f4162
-import json, re
+# %% ../../nbs/notebook/03_scaffold.ipynb #37f0787c
+import json, re, shlex
 from pathlib import Path
 import mlserve
 from ..errors import LocalResource, UsageError
@@ -57,12 +57,13 @@ def scaffold(
         return written
     except OSError as e: raise LocalResource(f'{folder} cannot be written: {e.strerror}.') from None
 
-# %% ../../nbs/notebook/03_scaffold.ipynb #ff6291e0
+# %% ../../nbs/notebook/03_scaffold.ipynb #48cf5e88
 def after_scaffold(
     folder:str|Path, # that was written
 )->str: # lines
     "What to do in a new project"
-    return f'cd {folder}\njupyter lab model.ipynb        # put your data in\nmlserve release model.ipynb    # train, build, record, check'
+    return '\n'.join([f'cd {shlex.quote(str(folder))}', 'jupyter lab model.ipynb        # put your data in',
+        'mlserve release model.ipynb    # train, build, record, check'])
 def mlserve_magic(
     line:str, # behind `%mlserve`
 )->None: # printed

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.matrix
 def test_a_project_is_released_as_it_is(kind, environment, tmp_path):
     folder = tmp_path / f"First {kind}"
     made = mlserve("init", kind, folder)
-    assert made.returncode == 0 and made.stdout.startswith(f"cd {folder}\n"), made.stderr
+    assert made.returncode == 0 and made.stdout.startswith(f"cd '{folder}'\n"), made.stderr
     again = mlserve("init", kind, folder)
     assert again.returncode == 2 and "is not empty" in again.stderr
     done = mlserve("release", folder / "model.ipynb", "--promote", "--json", env=environment, cwd=folder)
