@@ -11,7 +11,7 @@ import pytest
 
 from commands import TESTS, last_json, mlserve
 from kills import Fates, hold_record, run_to_death
-from mlserve.release.record.journal import is_gone
+from mlserve.release.record.journal import Journal, is_gone
 from mlserve.release.resume import _left
 
 GOOD = TESTS / "notebooks/good.ipynb"
@@ -123,7 +123,8 @@ def killed_release(environment, tracking, state, folder, fates, wanted):
         if code == 0:
             break
         assert "Traceback" not in err and (code == -9 or fate and fate.struck and code in OUTSIDE), (code, str(fate), err[-3000:])
-        words = ["resume"] if own else words
+        ended = own and Journal(own[-1]).last("ended").get("status") == "FINISHED"  # killed before it could say so
+        words = ["resume", *[own[-1]] * bool(ended)] if own else words
     result = json.loads(out)
     fates.learn(result["steps"])
     built = {json.loads((run / "build.json").read_text())["image"] for run in own if (run / "build.json").exists()}
