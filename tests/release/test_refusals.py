@@ -397,7 +397,8 @@ def serve(path, **settings):
 
 def test_the_server_refuses_a_locked_package_with_a_wrong_golden_output(package, tmp_path):
     import shutil
-    from mlserve.package import golden, save_tensors, write_lock
+    from mlserve.package import golden, write_lock
+    from mlserve.package.arrays import save_tensors
     path = tmp_path / "package"
     shutil.copytree(package.path, path)
     inputs, outputs = golden(package)
