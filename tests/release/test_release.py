@@ -370,27 +370,6 @@ def test_a_package_on_a_volume_releases_without_weights_in_the_image(environment
     assert "/models/package" in container.logs().decode()
 
 
-def test_a_cell_releases_the_notebook_that_is_open_once_it_is_saved(environment, tmp_path):
-    "In a kernel that is told where its notebook lies, as Jupyter's server tells it; the release runs in a child"
-    import nbclient
-    import nbformat
-    path, book = tmp_path / "good.ipynb", nbformat.read(TESTS / "notebooks/good.ipynb", 4)
-    called = ["from mlserve.notebook import release, versions\ntry: release()\nexcept Exception as e: print(e)",
-              "import os\nos.replace('saved.ipynb', 'good.ipynb')",
-              "released = release()\nreleased", "versions('good')"]
-    book.cells += [nbformat.v4.new_code_cell(source, metadata={"tags": ["after-release"]}) for source in called]
-    (tmp_path / "saved.ipynb").write_text(nbformat.writes(book))
-    path.write_text(nbformat.writes(book).replace("weight.fill_(1)", "weight.fill_(2)"))
-    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(
-        env={**os.environ, **environment, "JPY_SESSION_NAME": str(path)})
-    refused, _, released, listed = [cell.outputs for cell in book.cells[-4:]]
-    assert "changes that are not saved" in refused[0].text
-    shown = [output.data["text/html"] for output in (*released, *listed) if "data" in output]
-    assert shown[0].count('value="1"') == 6 and "failed" not in shown[0], shown[0]
-    assert "good version" in shown[1] and "layers" in shown[1] and environment["MLFLOW_TRACKING_URI"] in shown[1]
-    assert "candidate" in shown[2] and " MB" in shown[2]
-
-
 def test_large_weights_inside_an_image_are_warned_about(environment, release, tmp_path):
     "A package of 501 MB is built, and the way out is named on stderr and in the result"
     import torch
