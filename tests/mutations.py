@@ -532,8 +532,8 @@ def rows_go_to_the_neighbour(put):
     import numpy as np
     good = now("serving.batching.execution.split_answer")
 
-    def split(outputs, jobs):
-        good({k: np.roll(v, 1, 0) for k, v in outputs.items()} if len(jobs) > 1 else outputs, jobs)
+    def split(outputs, jobs, padding=None):
+        good({k: np.roll(v, 1, 0) for k, v in outputs.items()} if len(jobs) > 1 else outputs, jobs, padding)
     put("serving.batching.execution.split_answer", split)
 
 
