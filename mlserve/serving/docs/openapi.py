@@ -129,12 +129,15 @@ def with_model(
         if parameter['in'] == 'path' and names.get(parameter['name']): parameter['example'] = names[parameter['name']]
     return api
 
-# %% ../../../nbs/serving/docs/00_openapi.ipynb #ca715e50
+# %% ../../../nbs/serving/docs/00_openapi.ipynb #ebacdbdd
 def with_own_types(
     api:dict[str, Any], # the whole document
-    types:Mapping[str, Any], # `request`, `response` and `schemas` of the model's own steps
+    types:Mapping[str, Any]|None, # `request`, `response` and `schemas` of the model's own steps; None where it has none
 )->dict[str, Any]: # the document, changed
-    "Add the types of the model's own steps to OpenAPI"
+    "Add the types of the model's own steps to OpenAPI, or take their path out"
+    if types is None:
+        del api['paths']['/handle']
+        return api
     post = api['paths']['/handle']['post']
     api.setdefault('components', {}).setdefault('schemas', {}).update(types['schemas'])
     asked,given = ({_json: {'schema': types[side]}} for side in ('request', 'response'))

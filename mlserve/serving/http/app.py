@@ -234,7 +234,7 @@ def _describe_model(app:FastAPI, life:Lifecycle, settings:Settings)->None:
         if known or package is None or life.model is None or not life.rows: return known[0] if known else plain()
         examples = {route.pattern: example_of(route, life.rows, package, version) for route in ROUTES}
         api = with_model(deepcopy(plain()), examples, package, version)
-        known.append(with_own_types(api, handler.openapi()) if own_route(life.model) and handler else api)
+        known.append(with_own_types(api, handler.openapi() if own_route(life.model) and handler else None))
         return known[0]
     app.openapi = openapi # type: ignore[method-assign] # as FastAPI's documentation has it
 
