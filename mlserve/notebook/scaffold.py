@@ -8,18 +8,14 @@ __all__ = ['KINDS', 'templates', 'scaffold', 'after_scaffold', 'mlserve_magic']
 # %% ../../nbs/notebook/03_scaffold.ipynb #37f0787c
 import json, re, shlex
 from pathlib import Path
-import mlserve
 from ..errors import LocalResource, UsageError
-from ..package.folder import write_whole
+from ..package.folder import shipped, write_whole
 
 # %% ../../nbs/notebook/03_scaffold.ipynb #41c62707
 KINDS = 'classification','regression'
 def templates()->Path: # a folder
     "Where the files of the scaffolds lie"
-    here = Path(mlserve.__file__).absolute().parent
-    for folder in (here/'scaffolds', here.parent/'nbs'/'scaffolds'):
-        if (folder/'classification.ipynb').exists(): return folder
-    raise LocalResource('The scaffolds are not installed.', mend='Install mlserve again.')
+    return shipped('scaffolds', 'classification.ipynb', 'The scaffolds')
 def _notebook(kind:str, name:str)->str:
     "The model notebook under the project's name, without outputs"
     text = (templates()/f'{kind}.ipynb').read_text()

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-import mlserve
 from ..errors import (Interrupted, LocalResource, MlserveError, NotebookFailed, RemoteUnavailable,
     UsageError, hidden)
-from ..package.folder import write_whole
+from ..package.folder import shipped, write_whole
 from ..package.lock import file_hash
 from ..patch import patch
 from .git_source import commit_of
@@ -28,10 +27,7 @@ from .spec import ReleaseSpec, default_name, default_repository
 # %% ../../nbs/release/04_run.ipynb #faea271c
 def pipelines()->Path: # a folder
     "Where the notebooks of a release lie"
-    here = Path(mlserve.__file__).absolute().parent
-    for folder in (here/'pipelines', here.parent/'nbs'/'pipelines'):
-        if (folder/'check_inference.ipynb').exists(): return folder
-    raise LocalResource('The notebooks of a release are not installed.', mend='Install mlserve again.')
+    return shipped('pipelines', 'check_inference.ipynb', 'The notebooks of a release')
 def run_pipeline(
     name:str, # of one of them
     parameters:Mapping[str, Any], # its values

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from ...errors import CheckFailed, MlserveError
 from ..export.invariance import prove_program
-from ..export.size_proofs import sizes_text
+from ..export.sizes import sizes_text
 from ..holdout import answers, beside, read_holdout
 from ..lock import parse_lock, read_small, verify_lock
 from ..programs.torch_program import Program
