@@ -184,9 +184,9 @@ def let_go(
     if kernel.has_kernel: run_sync(kernel.request_shutdown)()
 async def _forget(manager):
     "Take back the names that a notebook left in a kernel, and the numbers of its cells"
+    if not await manager.is_alive(): raise RuntimeError('its kernel has died')
     client = manager.client()
     client.start_channels()
-    await client.wait_for_ready(timeout=300)
     await client.execute('get_ipython().reset()', silent=True, reply=True, timeout=60)
 
 # %% ../../nbs/release/03_notebook.ipynb #5674254a

@@ -27,8 +27,8 @@ from .notebook import check_parameters, experiment_of, let_go, shared_kernel
 from .record import mlflow_store
 from .record.upload import reach_store
 from .registry.client import reach_registry
-from .run import (Run, books_of, fail_run, open_run, pipelines, reach_disk,
-    say, step, under_name, write_json)
+from .run import (Run, books_of, fail_run, open_run, pipeline_kernel, pipelines,
+    reach_disk, say, step, under_name, write_json)
 from .spec import ReleaseSpec, checked_device, default_name, default_repository
 from .supply_chain.provenance import confirm_attached
 from .supply_chain.statement import attest, before_check, check_findings
@@ -201,7 +201,6 @@ def commands(
             f'-d {shlex.quote(f"@{body}")}', 'mlflow_ui': uri if uri.startswith('http') else shlex.join(ui)}
 
 # %% ../../nbs/release/08_pipeline.ipynb #c47dd52f
-_warm = 'import docker, matplotlib.pyplot, mlserve.release.check, mlserve.release.plan; mlserve.release.record.client()'
 def go_on(
     run:Run, # opened
     promote:bool, # move `production` too, when the check passed
@@ -209,7 +208,7 @@ def go_on(
 )->dict[str, Any]: # the content of `state/release.json`
     "Take every step of a release that is not done"
     try:
-        with shared_kernel(run.folder) as theirs, shared_kernel(run.folder, _warm) as ours:
+        with shared_kernel(run.folder) as theirs, pipeline_kernel(run.folder) as ours:
             with mlflow_store.environment(MLFLOW_RUN_ID=run.id), step('train', run.did, progress):
                 run,place = train_model(replace(run, kernel=theirs))
             let_go(theirs)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 from ... import errors
@@ -29,9 +30,11 @@ def _link(source, dest): # copies where it cannot link
     return dest
 
 # %% ../../../nbs/release/image/03_context.ipynb #ed64c684
+@cache
+def _imports(code): # of a module; a build asks for the same modules twice
+    return [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom)]
 def _imported(file, source): # files of ours that a module names in its imports
-    for n in ast.walk(ast.parse(file.read_bytes())):
-        if not isinstance(n, ast.ImportFrom): continue
+    for n in _imports(file.read_bytes()):
         name = n.module or ''
         if not n.level and name.split('.')[0] != 'mlserve': continue
         base = file.parents[n.level-1] if n.level else source
