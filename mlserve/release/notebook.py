@@ -7,7 +7,7 @@ __all__ = ['read_cells', 'parameters_of', 'check_parameters', 'experiment_of', '
            'shared_kernel', 'let_go', 'run_notebook', 'ran_to_its_end', 'run_cells']
 
 # %% ../../nbs/release/03_notebook.ipynb #4ab55e9a
-import contextlib, difflib, json, logging, re, subprocess, sys, uuid
+import contextlib, difflib, json, logging, queue, re, subprocess, sys, uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,10 +184,14 @@ def let_go(
     if kernel.has_kernel: run_sync(kernel.request_shutdown)()
 async def _forget(manager):
     "Take back the names that a notebook left in a kernel, and the numbers of its cells"
-    if not await manager.is_alive(): raise RuntimeError('its kernel has died')
     client = manager.client()
     client.start_channels()
-    await client.execute('get_ipython().reset()', silent=True, reply=True, timeout=60)
+    asked = client.execute('get_ipython().reset()', silent=True)
+    for _ in range(300):
+        if not await manager.is_alive(): raise RuntimeError('its kernel has died')
+        with contextlib.suppress(queue.Empty):
+            if (await client.get_shell_msg(timeout=1))['parent_header'].get('msg_id') == asked: return
+    raise RuntimeError('its kernel answers nothing')
 
 # %% ../../nbs/release/03_notebook.ipynb #5674254a
 def _without_afterwards(path:Path, out:Path)->Path:
