@@ -105,6 +105,24 @@ def test_R3_mlflow_goes_away(mlflow, store, deeds, point, fault):
     assert fault == "slowed" or store in said
 
 
+def test_R3_an_object_store_that_mlflow_sends_its_clients_to_goes_away(s3, double, monkeypatch, tmp_path):
+    "Nothing stands between, so boto3's patience counts, and its exceptions; and what can't be asked for is not missing"
+    use(monkeypatch, s3)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
+    store = record.client()
+    store.create_experiment("mlserve", artifact_location=f"s3://models/{time.monotonic_ns()}")
+    logged = logged_package.log_package(double)
+    (tmp_path / "check.json").write_text("{}")
+    keep_evidence(logged.run_id, tmp_path)
+    for fault in FAULTS:
+        suffer(s3.proxy, fault, 0, lambda: logged_package.log_package(double))
+        suffer(s3.proxy, fault, 0, lambda: keep_evidence(logged.run_id, tmp_path))
+        suffer(s3.proxy, fault, 0, lambda: logged_package.fetch_package(logged, tmp_path / f"{time.monotonic_ns()}"))
+        suffer(s3.proxy, fault, 0, lambda: logged_package.artifact_hash(store, logged.run_id, "evidence/check.json"))
+    assert logged_package.artifact_hash(store, logged.run_id, "evidence/other.json") == "nothing"
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("spare", range(0, 40, 2))

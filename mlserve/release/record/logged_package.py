@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from ...errors import IntegrityError, LocalResource, RemoteUnavailable, UsageError
+from ...errors import IntegrityError, MlserveError, RemoteUnavailable, UsageError
 from ...package import Package, call_rows, load_package, load_program
 from ...package.evaluation import measure, read_target
 from ...package.lock import file_hash
@@ -148,7 +148,7 @@ def fetch_package(
     from mlflow.artifacts import download_artifacts
     make_folder(Path(folder))
     place = client(uri).get_logged_model(logged.model_id).artifact_location
-    with asking(uri or tracking_uri()):
+    with asking(uri or tracking_uri(), artifacts=True):
         downloaded = Path(download_artifacts(place, dst_path=str(folder), tracking_uri=uri or tracking_uri()))
     (downloaded/'registered_model_meta').unlink(missing_ok=True)
     return load_package(downloaded, digest=_digest(logged))
@@ -170,6 +170,11 @@ def fetch_holdout(
         f"{digest or 'none'}, found {found or 'none'}.", mend='Release the notebook again.')
 
 # %% ../../../nbs/release/record/01_logged_package.ipynb #bc070f1b
+def _kept(store, run_id, path):
+    "Whether a run has an artifact; MLflow says of an outage, too, that there is none to download"
+    try: return any(found.path == path for found in store.list_artifacts(run_id, path.rpartition('/')[0]))
+    except MlserveError: raise
+    except Exception: return False # there is no such run, or no such folder
 def fetch_artifact(
     store:'MlflowClient', # of `client`
     run_id:str, # of a run
@@ -178,8 +183,11 @@ def fetch_artifact(
 )->Path|None: # nothing where none is kept under that name
     "Download what is kept under a name"
     try: return Path(store.download_artifacts(run_id, path, str(folder)))
-    except (RemoteUnavailable, LocalResource): raise
-    except Exception: return None # MLflow has a dozen ways to say that there is no such artifact
+    except MlserveError: raise
+    except Exception: # MLflow has a dozen ways to say that there is no such artifact
+        if not _kept(store, run_id, path): return None
+    raise RemoteUnavailable(f'{path} of the run {run_id} is kept, and could not be downloaded.',
+        mend='See that the artifact store can be read from here.')
 def artifact_hash(
     store:'MlflowClient', # of `client`
     run_id:str, # of a run

@@ -7,7 +7,7 @@ __all__ = ['state_folder', 'tracking_uri', 'unrecorded', 'ensure_reachable', 'ma
            'client', 'experiment', 'reach_record']
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #b5e1dad5
-import fcntl, functools, inspect, logging, os, time
+import fcntl, functools, importlib.util, inspect, logging, os, time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -89,9 +89,25 @@ def _elsewhere(status, text, uri):
             mend='See that the path of MLFLOW_TRACKING_URI is the one under which the server is reached.')
     return None
 
+# %% ../../../nbs/release/record/00_mlflow_store.ipynb #c908b184
+_again = 'The same command goes on when it answers again.'
+_object_stores = 'boto3','botocore','s3transfer','google','azure'
+def _status(error):
+    "What an object store answered; 0 where it gave no answer"
+    answer = getattr(error, 'response', None)
+    if isinstance(answer, dict): return answer.get('ResponseMetadata', {}).get('HTTPStatusCode', 0)
+    return getattr(error, 'status_code', 0) or getattr(error, 'code', 0) or 0
+def _store_outage(error, uri):
+    "What the exception of an object store's client means; nothing for a name that is not there"
+    status,what = _status(error),f'The artifact store of {hidden(uri)}'
+    if status == 404: return None
+    if status in (401, 403) or 'Credentials' in type(error).__name__ or 'AccessDenied' in str(error):
+        return RemoteUnavailable(f'{what} refuses access: {hidden(str(error))[:300]}',
+            mend='Give this machine the credentials of somebody who may write there.')
+    return RemoteUnavailable(f'{what} could not be asked: {hidden(str(error))[:300]}', mend=_again)
+
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b29a2
 _local = 'disk is full','disk I/O error','readonly database'
-_again = 'The same command goes on when it answers again.'
 _room = 'See that its artifact store has room, and can be written.'
 _outages = (('too many 5', 'answered 500'), ('timed out', 'did not answer in time'),
     ('locked', 'is locked by another process'), ('onnection', 'broke the connection'))
@@ -103,6 +119,7 @@ def outage(
     from mlflow.exceptions import MlflowException
     text,status = str(error),error.get_http_status_code() if isinstance(error, MlflowException) else 0
     module = type(error).__module__
+    if module.split('.')[0] in _object_stores: return _store_outage(error, uri)
     if 'API request to endpoint' in text and (failure := _elsewhere(status, text, uri)): return failure
     if any(word in text for word in _local) or isinstance(error, OSError) and not module.startswith('requests'):
         why = getattr(error, 'strerror', None) or next((word for word in _local if word in text), type(error).__name__)
@@ -127,18 +144,32 @@ def environment(
             else: os.environ[name] = value
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b29a5
+def _limit_s3(seconds):
+    "Let boto3's default session, with which MLflow asks S3, wait no longer for an answer"
+    if not importlib.util.find_spec('boto3'): return
+    import boto3
+    from botocore.config import Config
+    if not boto3.DEFAULT_SESSION: boto3.setup_default_session()
+    session = boto3.DEFAULT_SESSION._session
+    if session.get_default_client_config(): return # somebody's own, or ours
+    session.set_default_client_config(Config(connect_timeout=min(5, seconds), read_timeout=seconds,
+        retries={'total_max_attempts': 1}))
 @contextmanager
 def asking(
     uri:str, # of the store
+    artifacts:bool=False, # asked for files, which may lie in an object store
 )->Iterator[None]: # while it is asked
     "Ask within the budget, and turn an outage into a failure of ours"
     patience = str(remote_seconds())
+    if artifacts: _limit_s3(remote_seconds())
     try:
         with environment(MLFLOW_HTTP_REQUEST_TIMEOUT=patience, MLFLOW_HTTP_REQUEST_MAX_RETRIES='0'): yield
     except MlserveError: raise
     except Exception as e:
         if failure := outage(e, uri): raise failure from None
         raise
+
+# %% ../../../nbs/release/record/00_mlflow_store.ipynb #c21085cb
 def _typed(store, uri):
     "A client whose outages are failures of ours"
     for name,method in inspect.getmembers(store, inspect.ismethod):
@@ -148,13 +179,13 @@ _once = 'create_model_version'
 def _told(method, uri):
     @functools.wraps(method)
     def _ask(*args, **kw):
-        end = time.monotonic() + remote_seconds()
+        end,artifacts = time.monotonic() + remote_seconds(),'artifact' in method.__name__
         for wait in (1, 2, 0):
             try:
-                with asking(uri): return method(*args, **kw)
+                with asking(uri, artifacts): return method(*args, **kw)
             except RemoteUnavailable as e:
                 last = not wait or time.monotonic() + wait > end
-                if e.mend == _again and last and 'artifact' in method.__name__: e.mend = f'{_room} {_again}'
+                if e.mend == _again and last and artifacts: e.mend = f'{_room} {_again}'
                 if last or e.mend != _again or method.__name__ == _once: raise
             time.sleep(wait)
     return _ask

@@ -110,6 +110,7 @@ def _notebook(seen, pair, uri):
     store,name = mlflow_store.client(uri),seen.origin.notebook
     found = record.artifact_hash(store, pair.run_id, f'evidence/{name}')
     try: logged = store.get_run(pair.run_id).data.tags.get('mlserve.package','nothing')
+    except MlserveError: raise # it could not be asked
     except Exception: logged = 'no such run'
     return [(f'executed {name} among the evidence of the run', seen.origin.executed, found),
         ('package that the run logged', seen.origin.package, logged)]
