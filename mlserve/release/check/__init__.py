@@ -27,6 +27,7 @@ from .speed import Speed, beside_cpu, log_speed, measure_speed, sizes_of, start_
 from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
 from ..record import Pair, failed_in_production, fetch_holdout, fetch_package, mark
+from ..record.description import describe, log_numbers
 from ..spec import checked_device
 from ...settings import remote_seconds
 if TYPE_CHECKING:
@@ -246,6 +247,8 @@ def check(
     log_speed(pair.run_id, {kind: Speed(**numbers) for kind,numbers in result.speed.items()}, uri)
     when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     now = mark(pair, device, asdict(result) | {'when': when, 'run': pair.run_id}, uri)
+    log_numbers(now, kind, uri)
+    describe(now, uri)
     if not result.passed and (loud := failed_in_production(now, uri)):
         result = replace(result, reason=f'{result.reason} {loud}')
     return result
