@@ -75,6 +75,7 @@ def train_model(
 )->tuple[Run, Path]: # the run under the package's name, and the folder of the verified package
     "Run the model notebook, and find the package that it saved"
     package = _package_of(run, run.folder/'package')
+    run.log_parameters()
     run = replace(run, spec=under_name(run.spec, package.name))
     measured = foresee_run(run.id, run.spec.gates, run.spec.name, run.spec.device)
     if run.spec.gates.target:

@@ -7,7 +7,7 @@ __all__ = ['pipelines', 'run_pipeline', 'pipeline_kernel', 'write_json', 'read_j
            'reach_disk', 'absolute', 'under_name', 'open_run', 'keep_evidence', 'books_of', 'fail_run']
 
 # %% ../../nbs/release/04_run.ipynb #3d50f4dd
-import json, shlex, shutil, sys, threading, time
+import ast, json, shlex, shutil, sys, threading, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..package.folder import shipped, write_whole
 from ..package.lock import file_hash
 from ..patch import patch
 from .git_source import commit_of
-from .notebook import experiment_of, ran_to_its_end, run_notebook, shared_kernel
+from .notebook import experiment_of, parameters_of, ran_to_its_end, run_notebook, shared_kernel
 from .record import mlflow_store
 from .record.journal import Journal, owner_of
 from .spec import ReleaseSpec, default_name, default_repository
@@ -217,6 +217,17 @@ def open_run(
         raise RemoteUnavailable(f'The run of the release takes no artifacts: {type(e).__name__}: {str(e)[:300]}.',
             mend='See that the artifact store of the tracking server can be written to from here.') from None
     return run
+
+# %% ../../nbs/release/04_run.ipynb #0396607c
+@patch
+def log_parameters(self:Run)->None: # as parameters of the MLflow run
+    "Log the parameters of the model notebook"
+    store,given = mlflow_store.client(),parameters_of(self.spec.notebook)
+    known = {'package_dir', *store.get_run(self.id).data.params}
+    for name in sorted(given.keys() - known):
+        try: value = ast.literal_eval(given[name])
+        except (ValueError, SyntaxError): value = given[name] # an expression
+        store.log_param(self.id, name, str(value)[:6000]) # as long as MLflow allows
 
 # %% ../../nbs/release/04_run.ipynb #3f3aaa97
 def keep_evidence(
