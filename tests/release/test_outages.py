@@ -5,6 +5,7 @@ import time
 from contextlib import nullcontext, suppress
 from functools import partial
 
+import boto3
 import pytest
 from emulators import mlflow_server, use
 from faulty_proxy import Proxy
@@ -121,6 +122,7 @@ def test_R3_an_object_store_that_mlflow_sends_its_clients_to_goes_away(s3, doubl
         suffer(s3.proxy, fault, 0, lambda: logged_package.fetch_package(logged, tmp_path / f"{time.monotonic_ns()}"))
         suffer(s3.proxy, fault, 0, lambda: logged_package.artifact_hash(store, logged.run_id, "evidence/check.json"))
     assert logged_package.artifact_hash(store, logged.run_id, "evidence/other.json") == "nothing"
+    assert not boto3.DEFAULT_SESSION._session.get_default_client_config(), "a notebook's own clients are left alone"
 
 
 @pytest.mark.soak

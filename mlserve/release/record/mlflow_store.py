@@ -144,16 +144,18 @@ def environment(
             else: os.environ[name] = value
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b29a5
+@contextmanager
 def _limit_s3(seconds):
-    "Let boto3's default session, with which MLflow asks S3, wait no longer for an answer"
-    if not importlib.util.find_spec('boto3'): return
+    "Let clients that MLflow makes of boto3's default session wait no longer for an answer; a notebook's own do not"
     import boto3
     from botocore.config import Config
     if not boto3.DEFAULT_SESSION: boto3.setup_default_session()
     session = boto3.DEFAULT_SESSION._session
-    if session.get_default_client_config(): return # somebody's own, or ours
-    session.set_default_client_config(Config(connect_timeout=min(5, seconds), read_timeout=seconds,
-        retries={'total_max_attempts': 1}))
+    before,attempts = session.get_default_client_config(),{'total_max_attempts': 1}
+    limits = Config(connect_timeout=min(5, seconds), read_timeout=seconds, retries=attempts)
+    session.set_default_client_config(before.merge(limits) if before else limits)
+    try: yield
+    finally: session.set_default_client_config(before)
 @contextmanager
 def asking(
     uri:str, # of the store
@@ -161,9 +163,9 @@ def asking(
 )->Iterator[None]: # while it is asked
     "Ask within the budget, and turn an outage into a failure of ours"
     patience = str(remote_seconds())
-    if artifacts: _limit_s3(remote_seconds())
+    limited = _limit_s3(remote_seconds()) if artifacts and importlib.util.find_spec('boto3') else nullcontext()
     try:
-        with environment(MLFLOW_HTTP_REQUEST_TIMEOUT=patience, MLFLOW_HTTP_REQUEST_MAX_RETRIES='0'): yield
+        with environment(MLFLOW_HTTP_REQUEST_TIMEOUT=patience, MLFLOW_HTTP_REQUEST_MAX_RETRIES='0'), limited: yield
     except MlserveError: raise
     except Exception as e:
         if failure := outage(e, uri): raise failure from None
