@@ -476,8 +476,12 @@ class Endless(Batcher):
 
 def test_E5_control_a_queue_without_bound_is_seen(monkeypatch):
     monkeypatch.setitem(globals(), "Batcher", Endless)
-    _, highest, refusals, *_ = asyncio.run(flood(10))
-    assert highest > 32 and not refusals
+    for _ in range(5):  # a busy machine may send too slowly to fill a queue
+        _, highest, refusals, *_ = asyncio.run(flood(10))
+        assert not refusals
+        if highest > 32:
+            break
+    assert highest > 32
 
 
 def test_E5_the_time_to_come_again_follows_the_pace():
