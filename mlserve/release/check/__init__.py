@@ -23,11 +23,11 @@ from .assessment import foresee, held_digest, in_production
 from .comparison import compare_server
 from .container import (Limits, alive, blamed, container_options, drained, ended, gpu_options,
     healthy, merge_options, remote_options, started, working_set)
-from .speed import Speed, beside_cpu, log_speed, measure_speed, sizes_of, start_times, timed
+from .speed import Speed, beside_cpu, log_measured, measure_speed, sizes_of, start_times, timed
 from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
 from ..record import Pair, failed_in_production, fetch_holdout, fetch_package, mark
-from ..record.description import describe, log_numbers
+from ..record.description import describe
 from ..spec import checked_device
 from ...settings import remote_seconds
 if TYPE_CHECKING:
@@ -88,6 +88,14 @@ class CheckResult:
     placement: dict = field(default_factory=dict) # on a GPU: where parameters, outputs and nodes are
     times: dict = field(default_factory=dict) # seconds: `load` and `warm` of the server, until `ready`, to `drain`
     memory: int = 0 # bytes of its working set after it was timed; 0 where the engine does not tell
+
+# %% ../../../nbs/release/check/04_check.ipynb #9affce80
+def _once(pair, kind, result):
+    "What a check measures once, by the names of metrics that versions are compared by"
+    size,memory = float(pair.tags.get('mlserve.image_mb') or 0),round(result.memory / 1e6, 1)
+    numbers = {'image_mb': size or None, f'check.{kind}.memory_mb': memory or None}
+    numbers |= {f'check.{kind}.{name}_s': seconds for name,seconds in result.times.items()}
+    return numbers | {f'check.{name}': told['container'] for name,told in result.metrics.items()}
 
 # %% ../../../nbs/release/check/04_check.ipynb #23d6ff31
 def _free_port():
@@ -244,10 +252,10 @@ def check(
     with tempfile.TemporaryDirectory() as folder:
         evidence = gather(pair, gates, kind, Path(folder), uri)
         result = _examine(pair, evidence, gates, device, delivery, limits)
-    log_speed(pair.run_id, {kind: Speed(**numbers) for kind,numbers in result.speed.items()}, uri)
+    speeds = {kind: Speed(**numbers) for kind,numbers in result.speed.items()}
+    log_measured(pair.run_id, speeds, _once(pair, kind, result), uri)
     when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     now = mark(pair, device, asdict(result) | {'when': when, 'run': pair.run_id}, uri)
-    log_numbers(now, kind, uri)
     describe(now, uri)
     if not result.passed and (loud := failed_in_production(now, uri)):
         result = replace(result, reason=f'{result.reason} {loud}')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sizes_of', 'Inferring', 'timed', 'latencies', 'model_calls', 'ask_size', 'request_bytes', 'throughput', 'cold_pass',
-           'start_times', 'Speed', 'measure_speed', 'beside_cpu', 'log_speed']
+           'start_times', 'Speed', 'measure_speed', 'beside_cpu', 'log_measured']
 
 # %% ../../../nbs/release/check/02_speed.ipynb #5ee0a104
 import json, re, selectors, socket, time
@@ -214,14 +214,15 @@ def _points(speed):
         values = value if isinstance(value, list) else [value]
         for step,number in zip(steps.get(name, ()), values):
             if number is not None: yield name,number,step
-def log_speed(
+def log_measured(
     run_id:str, # of the release
     speeds:Mapping[str, Speed], # kind of device → its numbers
+    once:Mapping[str, float|None], # name of a metric → its one number
     uri:str|None=None, # of the store
 )->None: # metrics such as `check.cuda.p50_ms`, with the batch size as step
-    "Log how fast an image is"
+    "Log what a check measured"
     from mlflow.entities import Metric
-    now,metrics = int(time.time() * 1000),[]
+    now,points = int(time.time() * 1000),[(name, number, 0) for name,number in once.items() if number is not None]
     for kind,speed in speeds.items():
-        metrics += [Metric(f'check.{kind}.{name}', number, now, step) for name,number,step in _points(speed)]
-    store(uri).log_batch(run_id, metrics)
+        points += [(f'check.{kind}.{name}', number, step) for name,number,step in _points(speed)]
+    store(uri).log_batch(run_id, [Metric(name, number, now, step) for name,number,step in points])
