@@ -20,10 +20,12 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a kernel has a handler; a background job of a shell is started without
 from mlserve.package import load_package
 server = load_package(sys.argv[1]).serve()
-print(server.url, flush=True)
-while True:
-    try: time.sleep(60)
-    except KeyboardInterrupt: print('interrupted', flush=True)
+try: # an interrupt may come before the line below ends
+    print(server.url, flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print('interrupted', flush=True)
+time.sleep(60) # the next cell
 """
 
 
