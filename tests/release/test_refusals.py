@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
-from commands import TESTS, interrupted, last_json, mlserve, run, start_mlserve
+from commands import TESTS, forked, interrupted, last_json, mlserve, run, start_mlserve
 from containers import docker_cli
 from servers import until
 
@@ -243,10 +244,9 @@ def test_a_notebook_that_sets_its_experiment_is_trained_in_it(tracking, tmp_path
 def test_two_first_commands_share_a_new_store(tmp_path):
     "Both make the tables of one file"
     code = "from mlserve.release.record import mlflow_store; print(mlflow_store.experiment(mlflow_store.client()))"
-    env = {**os.environ, "MLSERVE_STATE": str(tmp_path), "MLFLOW_TRACKING_URI": ""}
-    both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [p.communicate(timeout=120) for p in both]
-    assert len({out for out, _ in said}) == 1 and said[0][0].strip(), said
+    with ThreadPoolExecutor(3) as pool:
+        said = list(pool.map(lambda _: forked(code, env={"MLSERVE_STATE": str(tmp_path), "MLFLOW_TRACKING_URI": ""}, timeout=120), range(3)))
+    assert len({done.stdout for done in said}) == 1 and said[0].stdout.strip(), said
 
 
 def test_a_regression_on_a_table_is_measured_by_its_errors(environment, tracking, tmp_path):

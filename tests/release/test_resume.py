@@ -2,14 +2,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 import httpx
 import pytest
 
-from commands import TESTS, last_json, mlserve
+from commands import TESTS, forked, last_json, mlserve
 from kills import Fates, hold_record, run_to_death
 from mlserve.release.record.journal import Journal, is_gone
 from mlserve.release.resume import _left
@@ -44,8 +42,7 @@ main()
 
 def cut(point, *words, env):
     "A command that is killed at a point"
-    command = [sys.executable, "-W", "ignore", "-c", CUT, point, *map(str, words)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=900)
+    done = forked(CUT, point, *words, env=env, timeout=900)
     assert done.returncode == -9, done.stderr[-3000:]
     return done.stderr
 
