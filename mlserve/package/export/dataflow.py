@@ -247,6 +247,8 @@ def _modes(flow:Flow)->tuple:
             flow.called(lambda: place_of(outwards(frame)), _name(func), args, kwargs or {}, out)
             return out
     class Operations(TorchDispatchMode):
+        @classmethod
+        def _should_skip_dynamo(cls)->bool: return False # else the first call imports the compiler: two seconds
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             frame,out = sys._getframe(1),func(*args, **(kwargs or {}))
             with torch._C.DisableTorchFunction():
