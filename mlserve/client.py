@@ -23,12 +23,14 @@ from .tensors import TensorSpec, text_bytes
 # %% ../nbs/04_client.ipynb #ef84a7e2
 _by_status:dict[int, type[MlserveError]] = {c.status: c for c in (errors.InvalidInput, errors.NotFound, errors.TooLarge,
     errors.UnsupportedMedia, errors.Unavailable, errors.DeadlinePassed)}
+_no_token = 'Give it to the client, as token; mlserve check takes --token-file.'
 def failure(
     response:httpx.Response, # an answer with status 400 or more
 )->MlserveError: # not raised yet
     "The failure an answer stands for"
     try: text = str(response.json()['error'])
     except (ValueError, KeyError, TypeError): text = f'The server answered {response.status_code} without a reason.'
+    if response.status_code == 401: return errors.UsageError(text, mend=_no_token)
     error = _by_status.get(response.status_code, ModelFailed)(text)
     after = response.headers.get('retry-after', '')
     if isinstance(error, errors.Unavailable) and after.isdigit(): error.retry_after = int(after)
@@ -41,6 +43,7 @@ class Client:
     url: str # such as `http://127.0.0.1:8080`
     model: str|None = None # the model's name; the server is asked for it if not given
     timeout: float = 10.0 # seconds for one answer
+    token: str|None = field(default=None, repr=False) # the bearer token, where the server asks for one
     transport: httpx.BaseTransport|None = None # another way to reach a server, for tests
     _metadata: dict[str, Any]|None = field(default=None, init=False, repr=False, compare=False) # once asked for
     _binary: bool|None = field(default=None, init=False, repr=False, compare=False) # once asked for
@@ -52,7 +55,9 @@ class Client:
     @cached_property
     def http(self)->httpx.Client:
         "The connections to the server, made when first used"
-        return httpx.Client(base_url=self.url, timeout=self.timeout, transport=self.transport, trust_env=False)
+        bearer = {'Authorization': f'Bearer {self.token}'} if self.token else {}
+        return httpx.Client(base_url=self.url, timeout=self.timeout, transport=self.transport, headers=bearer,
+            trust_env=False)
 
 # %% ../nbs/04_client.ipynb #c246fc36
 @patch

@@ -142,6 +142,19 @@ def for_gpu(release, tracking, double, monkeypatch):
     client.delete_registered_model("double")  # whoever looks for the image by its digest finds the release
 
 
+def test_a_running_service_is_held_against_its_version(release, for_gpu, start, environment):
+    "By its address: it is the version that it says it is, and answers as the notebook did; another version's package is told"
+    container = start(release["image"], "-e", f"MLSERVE_MODEL_VERSION={release['version']}", "-e", f"MLSERVE_IMAGE={release['image']}")
+    wait_healthy(container)
+    done = mlserve("check", "digits", "--url", address(container), "--json", env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["version"], found["rows"]) == (release["version"], release["check"]["rows"])
+    assert found["metrics"]["accuracy"]["container"] == release["metrics"]["accuracy"]["container"] and not found["speed"]
+    done = mlserve("check", "double", "--version", for_gpu.version, "--url", address(container), env=environment)
+    assert done.returncode == last_json(done.stderr)["code"] == 5 and "The service runs the package" in done.stderr, done.stderr
+
+
 def test_two_versions_that_share_an_image_are_each_named_by_the_diff(for_gpu, double, release, environment):
     "The same digest stands in both; it named the newest twice"
     from mlserve.release import record

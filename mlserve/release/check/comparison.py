@@ -67,9 +67,9 @@ def placed_on_gpu(
     devices = [*(health.get('model_devices') or []), *parameters, *outputs.values()]
     elsewhere = sorted({device for device in devices if not device.startswith('cuda')})
     if elsewhere:
-        raise CheckFailed(f"The container answers on a GPU, and a part of its model is on {', '.join(elsewhere)}.")
+        raise CheckFailed(f"The server answers on a GPU, and a part of its model is on {', '.join(elsewhere)}.")
     if not outputs and not {*placement.get('nodes', ())} & {'CUDAExecutionProvider', 'TensorrtExecutionProvider'}:
-        raise CheckFailed('The container answers on a GPU, and does not tell that anything was computed there.')
+        raise CheckFailed('The server answers on a GPU, and does not tell that anything was computed there.')
     return placement
 
 # %% ../../../nbs/release/check/03_comparison.ipynb #799ca9a3
@@ -84,7 +84,7 @@ def require_close(
     rtol,atol = tolerance['rtol'],tolerance['atol']
     difference = compare(dict(expected), dict(answers), rtol, atol, nan, tolerance.get('ties'))
     if not difference.passed:
-        raise CheckFailed(f"The {what} answers of the container differ from the notebook's: "
+        raise CheckFailed(f"The {what} answers of the server differ from the notebook's: "
             f'{difference.where} is off by {difference.max_abs:.3g} (allowed: rtol {rtol:g}, atol {atol:g}).')
     return {'max_abs': float(difference.max_abs), 'max_rel': float(difference.max_rel)}
 
@@ -118,7 +118,7 @@ def compare_server(
     health = client.health()
     kind,name = device_of(health)
     if kind != device.partition(':')[0]:
-        raise CheckFailed(f'The container answers on {kind or "an unknown device"!r}; {device!r} was asked for.')
+        raise CheckFailed(f'The server answers on {kind or "an unknown device"!r}; {device!r} was asked for.')
     (inputs, expected),*others = golden_pairs(package)
     rows,nan = call_rows(package),bool(package.nonfinite)
     placement = placed_on_gpu(health) if kind == 'cuda' else {}
