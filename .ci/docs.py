@@ -25,6 +25,7 @@ WINGS = {"tutorials": "Tutorials", "examples": "Examples", "reference": "Referen
 TUTORIALS = ["my_own_model", "which_model", "calling_the_model", "which_delivery", "on_a_gpu", "release_from_your_ci", "deploy_and_roll_back", "deployment_files", "behind_a_corporate_proxy"]
 LINK = re.compile(r"\]\((?:nbs/)?((?:[\w.-]+/)*)(?:\d\d_)?([\w-]+)\.ipynb")  # the README is read from the root; a page has no number
 LINE = re.compile(r'<a id="?__codelineno-[^>]*></a>')
+PALE = "color:rgb(var(--color-foreground)/.45)"
 EXPORTED = re.compile(r"^#\| *exporti?$", re.M)
 
 
@@ -157,6 +158,8 @@ def main(to):
             sys.exit(re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr))
         for page in (Path(work) / "site").rglob("*.html"):  # each line of code is a link without a name, and a stop of the tabulator
             page.write_text(LINE.sub("", page.read_text()))
+        for script in (Path(work) / "site/assets/javascripts").glob("bundle.*.js"):  # where a result of the search lies is too pale to be read
+            script.write_text(script.read_text().replace(PALE, PALE.replace(".45", ".7")))
         (Path(work) / "site/llms.txt").write_text(for_machines(docs, titles))
         shutil.rmtree(to, ignore_errors=True)
         shutil.move(Path(work) / "site", to)
