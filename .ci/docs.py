@@ -151,6 +151,7 @@ def main(to):
         titles = {n: markdown(n, processed / n, docs) for n in notebooks}
         for asset in ("docs.css", "docs.js"):
             shutil.copy(ROOT / ".ci" / asset, docs)
+        shutil.copytree(NBS / "images", docs / "images", dirs_exist_ok=True)
         config = (ROOT / ".ci/zensical.toml").read_text().replace("VERSION", get_config().version)
         (Path(work) / "zensical.toml").write_text(config.replace("nav = []", "nav = " + toml(navigation(titles))))
         done = subprocess.run([Path(sys.executable).parent / "zensical", "build", "--strict", "-f", "zensical.toml"], cwd=work, capture_output=True, text=True)
