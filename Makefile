@@ -52,7 +52,7 @@ clients: setup test-tools ## servers asked by the clients of others, and a colle
 
 browser: MORE := $(shell command -v google-chrome >/dev/null || echo chromium)
 browser: PINS := browser
-browser: setup test-tools ## the page of a running model in Chromium, with axe
+browser: setup test-tools docs ## the page of a running model, and the site, in Chromium, with axe
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m browser
 
 matrix: setup engine-start test-tools ## the formats, deliveries, builders and devices that `make test` leaves out

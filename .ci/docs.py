@@ -22,7 +22,10 @@ from traitlets.config import Config
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 WINGS = {"tutorials": "Tutorials", "examples": "Examples", "reference": "Reference", "explanations": "Explanations", "wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release", "notebook": "Notebook", "scaffolds": "Scaffolds"}
+TUTORIALS = ["my_own_model", "which_model", "calling_the_model", "which_delivery", "on_a_gpu", "release_from_your_ci", "deploy_and_roll_back", "deployment_files", "behind_a_corporate_proxy"]
 LINK = re.compile(r"\]\((?:nbs/)?((?:[\w.-]+/)*)(?:\d\d_)?([\w-]+)\.ipynb")  # the README is read from the root; a page has no number
+LINE = re.compile(r'<a id="?__codelineno-[^>]*></a>')
+PALE = "color:rgb(var(--color-foreground)/.45)"
 EXPORTED = re.compile(r"^#\| *exporti?$", re.M)
 
 
@@ -51,7 +54,7 @@ def folded(source):
     code = re.sub(r"^#\|.*\n", "", source, flags=re.M).strip()
     names = re.findall(r"^(?:async )?(?:def|class) (\w+)", code, re.M) or re.findall(r"^(\w+) *(?::[^=]+)?=", code, re.M)
     summary = "Source" + (f" of <code>{', '.join(dict.fromkeys(names))}</code>" if names else ": imports" if "import" in code else "")
-    return new_markdown_cell(f'<details class="source" markdown="1"><summary>{summary}</summary>\n\n```python\n{code}\n```\n\n</details>')
+    return new_markdown_cell(f'<details class="source" markdown="1" data-search-exclude><summary>{summary}</summary>\n\n```python\n{code}\n```\n\n</details>')
 
 
 def woven(written, processed):
@@ -124,7 +127,8 @@ def markdown(notebook, processed, folder):
 def navigation(titles):
     "Tutorials first; then a section for each folder of the house, in the order of its numbers"
     def section(folder):
-        pages = [{titles[n]: str(page_of(n))} for n in sorted(titles) if n.parent == folder]
+        ordered = sorted(titles, key=lambda n: (TUTORIALS.index(n.stem) if n.stem in TUTORIALS else len(TUTORIALS), n))
+        pages = [{titles[n]: str(page_of(n))} for n in ordered if n.parent == folder]
         below = sorted({n.parents[len(n.parents) - 2 - len(folder.parts)] for n in titles if folder in n.parent.parents})
         return pages + [{f.name.replace("_", " "): section(f)} for f in below]
     ground = [{titles[n]: str(page_of(n))} for n in sorted(titles) if n.parent == Path(".") and n.stem != "index"]
@@ -145,12 +149,18 @@ def main(to):
         docs = Path(work) / "docs"
         notebooks = [p.relative_to(processed) for p in sorted(processed.rglob("*.ipynb"))]
         titles = {n: markdown(n, processed / n, docs) for n in notebooks}
-        shutil.copy(ROOT / ".ci/docs.css", docs)
+        for asset in ("docs.css", "docs.js"):
+            shutil.copy(ROOT / ".ci" / asset, docs)
+        shutil.copytree(NBS / "images", docs / "images", dirs_exist_ok=True)
         config = (ROOT / ".ci/zensical.toml").read_text().replace("VERSION", get_config().version)
         (Path(work) / "zensical.toml").write_text(config.replace("nav = []", "nav = " + toml(navigation(titles))))
         done = subprocess.run([Path(sys.executable).parent / "zensical", "build", "--strict", "-f", "zensical.toml"], cwd=work, capture_output=True, text=True)
         if done.returncode:  # a link that leads nowhere, too
             sys.exit(re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr))
+        for page in (Path(work) / "site").rglob("*.html"):  # each line of code is a link without a name, and a stop of the tabulator
+            page.write_text(LINE.sub("", page.read_text()))
+        for script in (Path(work) / "site/assets/javascripts").glob("bundle.*.js"):  # where a result of the search lies is too pale to be read
+            script.write_text(script.read_text().replace(PALE, PALE.replace(".45", ".7")))
         (Path(work) / "site/llms.txt").write_text(for_machines(docs, titles))
         shutil.rmtree(to, ignore_errors=True)
         shutil.move(Path(work) / "site", to)

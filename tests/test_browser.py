@@ -1,48 +1,10 @@
 """The page of a running model in a real browser: asked by a form, drawn on, read by axe, in light and dark, wide and narrow."""
 import json
-import shutil
-import sys
 
 import numpy as np
 import pytest
-from linters import pinned
+from browser import WIDTHS, serious
 from servers import Server
-
-WIDTHS = {"wide": 1200, "narrow": 400}
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    "Debian's browser, and axe"
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    assert program, "The tests of pages need a browser: apt-get install chromium"
-    sys.path.append(str(pinned("browser")))
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(chromium):
-    "Opens a page; what it asked of others, and what it complained of, is a failure at the end"
-    contexts, said = [], []
-
-    def opened(url, scheme="light", width="wide", ready="#send"):
-        contexts.append(chromium.new_context(color_scheme=scheme, viewport={"width": WIDTHS[width], "height": 900}))
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("console", lambda message: said.append(message.text))
-        page.on("request", lambda request: None if request.url.startswith((url.rpartition("/")[0], "data:")) else said.append(request.url))
-        page.goto(url)
-        page.wait_for_selector(ready, state="visible", timeout=60_000)
-        return page
-    opened.said = said
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not said
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +42,6 @@ def table(tmp_path_factory):
     save_package(model, folder / "package", "weights", inputs=rows, outputs=["label", "probabilities"], optional=["mass", "sex"])
     with Server(folder / "package", folder, real=True, ui=True) as server:
         yield server
-
-
-def serious(page):
-    "What axe finds that somebody cannot use"
-    from axe_playwright_python.sync_playwright import Axe
-    found = Axe().run(page).response["violations"]
-    return [(v["id"], v["nodes"][0]["html"][:200]) for v in found if v["impact"] in ("serious", "critical")]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -98,6 +98,54 @@ def test_every_page_runs(copy):
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
+def prose(page):
+    "What a page says, without its code and results"
+    return "\n\n".join("".join(c["source"]) for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "markdown")
+
+
+def commands_in(text):
+    "The commands of ours in the code of a text: name, and options that are given to it"
+    for code in re.findall(r"```.*?```|`[^`\n]+`|^ {4}.+", text, re.S | re.M):
+        for name, rest in re.findall(r"(?:^|[`$]) *mlserve ([a-z][^\s`]*)([^`\n#|]*)", code, re.M):
+            yield name, re.findall(r"(?<!\S)--?[a-z][a-z-]*", rest)
+
+
+def unknown_commands(text, known):
+    return [(name, o) for name, options in commands_in(text) for o in (options or [""]) if name not in known or o and o not in known[name]]
+
+
+@pytest.fixture(scope="module")
+def known():
+    "The commands that there are, each with its options"
+    import typer
+
+    from mlserve.cli import app
+    return {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts)} | {"--help"} for name, c in typer.main.get_command(app).commands.items()}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "nbs/tutorials").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_tutorial_types_only_commands_that_there_are(page, known):
+    assert not unknown_commands(prose(page), known)
+
+
+def test_control_a_command_that_is_not_there_is_seen(known):
+    text = "`mlserve relase x.ipynb`\n```bash\nmlserve vendor x.ipynb --to y  # a comment\n$ mlserve status\n```\n    mlserve check mine --version 3\n"
+    assert [name for name, _ in commands_in(text)] == ["relase", "vendor", "status", "check"]
+    assert unknown_commands(text, known) == [("relase", ""), ("vendor", "--to")]
+
+
+def test_each_symptom_has_what_shows_why_and_its_mend():
+    "The page of triage: a heading as somebody sees it, a command or a place to look at, what to do; metrics and settings that there are"
+    text = prose(ROOT / "nbs/tutorials/when_something_is_wrong.ipynb")
+    symptoms = re.split(r"^### ", text, flags=re.M)[1:]
+    assert len(symptoms) >= 20
+    for symptom in symptoms:
+        assert re.match(r".+\n\n\*Look\*: .+\n\n\*Mend\*: .+", symptom), symptom
+    told = (ROOT / "nbs/reference/metrics.ipynb").read_text() + (ROOT / "nbs/reference/settings.ipynb").read_text()
+    names = set(re.findall(r"\b(?:mlserve|MLSERVE)_[A-Za-z_]+", text))
+    assert len(names) > 10 and not {n for n in names if n not in told}
+
+
 def words(text):
     "The words of a text without its markup"
     return set(re.findall(r"[A-Za-z]{4,}", text))
