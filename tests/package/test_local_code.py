@@ -1,5 +1,4 @@
 """Local modules that travel with a package: what may, what is refused, and whose code answers."""
-import json
 import os
 import sys
 
@@ -164,9 +163,9 @@ AWS = "key = 'AKIA" + "ABCDEFGH" * 2 + "'"
     ({"mylib/words.json": "{}", "mylib/a.py": "open(here/'words.json')"}, CODE, Refused, r"names 'words.json', which does not travel.*code=\[…, '../src/mylib/words.json'\]"),
     ({"mylib/a.py": "def f(:"}, CODE, UsageError, "'mylib/a.py' of code is not Python: invalid syntax, line 1"),
     ({"mylib/a.py": "import importlib\nimportlib.import_module('mylib.net')"}, CODE, Refused, r"'mylib/a.py', line 2, has import_module\('mylib.net'\)"),
-    ({"numpy/__init__.py": ""}, ["../src/numpy"], Refused, "'numpy', which code names, shadows the module 'numpy' of numpy"),
+    ({"numpy/__init__.py": ""}, ["../src/numpy"], Refused, "'numpy', which code names, shadows the module 'numpy' that is installed"),
     ({"json.py": ""}, ["../src/json.py"], Refused, "shadows the module 'json' of Python"),
-    ({"mlserve/__init__.py": ""}, ["../src/mlserve"], Refused, "shadows the module 'mlserve' of mlserve"),
+    ({"mlserve/__init__.py": ""}, ["../src/mlserve"], Refused, "shadows the module 'mlserve' that is installed"),
     ({"my-lib/__init__.py": ""}, ["../src/my-lib"], UsageError, "'my-lib', which code names, is no name that can be imported"),
     ({"data/words.txt": "a"}, ["../src/data"], Refused, "'data', which code names, holds no Python"),
     ({"words.txt": "a"}, [*CODE, "../src/words.txt"], UsageError, "'words.txt' is in none of the folders of code"),
@@ -203,19 +202,6 @@ def test_a_handler_may_not_ask_for_a_module_by_text(project):
     (project / "notebooks/handler.py").write_text(HANDLER + "\ndef more():\n    import importlib\n    return importlib.import_module('mylib.net')\n")
     with pytest.raises(Refused, match=r"'handler.py', line \d+, has import_module\('mylib.net'\)"):
         save(project)
-
-
-def test_the_project_itself_may_be_installed_from_its_folder(project, monkeypatch):
-    "As `pip install -e .` leaves it; the same name of somebody else is refused"
-    site = project / "site"
-    info = {"METADATA": "Metadata-Version: 2.1\nName: my-lib\nVersion: 1\n", "top_level.txt": "mylib\n", "RECORD": "",
-            "direct_url.json": json.dumps({"url": project.as_uri(), "dir_info": {"editable": True}})}
-    write(site / "my_lib-1.dist-info", info)
-    monkeypatch.syspath_prepend(site)
-    copy_code(CODE, project / "draft")
-    (site / "my_lib-1.dist-info/direct_url.json").unlink()
-    with pytest.raises(Refused, match="shadows the module 'mylib' of my-lib"):
-        copy_code(CODE, project / "draft")
 
 
 def test_where_a_project_ends(tmp_path):

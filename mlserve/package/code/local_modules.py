@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['project_of', 'checked_text', 'check_source', 'copy_code']
 
-# %% ../../../nbs/package/code/01_local_modules.ipynb #25c594c5
-import ast, json, os, re, shutil, sys
+# %% ../../../nbs/package/code/01_local_modules.ipynb #44066db5
+import ast, os, re, shutil, sys, sysconfig
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import distribution, packages_distributions
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import NoReturn
-from urllib.parse import unquote, urlparse
 from ...errors import LocalResource, Refused, UsageError
 from ..lock import read_small
 
-# %% ../../../nbs/package/code/01_local_modules.ipynb #046cf4be
+# %% ../../../nbs/package/code/01_local_modules.ipynb #80bd85a7
 def project_of(
     folder:Path, # such as that of a notebook
 )->Path: # the folder itself where there is no mark of a project
@@ -36,29 +35,25 @@ def _place(given:str|Path)->Path:
             mend='Move it into the project; or install it, and name its package in `requirements` of mlserve.toml.')
     return place
 
-# %% ../../../nbs/package/code/01_local_modules.ipynb #75586619
-def _owner(name:str, place:Path)->str:
-    "Which other package has a module of a name; '' where none has"
-    if name == 'mlserve': return name
-    if name in sys.stdlib_module_names: return 'Python'
-    for owner in packages_distributions().get(name, ()):
-        origin = json.loads(distribution(owner).read_text('direct_url.json') or '{}')
-        source = unquote(urlparse(origin.get('url', '')).path)
-        own = origin.get('dir_info', {}).get('editable') and place.resolve().is_relative_to(Path(source).resolve())
-        if not own: return owner
-    return ''
+# %% ../../../nbs/package/code/01_local_modules.ipynb #d9936388
+def _owner(name:str)->str:
+    "Who else has a module of a name; '' where nobody has"
+    if name in sys.stdlib_module_names: return 'of Python'
+    sites = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
+    installed = name == 'mlserve' or PathFinder.find_spec(name, sorted(sites))
+    return 'that is installed' if installed else ''
 def _name(place:Path)->str:
     "The name that a folder or a file is imported by"
     name = place.name.removesuffix('.py')
     if not name.isidentifier():
         raise UsageError(f"'{place.name}', which code names, is no name that can be imported.",
             mend='Rename it: letters, digits and `_`.')
-    if owner := _owner(name, place):
-        raise Refused(f"'{place.name}', which code names, shadows the module '{name}' of {owner}.",
+    if owner := _owner(name):
+        raise Refused(f"'{place.name}', which code names, shadows the module '{name}' {owner}.",
             mend='Give it another name.')
     return name
 
-# %% ../../../nbs/package/code/01_local_modules.ipynb #541a5863
+# %% ../../../nbs/package/code/01_local_modules.ipynb #9af62883
 _key_file = re.compile(r'(?i)\.env(\..+)?|\.netrc|\.pypirc|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)'
     r'|.*\.(pem|key|p12|pfx|keystore)|(.*[._-])?(credentials?|secrets?)(\.(py|json|ya?ml|toml|ini|cfg|txt))?')
 _keys = {'a private key': r'-----BEGIN [A-Z ]*PRIVATE KEY', 'an access key of AWS': r'\b(AKIA|ASIA)[0-9A-Z]{16}\b',
@@ -84,7 +79,7 @@ def checked_text(
         _refuse(name, f'holds what looks like {what}, in line {line}', 'Read it from the environment.')
     return text
 
-# %% ../../../nbs/package/code/01_local_modules.ipynb #7b7dc0cd
+# %% ../../../nbs/package/code/01_local_modules.ipynb #e24e0af4
 _by_text = {'import_module', 'files', 'get_data', 'read_text', 'read_binary', 'open_text', 'open_binary'}
 def _words(tree:ast.AST)->Iterator[str]:
     "Every text that a module holds"
@@ -108,7 +103,7 @@ def check_source(
                 mend='Say it with `__package__`, as in files(__package__), or by an import statement.')
     return {word.rpartition('/')[2] for word in _words(tree)}
 
-# %% ../../../nbs/package/code/01_local_modules.ipynb #708ecf18
+# %% ../../../nbs/package/code/01_local_modules.ipynb #dfc7694f
 def _walk(folder:Path)->Iterator[Path]:
     "Every file of a folder that somebody wrote"
     for entry in sorted(folder.iterdir()):
@@ -131,7 +126,7 @@ def _travelling(modules:Mapping[str,Path], named:Sequence[Path])->Iterator[tuple
         for file,name in names.items():
             if file in sources or file in named: yield name,file
 
-# %% ../../../nbs/package/code/01_local_modules.ipynb #6e5209d1
+# %% ../../../nbs/package/code/01_local_modules.ipynb #905d72e2
 def copy_code(
     code:Sequence[str|Path], # folders and files that are imported, and text files in these folders
     folder:Path, # of the package
