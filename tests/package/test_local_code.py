@@ -1,4 +1,5 @@
 """Local modules that travel with a package: what may, what is refused, and whose code answers."""
+import contextlib
 import os
 import sys
 
@@ -10,6 +11,7 @@ from mlserve.client import Client
 from mlserve.errors import CheckFailed, IntegrityError, LocalResource, MlserveError, Refused, UsageError
 from mlserve.package import load_package, save_package
 from mlserve.package.code.local_modules import copy_code, project_of
+from mlserve.package.code.modules import locked_code
 from mlserve.package.handler import read_handler
 from mlserve.package.lock import parse_lock
 
@@ -45,16 +47,29 @@ def write(folder, files):
         (folder / name).write_text(text)
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
+@contextlib.contextmanager
+def project_in(folder, monkeypatch):
     "A repository with a notebook's folder, where the test runs, and a module in another"
-    write(tmp_path / "src/mylib", FILES | {"late.py": "threshold = 0"})
-    write(tmp_path, {".git/HEAD": "", "notebooks/handler.py": HANDLER})
-    monkeypatch.chdir(tmp_path / "notebooks")
-    monkeypatch.syspath_prepend(tmp_path / "src")
-    yield tmp_path
+    write(folder / "src/mylib", FILES | {"late.py": "threshold = 0"})
+    write(folder, {".git/HEAD": "", "notebooks/handler.py": HANDLER})
+    with monkeypatch.context() as patch:
+        patch.chdir(folder / "notebooks")
+        patch.syspath_prepend(folder / "src")
+        forget()
+        yield folder
+    forget()
+
+
+def forget():
+    "What a kernel that is started again has not imported"
     for name in [n for n in sys.modules if n.partition(".")[0] == "mylib"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    with project_in(tmp_path, monkeypatch) as folder:
+        yield folder
 
 
 def save(project, name="package", code=CODE, factor=None):
@@ -77,10 +92,12 @@ def test_local_modules_travel_and_are_served_without_the_project(project):
     with torch.inference_mode():
         expected = net(x).numpy()
     (project / "src").rename(project / "gone")
-    with package.serve() as server, Client(server.url) as client:
+    server = package.serve()
+    with contextlib.closing(Client(server.url)) as client:
         assert np.allclose(client.infer({"x": x.numpy()})["y"], expected, atol=1e-6)
         answer = client.http.post("/handle", json=x.tolist()).json()
         assert answer == [["low", "high"][int(y > 0)] for y in expected[:, 0]]
+    server.stop()
     assert not [f for f in (package.path / "code").rglob("*") if f.suffix == ".pyc"]
 
 
@@ -119,8 +136,7 @@ def test_A5_code_that_was_edited_after_its_import_is_not_what_the_notebook_tried
 
 def test_A5_two_packages_of_one_process_have_each_their_own_code(project):
     first = save(project, "first")[2]
-    for name in [n for n in sys.modules if n.partition(".")[0] == "mylib"]:
-        del sys.modules[name]
+    forget()
     second = save(project, "second", factor=5.0)[2]
     scales = [read_handler(p.path).module.Net.forward.__globals__["factor"]() for p in (first, second, first)]
     assert scales == [3.0, 5.0, 3.0]
@@ -222,4 +238,5 @@ def test_a_package_with_code_is_read_only_and_costs_others_nothing(project):
     finally:
         for file in [package.path, *package.path.rglob("*")]:
             os.chmod(file, 0o755 if file.is_dir() else 0o644)
-    assert sys.meta_path == before and sum("mylib.net" in name for name in sys.modules if name.startswith("mlserve_code_")) == 1
+    prefix = locked_code(package.path).prefix
+    assert sys.meta_path == before and sorted(name for name in sys.modules if name.startswith(prefix) and "net" in name) == [f"{prefix}.mylib.net"]
