@@ -17,7 +17,7 @@ from .export.confined import ConfinedProgram
 from .environment import environment
 from ..errors import IntegrityError, LocalResource, MlserveError, ModelFailed, UsageError
 from .folder import check_replaceable, copy_files, install_folder
-from .programs import FORMATS, check_format, read_program
+from .programs import check_format, read_program
 from .programs.onnx_program import Engines, OnnxProgram
 from .programs.torch_program import Program, TorchProgram
 from .export import freeze, live_program, unused
