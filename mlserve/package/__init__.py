@@ -276,9 +276,7 @@ def save_package(
     check_dynamic(dynamic, padding, batch, providers, inputs)
     check_replaceable(path)
     check_beside(path)
-    ours = description(model, format, handler, code, arguments, name=name, batch=None if batch else False,
-        dtype=dtype or None, nonfinite=nonfinite or None,
-        providers=None if tuple(providers) == PROVIDERS[0] else list(providers))
-    ours['tolerance'] = tolerance
+    ours = description(model, format, handler, code, arguments, name=name, batch=batch, dtype=dtype or None,
+        nonfinite=nonfinite or None, providers=tuple(providers), tolerance=tolerance or {})
     given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding, code=code)
     return _save(path, ours, read_example(given, optional))

@@ -256,7 +256,8 @@ def description(
     "What `MLmodel` will say of a package"
     if code and not handler:
         raise UsageError('code is given without a handler, and nothing else imports it.', mend='Say handler=True.')
-    ours = {'format': format, 'file': FORMATS[format]} | {key: v for key,v in given.items() if v is not None}
+    ours = {'format': format, 'file': FORMATS[format]}
+    ours |= {key: v for key,v in given.items() if v not in (None, True, PROVIDERS[0])}
     if format != 'safetensors': return ours
     if not handler:
         raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")

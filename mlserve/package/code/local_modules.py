@@ -93,7 +93,8 @@ def check_source(
     "Refuse source that cannot be run where it travels to"
     try: tree = ast.parse(text)
     except (SyntaxError, ValueError) as e:
-        raise UsageError(f"'{name}' of code is not Python: {getattr(e, 'msg', e)}, line {getattr(e, 'lineno', 1)}.") from e
+        why,line = getattr(e, 'msg', e),getattr(e, 'lineno', 1)
+        raise UsageError(f"'{name}' of code is not Python: {why}, line {line}.") from e
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant): continue
         called,first = ast.unparse(node.func).rpartition('.')[2],str(node.args[0].value)
@@ -114,7 +115,8 @@ def _travelling(modules:Mapping[str,Path], named:Sequence[Path])->Iterator[tuple
     "The files that travel, by their place under `code/`"
     for top,place in modules.items():
         files = [place] if place.is_file() else list(_walk(place))
-        names = {file: file.name if place.is_file() else f'{top}/{file.relative_to(place).as_posix()}' for file in files}
+        around = place.parent # in which names begin
+        names = {file: file.relative_to(around).as_posix() for file in files}
         texts = {file: checked_text(name, read_small(file)) for file,name in names.items()}
         sources = [file for file in files if file.suffix == '.py']
         if not sources: raise Refused(f"'{top}', which code names, holds no Python.", mend='Name files in files=[…].')
