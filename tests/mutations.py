@@ -944,3 +944,39 @@ def only_the_examples_size_is_proved(put):
 @plant
 def padding_is_believed(put):
     put("package.export.size_proofs.prove_padding", never)
+
+
+# ---- local modules
+
+
+@plant
+def the_first_module_of_a_name_is_everybodys(put):
+    "As a folder on `sys.path` would have it"
+    import sys
+
+    def offer(code):
+        sys.path.append(str(code.home))
+        return vars(now("package.code.modules.builtins"))
+    put("package.handler.offer", offer)
+
+
+@plant
+def modules_are_read_when_they_are_imported(put):
+    "As Python's own finder does"
+    import pathlib
+
+    class Late(dict):
+        def __getitem__(self, file):
+            return (self.home / file).read_bytes()
+    good = now("package.handler.offer")
+
+    def offer(code):
+        sources = Late(code.sources)
+        sources.home = pathlib.Path(code.home)
+        return good(dataclasses.replace(code, sources=sources))
+    put("package.handler.offer", offer)
+
+
+@plant
+def modules_are_not_held_against_the_lock(put):
+    put("package.handler.locked_code", now("package.code.modules.code_in"))

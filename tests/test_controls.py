@@ -25,6 +25,7 @@ import test_gpu
 import test_http_limits
 import test_invariance
 import test_isolation
+import test_local_code
 import test_pipelining
 import test_platforms
 import test_protocols
@@ -50,6 +51,10 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", test_sizes.test_A1_a_length_that_a_trace_took_from_the_example_is_refused, {}, "only_the_examples_size_is_proved", "DID NOT RAISE"),
     ("A2", test_sizes.test_A2_padding_that_changes_an_answer_is_refused, {}, "padding_is_believed", "DID NOT RAISE"),
     ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
+    ("A5", test_local_code.test_A5_code_that_was_edited_after_its_import_is_not_what_the_notebook_tried, {}, "the_first_module_of_a_name_is_everybodys", "DID NOT RAISE"),
+    ("A5", test_local_code.test_A5_two_packages_of_one_process_have_each_their_own_code, {}, "the_first_module_of_a_name_is_everybodys", r"they answered"),
+    ("A5", test_local_code.test_A5_a_module_that_is_imported_late_is_the_locked_one, {}, "modules_are_read_when_they_are_imported", "it took 9"),
+    ("A5", test_local_code.test_A5_a_module_that_is_not_as_it_was_locked_never_runs, {}, "modules_are_not_held_against_the_lock", "DID NOT RAISE|never ran"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
     ("N1", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N1 a head that drips", "room": True, "clients": 25, "duration": 3}, "no_deadline_for_a_head", "ended by the server"),
@@ -213,6 +218,7 @@ def planted(monkeypatch):
 def failure(test, stack, double, tmp_path, monkeypatch, given):
     "Run a test with what its fixtures would give it: how it failed, and the lines of the test that did"
     ready = {"double": lambda: double, "tmp_path": lambda: tmp_path, "monkeypatch": lambda: monkeypatch,
+             "project": lambda: stack.enter_context(test_local_code.project_in(tmp_path, monkeypatch)),
              "pool": lambda: stack.enter_context(concurrent.futures.ThreadPoolExecutor(64)),
              "server": lambda: stack.enter_context(servers.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
              "http": lambda: stack.enter_context(httpx.Client(base_url=ready["conformance"]().url, timeout=30, trust_env=False)),

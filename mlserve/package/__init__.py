@@ -17,7 +17,7 @@ from .export.confined import ConfinedProgram
 from .environment import environment
 from ..errors import IntegrityError, LocalResource, MlserveError, ModelFailed, UsageError
 from .folder import check_replaceable, copy_files, install_folder
-from .programs import FORMATS, check_format, read_program
+from .programs import check_format, read_program
 from .programs.onnx_program import Engines, OnnxProgram
 from .programs.torch_program import Program, TorchProgram
 from .export import freeze, live_program, unused
@@ -33,7 +33,7 @@ from .export.invariance import halve, prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
 from .mlmodel import PROVIDERS, check_outputs, check_providers, check_tolerance, check_types
 from .mlmodel import check_ways, check_width, default_tolerance, example_files, check_model_name, mlmodel
-from .mlmodel import check_dynamic, parse_mlmodel, plain_arguments
+from .mlmodel import check_dynamic, description, parse_mlmodel
 from .trial.card import package_card, package_text
 from ..patch import patch
 from ..tensors import Arrays, TensorSpec
@@ -184,12 +184,14 @@ def _proven(temp:Path, ours:dict[str,Any], given:Given, origin:Live, live:Live, 
 # %% ../../nbs/package/09_package.ipynb #2541a059
 def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     "Write, run and prove everything of a package in a scratch folder"
+    from mlserve.package.code.local_modules import copy_code
     from mlserve.package.handler import write_handler
     batch,nonfinite = ours.get('batch', True),ours.get('nonfinite')
     origin = live_program(given.model, temp/ours['file'], ours['format'])
     live = unused(origin) if isinstance(origin, TorchProgram) else origin
     check_order(live, list(given.arrays))
     copy_files(given.files, temp)
+    copy_code(given.code, temp)
     ours['handler'] = write_handler(given.handler, temp)
     expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite)
     given = with_sizes(live, given, batch, bool(nonfinite))
@@ -237,15 +239,6 @@ def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
     saved_again(path)
     return load_package(path)
 
-# %% ../../nbs/package/09_package.ipynb #f4bd8054
-def _said(model:Any, format:str, handler:Any, arguments:dict[str,Any]|None, **given:Any)->dict[str,Any]:
-    "What `MLmodel` will say; what is usual is not said"
-    ours = {'format': format, 'file': FORMATS[format]} | {key: v for key,v in given.items() if v is not None}
-    if format != 'safetensors': return ours
-    if not handler:
-        raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
-    return ours | {'module': {'class': type(model).__name__, 'arguments': plain_arguments(arguments or {})}}
-
 # %% ../../nbs/package/09_package.ipynb #cc3d4194
 def save_package(
     model:Any, # a live torch module, a fitted table model, or the path of a model file
@@ -257,6 +250,7 @@ def save_package(
     tolerance:dict[str,float]|None=None, # `rtol` and `atol`; by default those of the output's type
     handler:bool|str|Path|None=None, # True for the exported cells of this notebook, or the path of a .py file
     files:Sequence[str|Path]=(), # files and folders that the handler needs
+    code:Sequence[str|Path]=(), # local modules that it imports, such as 'src/mylib', and text files in their folders
     arguments:dict[str,Any]|None=None, # for 'safetensors': what the module's class is called with
     batch:bool=True, # False where rows belong together: each request is one call of its own
     nonfinite:str|None=None, # 'strings': NaN and infinities are answers, and words in JSON
@@ -269,7 +263,7 @@ def save_package(
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
     check_types(name=name, inputs=inputs, outputs=outputs, tolerance=tolerance, files=files, path=path,
-        arguments=arguments)
+        code=code, arguments=arguments)
     check_outputs(outputs)
     if tolerance: check_tolerance(tolerance)
     check_ways(batch, nonfinite)
@@ -282,8 +276,7 @@ def save_package(
     check_dynamic(dynamic, padding, batch, providers, inputs)
     check_replaceable(path)
     check_beside(path)
-    ours = _said(model, format, handler, arguments, name=name, batch=None if batch else False, dtype=dtype or None,
-        nonfinite=nonfinite or None, providers=None if tuple(providers) == PROVIDERS[0] else list(providers))
-    ours['tolerance'] = tolerance
-    given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding)
+    ours = description(model, format, handler, code, arguments, name=name, batch=batch, dtype=dtype or None,
+        nonfinite=nonfinite or None, providers=tuple(providers), tolerance=tolerance or {})
+    given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding, code=code)
     return _save(path, ours, read_example(given, optional))

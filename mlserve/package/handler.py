@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import to_json
 import mlserve
+from .code.modules import Code, code_in, locked_code, offer
 from .notebook_export import notebook_cells, self_contained, unresolved
 from ..errors import IntegrityError, InvalidInput, MlserveError, ModelFailed, TooLarge, UsageError
 from ..patch import patch
@@ -24,17 +25,19 @@ def _import_error(e:BaseException)->ModelFailed:
     "Why a handler could not be loaded, and what to do"
     if isinstance(e, ModuleNotFoundError):
         return ModelFailed(f"handler.py imports '{e.name}', which is not installed.",
-            mend='Name its package in `requirements` of mlserve.toml; code of your own goes into an exported cell.')
+            mend='Name its package in `requirements` of mlserve.toml; code of your own goes into an exported cell, '
+                'or travels with code=[…].')
     where = f' in line {e.lineno}' if isinstance(e, SyntaxError) else ''
     why = getattr(e, 'msg', None) or e
     return ModelFailed(f'handler.py cannot be loaded: {type(e).__name__}{where}: {why}.'[:600])
 
 # %% ../../nbs/package/06_handler.ipynb #8bfc77da
-def _import(file:Path, source:bytes)->types.ModuleType:
+def _import(file:Path, source:bytes, code:Code|None=None)->types.ModuleType:
     "Run the source of a handler as a module of its own"
     name = 'mlserve_handler_' + hashlib.sha256(source + bytes(file)).hexdigest()[:16]
     module = types.ModuleType(name)
     module.__file__ = str(file)
+    if code and code.sources: module.__dict__['__builtins__'] = offer(code)
     sys.modules[name] = module
     try: exec(compile(source, str(file), 'exec', dont_inherit=True), module.__dict__)
     except BaseException as e:
@@ -229,7 +232,7 @@ def read_handler(
     if not lock.is_file() or line not in lock.read_text().splitlines():
         raise IntegrityError(f'handler.py of {path} is not what its lock says; '
             'a handler runs only from a locked package.')
-    return _handler(_import(file, source))
+    return _handler(_import(file, source, locked_code(file.parent)))
 
 # %% ../../nbs/package/06_handler.ipynb #55aea426
 _head = '"The handler of this package, exported from the cells of its notebook"\n'
@@ -250,7 +253,7 @@ def _source(handler:Any)->bytes:
 _trial = '''import sys; sys.path.insert(0, sys.argv[1])
 import json, pathlib; from mlserve.package import handler; from mlserve import errors
 file = pathlib.Path(sys.argv[2])
-try: handler._handler(handler._import(file, file.read_bytes())); failure = None
+try: handler._handler(handler._import(file, file.read_bytes(), handler.code_in(file.parent))); failure = None
 except errors.MlserveError as e: failure = [e.message, e.mend]
 print(); print(json.dumps(failure))'''
 def _try(file:Path, seconds:float=120)->None:
@@ -271,12 +274,15 @@ def _try(file:Path, seconds:float=120)->None:
 # %% ../../nbs/package/06_handler.ipynb #fd28ca9c
 def write_handler(
     handler:bool|str|Path|None, # True or 'notebook' for the exported cells; or the path of a .py file
-    folder:str|Path, # the package in the making; its `files/` are there already
+    folder:str|Path, # the package in the making; its `files/` and `code/` are there already
 )->str|None: # 'handler.py'
     "Put a handler into a package, after proving that it loads without the notebook"
     if handler is None or handler is False: return None
+    from mlserve.package.code.local_modules import check_source
     source,file = _source(handler),Path(folder).absolute()/'handler.py'
-    self_contained(source.decode('utf-8', 'replace'))
+    text,tops = source.decode('utf-8', 'replace'),sorted(code_in(file.parent).tops)
+    self_contained(text)
+    if tops: check_source(file.name, text, tops)
     file.write_bytes(source)
     try: _try(file)
     except BaseException:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDEST', 'PROVIDERS', 'mlmodel', 'example_files', 'is_name', 'check_model_name', 'check_tolerance', 'parse_mlmodel',
            'check_types', 'check_ways', 'check_outputs', 'check_providers', 'check_dynamic', 'plain_arguments',
-           'default_tolerance', 'check_width']
+           'description', 'default_tolerance', 'check_width']
 
 # %% ../../nbs/package/08_mlmodel.ipynb #92cdce67
 import json, os, platform, re
@@ -171,7 +171,7 @@ def check_types(
         'inputs': (Mapping, 'a dictionary of example tensors by name, or two of them,'),
         'outputs': ((list, tuple), 'a list of names'),
         'tolerance': ((dict, type(None)), 'a dictionary of rtol and atol'), 'files': ((list, tuple), 'a list of paths'),
-        'arguments': ((dict, type(None)), 'a dictionary')}
+        'code': ((list, tuple), 'a list of paths'), 'arguments': ((dict, type(None)), 'a dictionary')}
     for what,value in given.items():
         kind,text = allowed[what]
         if table and what == 'inputs': continue
@@ -243,6 +243,25 @@ def plain_arguments(
     "The arguments of a class, if JSON can carry them"
     try: return json.loads(json.dumps(arguments))
     except (TypeError, ValueError) as e: raise UsageError(f'arguments cannot be written as JSON: {e}.') from e
+
+# %% ../../nbs/package/08_mlmodel.ipynb #5b1c9a02
+def description(
+    model:Any, # as `save_package` has it
+    format:str, # a key of `programs.FORMATS`
+    handler:Any, # as `write_handler` takes it
+    code:Sequence[Any], # local modules that it imports
+    arguments:dict[str,Any]|None, # of the module's class
+    **given:Any, # the other fields
+)->dict[str,Any]: # what is usual is not said
+    "What `MLmodel` will say of a package"
+    if code and not handler:
+        raise UsageError('code is given without a handler, and nothing else imports it.', mend='Say handler=True.')
+    ours = {'format': format, 'file': FORMATS[format]}
+    ours |= {key: v for key,v in given.items() if v not in (None, True, PROVIDERS[0])}
+    if format != 'safetensors': return ours
+    if not handler:
+        raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
+    return ours | {'module': {'class': type(model).__name__, 'arguments': plain_arguments(arguments or {})}}
 
 # %% ../../nbs/package/08_mlmodel.ipynb #1485ad58
 _tolerances = {'FP16': (1e-2, 1e-3), 'FP32': (1e-4, 1e-5), 'FP64': (1e-7, 1e-9)}

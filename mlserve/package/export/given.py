@@ -39,6 +39,7 @@ class Given(NamedTuple):
     padding: Any=None # values that fill an input, where rows of unequal sizes share a batch
     free: Mapping[str,Mapping[int,Size]]={} # the dimensions that vary, once they were found
     others: tuple[Arrays,...]=() # the example at other sizes
+    code: Sequence[str|Path]=() # local modules that the handler imports
     @property
     def inputs(self)->tuple[TensorSpec,...]:
         "What the model takes: tensors like the example, or the columns of a table"

@@ -1,0 +1,1 @@
+"What training and serving share: see the tutorial *Any Python model*"
