@@ -223,6 +223,7 @@ def read_spec(
     check_keys(given, 'The command')
     said = read_file(notebook.parent/'mlserve.toml')
     _same_notebook(said.get('notebook'), notebook)
-    values = {'name': default_name(notebook)} | said | given
+    paths = {key: notebook.parent/said[key] for key in ('ca','state') if isinstance(said.get(key), str)}
+    values = {'name': default_name(notebook)} | said | paths | given
     try: return ReleaseSpec(**values | {'notebook': notebook})
     except ValidationError as e: raise _refusal(e.errors()[0]) from None
