@@ -284,7 +284,8 @@ def test_L8_from_ready_on_nothing_is_opened(double, tmp_path):
     assert not opened, "\n".join(opened)
 
 
-LIMITED = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "--inh-caps=-all,+dac_override,+dac_read_search,+kill",
+USER = 20_000 + os.getpid() % 40_000  # of these tests alone: another lane runs some of them at the same time
+LIMITED = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", "--inh-caps=-all,+dac_override,+dac_read_search,+kill",
            "--ambient-caps=-all,+dac_override,+dac_read_search,+kill", "prlimit"]
 
 
