@@ -95,9 +95,10 @@ docs: setup ## the documentation site, in _docs
 docs-serve: docs ## the site on http://127.0.0.1:8000
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 8000
 
+NOTEBOOKS ?= nbs
 LAB ?=
 lab: setup ## JupyterLab on the examples; LAB='--no-browser --port 9000' is handed on
-	@$(WITH_ENGINE) jupyter lab --notebook-dir nbs --LabApp.default_url=/lab/tree/examples/start.ipynb $$([ $$(id -u) != 0 ] || echo --allow-root) $(LAB)
+	@$(WITH_ENGINE) jupyter lab --notebook-dir $(NOTEBOOKS) --LabApp.default_url=/lab/tree/examples/start.ipynb $$([ $$(id -u) != 0 ] || echo --allow-root) $(LAB)
 
 BENCH ?=
 bench: setup ## mlserve beside other model servers; BENCH='--servers mlserve,fastapi' for some of them
