@@ -214,7 +214,6 @@ def check(image:Recorded, version:Version=None, device:Asked=None, url:Url=None,
     if full or result['passed']: show(result, 'passed', full)
     if not result['passed']: raise recheck.failed_check(result)
 
-
 # %% ../nbs/08_cli.ipynb #81a259ad
 Older = Annotated[bool, typer.Option('--allow-older', help='Also to a version older than the one in production.')]
 @app.command()

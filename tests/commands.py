@@ -24,7 +24,7 @@ def run(*command, env=None, timeout=600, cwd=ROOT):
     return subprocess.run([str(c) for c in command], env=values_of(env), cwd=cwd, timeout=timeout, capture_output=True, text=True)
 
 
-READY = multiprocessing.get_context("forkserver") # MLflow and its kin, imported once: seconds of a processor that hundreds of commands need not pay again
+READY = multiprocessing.get_context("forkserver")  # MLflow and its kin, imported once: seconds of a processor that hundreds of commands need not pay again
 READY.set_forkserver_preload(["pytest", "mlflow", "mlflow.pyfunc", "papermill", "nbclient", "docker", "pandas", "mlserve.cli"])
 COMMAND = Path(sys.executable).parent / "mlserve"
 
@@ -66,7 +66,7 @@ def mlserve(*arguments, env=None, **kwargs):
 def start_mlserve(*arguments, env):
     "A command that goes on while the test looks; ctrl-C reaches it alone, and also where the tests run in the background, which ignores it"
     command = [str(c) for c in (COMMAND, *arguments)]
-    return subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(command, env=values_of(env), stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def interrupted(process, sign):

@@ -5,12 +5,12 @@ import os
 import random
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 import psutil
+from commands import COMMAND
 
 ACCEPT = "application/vnd.docker.distribution.manifest.v2+json, application/vnd.oci.image.manifest.v1+json"
 CALLS = {"write": 3000, "send": 400, "connect": 200, "fsync": 60, "rename": 60, "mkdir": 60, "unlink": 60}  # → how many a process makes, at most
@@ -102,7 +102,7 @@ class Fate:
 
 def run_to_death(words, env, folder, fate=None):
     "Run a command until it ends, or is killed; its code, stdout and stderr"
-    command, out, err, mark = [Path(sys.executable).parent / "mlserve", *words], *(Path(folder) / name for name in ("stdout", "stderr", "mark"))
+    command, out, err, mark = [COMMAND, *words], *(Path(folder) / name for name in ("stdout", "stderr", "mark"))
     mark.unlink(missing_ok=True)
     if fate and fate.call:
         env = env | {"LD_PRELOAD": str(fate.preload), "KILL_CALL": fate.call, "KILL_N": str(fate.n), "KILL_MARK": str(mark)}

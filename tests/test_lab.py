@@ -7,11 +7,12 @@ import signal
 import subprocess
 import time
 
-import httpx
 import nbformat
 import pytest
 from commands import ROOT
 from servers import free_port, until
+
+from mlserve.client import Client
 
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"},  # every cell is there, seen or not
             "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False}}
@@ -24,7 +25,8 @@ def lab(tmp_path_factory):
     shutil.copytree(ROOT / "nbs/examples", home / "nbs/examples", ignore=shutil.ignore_patterns("*-package*", "state"))
     book = nbformat.read(home / "nbs/examples/digits.ipynb", 4)
     for cell in book.cells:
-        cell |= {"outputs": []} if cell.cell_type == "code" else {}  # what is shown later was shown by this run
+        if cell.cell_type == "code":
+            cell.outputs = []  # what is shown later was shown by this run
     nbformat.write(book, home / "nbs/examples/digits.ipynb")
     for name, values in SETTINGS.items():
         place = home / f"settings/@jupyterlab/{name}.jupyterlab-settings"
@@ -37,7 +39,7 @@ def lab(tmp_path_factory):
         process = subprocess.Popen(["make", "lab"], cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
-        until(lambda: process.poll() is not None or _answers(url), 120)
+        until(lambda: process.poll() is not None or Client(url).is_ok("/api/status"), 120)
         assert process.poll() is None, (home / "log").read_text()[-3000:]
         yield url, home / "nbs/examples"
     finally:
@@ -47,13 +49,6 @@ def lab(tmp_path_factory):
                 process.wait(60)  # it ends its kernels
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _answers(url):
-    try:
-        return httpx.get(f"{url}/api/status", trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def test_the_example_runs_to_its_last_cell_and_shows_what_it_should(lab, chromium):

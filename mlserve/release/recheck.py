@@ -9,7 +9,7 @@ __all__ = ['released_spec', 'check_again', 'told_check', 'failed_check']
 from collections.abc import Mapping
 from typing import Any
 from ..errors import CheckFailed, MlserveError, RemoteUnavailable, UsageError, by_code
-from .gates import Gates, told_metrics
+from .gates import told_metrics
 from .record import mlflow_store
 from .record.journal import Journal
 from .record.mlflow_store import environment
@@ -61,7 +61,7 @@ def told_check(
     result:Mapping[str, Any], # of `check_again`
 )->str: # one line
     "What a check that passed has shown"
-    measured = told_metrics(Gates.model_validate_json(pair.tags.get('mlserve.gates', '{}')), result['metrics'])
+    measured = told_metrics(pair.gates, result['metrics'])
     rows = f"on the golden rows and {result['rows']} held-back rows{': ' + measured if measured else ''}"
     return f"{pair.name} version {pair.version} answers on {result['device']} as the notebook did, {rows}."
 

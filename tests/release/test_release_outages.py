@@ -5,13 +5,12 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from commands import TESTS, last_json
+from commands import COMMAND, TESTS, last_json
 from faulty_proxy import Proxy
 from kills import hold_record
 from servers import patience
@@ -55,7 +54,7 @@ def servers(tracking, s3, state):
 
 def run_into(words, servers, folder, plant=None):
     "Run a command that meets a fault (whose, which, step, delay); its code, stdout, stderr, and how long it lived after it had met it"
-    command, (out, err) = [Path(sys.executable).parent / "mlserve", *words, "--json"], (Path(folder) / name for name in ("stdout", "stderr"))
+    command, (out, err) = [COMMAND, *words, "--json"], (Path(folder) / name for name in ("stdout", "stderr"))
     environment = servers.environment if plant else servers.environment | {"MLSERVE_REMOTE_SECONDS": "60"}
     with open(out, "w") as to_out, open(err, "w") as to_err:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=to_out, stderr=to_err)

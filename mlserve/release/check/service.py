@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 from ...client import Client
 from ...errors import CheckFailed, IntegrityError, LocalResource, Unavailable
-from . import CheckResult, gather, judged
-from .assessment import held_digest
+from . import CheckResult, against, gather, judged
 from .comparison import compare_server
-from ..gates import Gates
 from ..record import Pair, read_pair
+from ..spec import checked_device
 
 # %% ../../../nbs/release/check/07_service.ipynb #3aaee793
 def recorded_as(
@@ -49,18 +48,14 @@ def check_service(
 )->tuple[Pair, CheckResult]: # the version, and what was found
     "Hold a running service against the record"
     pair = recorded_as(client.health(), model, version, uri)
-    device = device or pair.tags.get('mlserve.device', 'cpu')
-    gates = Gates.model_validate_json(pair.tags.get('mlserve.gates', '{}'))
-    delivery = pair.tags.get('mlserve.delivery', 'baked')
-    kind = device.partition(':')[0]
+    device = device or pair.device
+    kind = checked_device(device)
     with tempfile.TemporaryDirectory() as folder:
-        evidence = gather(pair, gates, kind, Path(folder), uri)
-        held = held_digest(evidence.held) if evidence.held else ''
-        result = CheckResult(True, kind, pair.image, pair.version, delivery, reference=evidence.reference,
-            held=held, warnings=evidence.warnings)
+        evidence = gather(pair, pair.gates, kind, Path(folder), uri)
+        result = against(CheckResult(True, kind, pair.image, pair.version, pair.delivery), evidence)
         try: found = compare_server(client, evidence.package, evidence.held, device, evidence.reading)
         except CheckFailed as e: return pair,replace(result, passed=False, reason=e.message, code=e.code)
-    return pair,judged(replace(result, **found), gates, evidence.production)
+    return pair,judged(replace(result, **found), pair.gates, evidence.production)
 
 # %% ../../../nbs/release/check/07_service.ipynb #754c8ec3
 def ask_service(

@@ -18,6 +18,7 @@ from .logged_package import (Logged, artifact_hash as artifact_hash,
     fetch_artifact as fetch_artifact, fetch_holdout as fetch_holdout, fetch_package as fetch_package,
     log_package as log_package, read_logged as read_logged)
 from .mlflow_store import client, ensure_reachable, unrecorded
+from ..gates import Gates
 from ..spec import checked_device
 if TYPE_CHECKING: from mlflow.entities.model_registry import ModelVersion
 
@@ -34,6 +35,19 @@ class Pair:
     status: str # `recorded`, `checked` or `failed`
     checks: dict = field(default_factory=dict) # device kind → what the check found
     tags: dict = field(default_factory=dict) # every `mlserve.` tag
+
+    @property
+    def device(self)->str: # `cpu` or `cuda`
+        "What the release built the image for"
+        return self.tags.get('mlserve.device', 'cpu')
+    @property
+    def delivery(self)->str: # `baked`, `volume`, `store` or `registry`
+        "How the release had the package delivered"
+        return self.tags.get('mlserve.delivery', 'baked')
+    @property
+    def gates(self)->Gates:
+        "What held-back answers must reach"
+        return Gates.model_validate_json(self.tags.get('mlserve.gates', '{}'))
 
 # %% ../../../nbs/release/record/03_record.ipynb #6599e0a4
 def pair_of(
@@ -135,7 +149,6 @@ def find_pair(
     return pair_of(max(named, key=lambda version: version.creation_timestamp))
 
 # %% ../../../nbs/release/record/03_record.ipynb #aeb5322a
-def _built_for(pair): return pair.tags.get('mlserve.device', 'cpu')
 def _passed(pair, kind): return pair.status == 'checked' and bool(pair.checks.get(kind, {}).get('passed'))
 def _take_candidate(pair, uri):
     "Take `candidate` from a version; who moved it meanwhile has done so"
@@ -162,7 +175,7 @@ def mark(
     for tag,value in {f'mlserve.check.{kind}': text, 'mlserve.status': status}.items():
         store.set_model_version_tag(pair.name, pair.version, tag, value)
     pair = read_pair(pair.name, pair.version, uri)
-    if not _passed(pair, _built_for(pair)): _take_candidate(pair, uri)
+    if not _passed(pair, pair.device): _take_candidate(pair, uri)
     return pair
 
 # %% ../../../nbs/release/record/03_record.ipynb #356fcd41
@@ -181,7 +194,7 @@ def contract_change(
 # %% ../../../nbs/release/record/03_record.ipynb #719a365f
 def _hold_check(pair, asked=''):
     "Refuse a pair whose check has not passed on the device of its image, and on the one that is asked for"
-    own = _built_for(pair)
+    own = pair.device
     for kind in dict.fromkeys((own, checked_device(asked) if asked else own)):
         if _passed(pair, kind): continue
         option = f' --device {asked}' if kind != own else ''
@@ -195,7 +208,7 @@ def failed_in_production(
 )->str: # a sentence, or nothing
     "What to say, and to do, where a version whose check failed is in production"
     now = standing(pair.name, 'production', uri)
-    if _passed(pair, _built_for(pair)) or pair.version not in (now.version, now.shown): return ''
+    if _passed(pair, pair.device) or pair.version not in (now.version, now.shown): return ''
     return (f'{pair.name} version {pair.version} is in production, and its check does not hold; '
         f'mlserve rollback {pair.name} moves production back.')
 def _to(pair, alias, why, expected, allow_older, warn, uri):
@@ -203,7 +216,7 @@ def _to(pair, alias, why, expected, allow_older, warn, uri):
     moved = move(pair.name, alias, expected, pair.version, why, allow_older, warn, uri)
     if not moved: warn(f'{pair.name} version {pair.version} is {alias} already.')
     now = read_pair(pair.name, pair.version, uri)
-    if _passed(now, _built_for(now)): return now
+    if _passed(now, now.device): return now
     raise CheckFailed(f'{pair.name} version {pair.version} failed a check while it was promoted.',
         mend=failed_in_production(now, uri))
 

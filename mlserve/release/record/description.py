@@ -50,7 +50,7 @@ def _parts(pair:Pair)->Iterator[tuple[str, str]]:
     tags = pair.tags
     size = f", {float(tags['mlserve.image_mb']):.0f} MB" if tags.get('mlserve.image_mb') else ''
     yield 'image',f'`{pair.image}`{size}'
-    yield 'package',f"`{pair.package}`, delivery `{tags.get('mlserve.delivery', 'baked')}`"
+    yield 'package',f"`{pair.package}`, delivery `{pair.delivery}`"
     yield 'inputs → outputs',f"`{tags.get('mlserve.contract', '')}`"
     for name,tag in {'commit': 'source', 'executed notebook': 'notebook', 'base': 'base'}.items():
         if tags.get(f'mlserve.{tag}'): yield name,f"`{tags[f'mlserve.{tag}']}`"
