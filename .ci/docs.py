@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastcore import docments
 from nbconvert import MarkdownExporter
+from nbdev import processors
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from nbformat import NO_CONVERT, read
@@ -40,6 +41,20 @@ def signature(f, eval_str=False):
 docments.signature = signature  # here, for each process of nbdev's imports this file
 
 
+def documents(begin):
+    "nbdev documents what a room exports; what a tutorial exports goes into its package, and the reader sees the cell as it stands"
+    def begins(self):
+        if any("default_exp" in cell.directives_ for cell in self.nb.cells):
+            return begin(self)
+        self.nb.has_docs_ = False
+        for cell in self.nb.cells:
+            cell.directives_.pop("export", None)
+    return begins
+
+
+processors.add_show_docs.begin = documents(processors.add_show_docs.begin)
+
+
 def page_of(notebook):
     "Where the page of a notebook lies, without the numbers that order the rooms"
     return notebook.with_name(re.sub(r"^\d\d_", "", notebook.stem) + ".md")
@@ -65,6 +80,8 @@ def woven(written, processed):
     for cell in written:
         if rest and rest[0].id == cell.id:
             cells.append(rest.pop(0))
+            if cell.cell_type == "code" and EXPORTED.search(cell.source):
+                cells[-1].source = cell.source
         elif cell.cell_type == "code" and EXPORTED.search(cell.source):
             while rest and rest[0].id not in known:
                 name = re.search(r"show_doc\(([\w.]+)", rest[0].source)
@@ -88,7 +105,7 @@ def prepared(cell):
         return cell
     if re.search(r"^#\| *echo: *false", cell.source, re.M):
         cell.metadata["tags"] = ["result-only"]
-    cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    cell.source = re.sub(r"^#\|(?! *export).*\n?", "", cell.source, flags=re.M)
     for output in cell.outputs:
         data = output.get("data", {})
         text = output.get("text") or (data.get("text/plain") if not data.keys() & {"text/html", "text/markdown", "image/png"} else None)
