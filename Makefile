@@ -24,7 +24,7 @@ setup: .venv/.installed ## the environment, in .venv
 	@touch $@
 
 release: setup engine-start ## the main job: train, build, record, check and promote the example; JSON where nobody reads along
-	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote $$([ -t 1 ] || echo --json)
+	@$(WITH_ENGINE) full=--json; [ ! -t 1 ] || full=; mlserve release $(EXAMPLE) --promote $$full
 
 check: setup ## ruff and mypy
 	@$(BIN)/ruff check
