@@ -57,7 +57,13 @@ def images(engine, release, double):
 
 
 @pytest.fixture(scope="module")
-def record(environment, images, double):
+def options():
+    "What the versions decide of `[deploy]`, beside a port"
+    return {"memory": "1g"}
+
+
+@pytest.fixture(scope="module")
+def record(environment, images, double, options):
     "Versions of `double` on a real tracking server, by name, with a port of their own"
     from mlserve.release.record import log_package, mark, record
     from mlserve.release.record.mlflow_store import client
@@ -72,7 +78,7 @@ def record(environment, images, double):
         logged = {}
         for device in ("cpu", "cuda"):
             logged[device] = log_package(double)
-            spec = ReleaseSpec(name="double", notebook="double.ipynb", device=device, deploy={"port": port, "memory": "1g"})
+            spec = ReleaseSpec(name="double", notebook="double.ipynb", device=device, deploy={"port": port, **options})
             client().set_tag(logged[device].run_id, "mlserve.spec", spec.model_dump_json())
 
         def made(name, image, finding=GOOD, model="double", package="", device="cpu"):
@@ -92,10 +98,10 @@ def record(environment, images, double):
             network.remove()
 
 
-def answered(port):
+def answered(port, host="127.0.0.1"):
     "The version that answers"
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 0]}]}
-    return httpx.post(f"http://127.0.0.1:{port}/v2/models/double/infer", json=body, trust_env=False, timeout=30).json()["model_version"]
+    return httpx.post(f"http://{host}:{port}/v2/models/double/infer", json=body, trust_env=False, timeout=30).json()["model_version"]
 
 
 def deploy(version, *more, model="double", engine="compose"):
