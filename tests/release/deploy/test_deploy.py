@@ -89,7 +89,7 @@ def record(environment, images, double, options):
         repository = images["one"].split("@")[0]
         for name, image, more in (("one", images["one"], {}), ("two", images["two"], {}), ("wrong", images["wrong"], dict(package=WRONG)), ("other", images["other"], {}),
                                   ("hangs", images["hangs"], dict(finding=BAD)), ("gone", repository + GONE, {}), ("unchecked", AWAY + "2", dict(finding=None)),
-                                  ("away", AWAY + "1", {}), ("gpu", images["one"], dict(device="cuda")), ("sums", images["one"], dict(model="sums"))):
+                                  ("away", AWAY + "1", {}), ("small", AWAY + "3", dict(finding=GOOD | {"memory": 2 * 2**30})), ("gpu", images["one"], dict(device="cuda")), ("sums", images["one"], dict(model="sums"))):
             made(name, image, **more)
         yield versions, port
         for container in docker.from_env().containers.list(all=True, filters={"label": "io.mlserve.target"}):
@@ -263,7 +263,7 @@ def at_once(what, versions, count, tmp_path, targets=4):
     def act(number, share):
         with open(tmp_path / f"{number}.jsonl", "w", buffering=1) as file, open(tmp_path / f"{number}.log", "w") as log:
             os.dup2(log.fileno(), 2)
-            what(versions, free_port(), f"soak-{number}", share, lambda **told: print(json.dumps({"target": number, "at": time.time(), **told}), file=file))
+            what(versions, free_port(), f"{what.__name__.partition('_')[0]}-{number}", share, lambda **told: print(json.dumps({"target": number, "at": time.time(), **told}), file=file))
     shares = [count // targets + (number < count % targets) for number in range(targets)]
     children = [multiprocessing.get_context("fork").Process(target=act, args=each) for each in enumerate(shares)]
     for child in children:
@@ -350,6 +350,7 @@ def test_what_cannot_be_deployed_is_refused_before_anything_is_touched(record, m
     refused("sums", 4, "The target compose-double runs the model double, not sums", "--target", TARGET, model="sums")
     refused("sums", 7, f"port {port} is taken by the target {TARGET}", model="sums")
     refused("gpu", 9, "The engine cannot give a GPU")
+    refused("small", 7, "The limit of memory is 1g; the check measured 2048 MiB in use under load")
     refused("one", 8, "is not a name for a target", "--target", "$(touch x)")
     refused("one", 8, "is not a name for a model", model="dou{{ble")
     with monkeypatch.context() as m:
@@ -465,6 +466,32 @@ def test_L6_R9_on_a_swarm_versions_replace_each_other_and_a_bad_one_is_taken_bac
     assert code == 4 and f"The target {target} is on swarm, not on compose" in told["error"], told
     code, _, told = deploy(one, "--target", "beside", "--port", str(port), engine="swarm")
     assert code == 7 and f"port {port} is taken by the target {target}" in told["error"], told
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        refusals = (("one", 7, "is taken: address already in use", "beside", taken.getsockname()[1]), ("unchecked", 3, "its check has not passed on cpu", target, port),
+                    ("sums", 4, f"The target {target} runs the model double, not sums", target, port), ("gpu", 9, "The engine cannot give a GPU", target, port),
+                    ("small", 7, "The limit of memory is 1g; the check measured 2048 MiB in use under load", target, port),
+                    ("one", 8, "is not a name for a target on swarm: up to 56", "b" * 57, port))
+        for version, expected, sentence, where, asked in refusals:
+            code, _, told = deploy(versions[version], "--target", where, "--port", str(asked), engine="swarm", model="sums" if version == "sums" else "double")
+            assert code == expected and sentence in told["error"], told
+            clean(port, one, target)
+    assert not any(seen.labels["io.mlserve.target"] == "beside" for seen in find_engine().containers())
+
+
+def test_a_target_on_a_swarm_has_a_name_that_swarm_takes_with_what_is_put_behind_it(engine, swarm):
+    from mlserve.errors import Refused
+    from mlserve.release.deploy.deployment import checked_target
+    longest = checked_target("b" * 56, "swarm")
+
+    def make(name):
+        engine.services.create("none.test/none@sha256:" + "0" * 64, name=name, mode={"Replicated": {"Replicas": 0}})
+    for behind in ("_model9", "_proxy"):
+        make(longest + behind)
+    engine.networks.create(longest + "_inside", "overlay").remove()
+    with pytest.raises(docker.errors.APIError, match="63"):
+        make(longest + "b_model9")
+    with pytest.raises(Refused, match="up to 56"):
+        checked_target(longest + "b", "swarm")
 
 
 def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(record, monkeypatch):

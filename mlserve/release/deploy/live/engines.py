@@ -73,19 +73,6 @@ def proxy(self:Engine,
 )->'Container|None': # one that runs, or nothing
     "The proxy of a target"
     return next((p for p in self.containers(target, 'proxy') if p.status == 'running'), None)
-@patch
-def proxy_elsewhere(self:Engine,
-    target:str, # its name
-)->str: # name of the node; empty where it runs here, or nowhere
-    "The other node of the Swarm on which the proxy of a target runs"
-    if not self.node: return ''
-    with remote('Asking the engine what runs', start_engine):
-        tasks = tasks_of(self.client, TARGET, target)
-        names = {node['ID']: node['Description']['Hostname'] for node in self.client.api.nodes()
-            if node['Status']['State'] == 'ready' and node['ID'] != self.node}
-    fronts = [task for task in tasks if 'io.mlserve.model' not in task['Spec']['ContainerSpec']['Labels']]
-    return next((names[front['NodeID']] for front in fronts
-        if front['Status']['State'] == 'running' and front['NodeID'] in names), '')
 
 # %% ../../../../nbs/release/deploy/live/02_engines.ipynb #65f7dd7d
 def address_of(
@@ -129,6 +116,21 @@ def ready(self:Engine,
     if isinstance(container, Elsewhere): return health_of(container) == 'healthy' # as its node found
     try: return container.status == 'running' and healthy(container)
     except Exception: return False # it ended meanwhile
+
+# %% ../../../../nbs/release/deploy/live/02_engines.ipynb #51c120a3
+@patch
+def proxy_elsewhere(self:Engine,
+    target:str, # its name
+)->str: # name of the node; empty where it runs here, or nowhere
+    "The other node of the Swarm on which the proxy of a target runs"
+    if not self.node: return ''
+    with remote('Asking the engine what runs', start_engine):
+        tasks = tasks_of(self.client, TARGET, target)
+        names = {node['ID']: node['Description']['Hostname'] for node in self.client.api.nodes()
+            if node['Status']['State'] == 'ready' and node['ID'] != self.node}
+    fronts = [task for task in tasks if 'io.mlserve.model' not in task['Spec']['ContainerSpec']['Labels']]
+    return next((names[front['NodeID']] for front in fronts
+        if front['Status']['State'] == 'running' and front['NodeID'] in names), '')
 
 # %% ../../../../nbs/release/deploy/live/02_engines.ipynb #782710f9
 @patch

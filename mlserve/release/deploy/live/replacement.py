@@ -56,11 +56,7 @@ def look_first(
     new = [container for container in engine.containers(deployment.target) if container.id in kept]
     return Replacement(engine, deployment, scene, new, share)
 
-# %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #dc042253
-@patch
-def do_pull(self:Replacement)->None: # the engine has the image
-    "Pull by digest"
-    self.engine.pull(self.deployment)
+# %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #3897c287
 @patch
 def _addresses(self:Replacement, those):
     "Where some of the containers are now, as the proxy knows them"
@@ -76,6 +72,12 @@ def _front(self:Replacement):
     if not front: raise LocalResource('The proxy of the target ended.', mend='Look at its log: docker logs.')
     self.mine.append(front.id)
     return front
+
+# %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #dc042253
+@patch
+def do_pull(self:Replacement)->None: # the engine has the image
+    "Pull by digest"
+    self.engine.pull(self.deployment)
 @patch
 def do_start(self:Replacement)->None: # new containers, without requests
     "Close the free slots of the proxy, and start beside the old"
