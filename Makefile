@@ -10,7 +10,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release check test test-fast clients browser matrix kubernetes site soak cuda-image dist export readme dockerfile docs docs-serve lab mlflow engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
+.PHONY: help setup release check test test-fast clients browser matrix kubernetes swarm site soak cuda-image dist export readme dockerfile docs docs-serve lab mlflow engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -61,6 +61,9 @@ matrix: setup engine-start test-tools ## the formats, deliveries, builders and d
 kubernetes: setup ## what is rendered for Kubernetes, given to a real control plane, which is built once: half an hour of two cores
 	@bash .ci/kubernetes state/kubernetes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -s -m kubernetes
+
+swarm: setup engine-start ## a Swarm of three engines in network namespaces: updates, bad images, a drained node, a cut link, under load; needs root
+	@$(WITH_ENGINE) pytest -q -s -m swarm
 
 site: setup ## the documentation site rendered: every page with its prose, every link and anchor
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m site tests/test_generated.py
