@@ -45,7 +45,7 @@ def entry(
 )->None:
     "From a model notebook to a served, verified image named by digest."
     state = Path(os.environ.get('MLSERVE_STATE') or 'state')
-    if context.invoked_subcommand == 'serve' or not (state/'runs').is_dir(): return
+    if context.invoked_subcommand in ('serve','doctor') or not (state/'runs').is_dir(): return
     from mlserve.release.record.journal import orphaned
     if not orphaned(state): return
     from mlserve.release.resume import sweep

@@ -123,18 +123,26 @@ def debug(image:Image,
     raise typer.Exit(run(image, container, command, state or state_folder()))
 
 # %% ../nbs/07_operations.ipynb #8024c739
+def _consent(finding, yes):
+    "Whether a finding is to be mended: asked where somebody sits at a terminal"
+    if yes or sys.stdin.isatty(): return yes or typer.confirm(f'{"":<19} Do it?', err=True)
+    _tell(f'{"":<20}not done: there is nobody to ask. --yes does it without asking.')
+    return False
 @app.command()
 def doctor(notebook:Annotated[Path|None,
-    typer.Argument(help='A model notebook, for what its mlserve.toml names.')]=None, full:Json=False)->None:
+    typer.Argument(help='A model notebook, for what its mlserve.toml names.')]=None,
+    fix:Annotated[bool, typer.Option('--fix', help='Mend what surely can be; each fix is shown and asked for.')]=False,
+    yes:Annotated[bool, typer.Option('--yes', '-y', help='With --fix: do not ask.')]=False, full:Json=False)->None:
     "Ask whether this machine can release, serve and deploy."
     from mlserve.doctor import examine
     from mlserve.release.spec import ReleaseSpec, read_spec
+    if yes and not fix: raise UsageError('--yes was given without --fix.', mend='mlserve doctor --fix --yes.')
     spec = read_spec(notebook) if notebook else ReleaseSpec.model_validate({'name': 'model', 'notebook': 'model.ipynb'})
-    findings = examine(spec, _tell)
+    findings = examine(spec, _tell, (lambda finding: _consent(finding, yes)) if fix else None)
     missing = [finding for finding in findings if finding.state == 'missing']
     names = ', '.join(finding.what for finding in missing)
     told = f'missing: {names}' if missing else 'all that a release needs is here'
-    show([asdict(finding) for finding in findings], told, full)
+    show([finding.plain() for finding in findings], told, full)
     if missing: raise typer.Exit(missing[0].code)
 
 # %% ../nbs/07_operations.ipynb #e39a0243

@@ -16,7 +16,7 @@ from ...settings import remote_seconds
 from .ledger import Move, move, standing
 from .logged_package import (Logged, artifact_hash as artifact_hash,
     fetch_artifact as fetch_artifact, fetch_holdout as fetch_holdout, fetch_package as fetch_package,
-    log_package as log_package, read_logged as read_logged)
+    log_package as log_package, read_logged as read_logged, register)
 from .mlflow_store import client, ensure_reachable, unrecorded
 from ..gates import Gates
 from ..spec import checked_device
@@ -112,6 +112,7 @@ def record(
     made = _create(store, name, key, {'source': f'models:/{logged.model_id}', 'run_id': logged.run_id,
         'model_id': logged.model_id, 'tags': own | dict(tags or {})})
     with after(f'{name} version {made.version} is recorded.'):
+        register(store, logged.model_id, name, str(made.version))
         return pair_of(store.get_model_version(name, made.version))
 
 # %% ../../../nbs/release/record/03_record.ipynb #0ba71f67
