@@ -101,6 +101,16 @@ def test_a_model_with_types_of_its_own_is_asked_in_these(own, visit):
     assert not serious(page)
 
 
+def test_its_route_has_an_example_that_is_answered(own, visit):
+    page = visit(own[1].url + "/docs", ready="#routes summary")
+    row = page.locator("#routes details", has_text="/handle").first
+    row.locator("summary").first.click()
+    assert json.loads(row.locator("textarea").input_value())
+    row.get_by_role("button", name="Send").click()
+    row.locator("pre").first.wait_for()
+    assert row.locator("pre").first.inner_text().startswith("200 in")
+
+
 def test_a_dropped_image_is_asked(drawn, visit):
     "Only its seventh row is bright, and another file says that it is no image"
     page = visit(drawn.url + "/")
