@@ -199,12 +199,13 @@ def navigation(titles):
         below = sorted({n.parents[len(n.parents) - 2 - len(folder.parts)] for n in titles if folder in n.parent.parents})
         return inside(folder) + [{f.name.replace("_", " "): section(f)} for f in below]
     examples = sorted((n for n in titles if n.parts[0] == "examples"), key=lambda n: (n.stem != "start", n))
-    glossary = Path("explanations/glossary.ipynb")
+    folders = {n.parts[0] for n in titles if len(n.parts) > 1} - {"tutorials", "examples", "reference", "explanations"}
+    wings = WINGS | {folder: folder.capitalize() for folder in sorted(folders - WINGS.keys())}
     return [{"Start": "index.md"},
         {"Tutorials": [*entry(*(Path(f"tutorials/{name}.ipynb") for name in FIRST)), {"Examples": entry(*examples)}]},
         {"How-to and triage": [*entry(*(Path(f"tutorials/{name}.ipynb") for name in THEN)), *inside("tutorials", *FIRST, *THEN)]},
-        {"Reference": [*inside("reference"), *entry(glossary)]},
-        {"The house": [*inside("explanations", "glossary"), {"Ground floor": inside(".", "index")}, *({name: section(Path(folder))} for folder, name in WINGS.items())]}]
+        {"Reference": [*inside("reference"), *entry(GLOSSARY)]},
+        {"The house": [*inside("explanations", "glossary"), {"Ground floor": inside(".", "index")}, *({name: section(Path(folder))} for folder, name in wings.items())]}]
 
 
 def for_machines(docs, tabs):
