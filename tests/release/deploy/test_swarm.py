@@ -20,6 +20,13 @@ TARGET = "swarm-double"
 REGISTRY = Path(os.environ.get("MLSERVE_STATE", ROOT / "state")) / "registry"
 
 
+TOLD = []  # what was measured, printed at the end
+
+
+def told_of(*words):
+    TOLD.append(" ".join(map(str, words)))
+
+
 @pytest.fixture(scope="module")
 def options():
     return {"memory": "1g", "cpus": 1, "replicas": 3}
@@ -31,6 +38,7 @@ def nodes(record):  # noqa: F811
     with nodes_of_a_swarm((REGISTRY, os.environ["MLSERVE_REGISTRY"])) as nodes, pytest.MonkeyPatch.context() as monkey:
         monkey.setenv("DOCKER_HOST", nodes[0].url)
         yield nodes
+    print("", *TOLD, sep="\n")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,7 @@ def served(record, nodes):  # noqa: F811
     code, first, told = deploy(versions["one"], "--port", str(port), engine="swarm")
     assert code == 0, told
     assert (first["target"], first["version"]) == (TARGET, versions["one"])
-    print(f"\nfirst, with the pull of each node: {time.monotonic() - begun:.0f} s", steps_of(first))
+    told_of(f"first, with the pull of each node: {time.monotonic() - begun:.0f} s", steps_of(first))
     return versions, port
 
 
@@ -73,7 +81,7 @@ def serves_well(nodes, port, version, count=3):
 
 def none_twice(ran, load, more):
     "The servers ran each request once, and those that `serves_well` sent"
-    print(f"{len(load.answers)} requests answered, {len(load.failures)} failed; the servers ran {ran.total:.0f}, {more} of them not of the load")
+    told_of(f"{len(load.answers)} requests answered, {len(load.failures)} failed; the servers ran {ran.total:.0f}, {more} of them not of the load")
     assert len(load.answers) - 10 <= ran.total - more <= len(load.answers) + len(load.failures)  # a look at a server may come too late for its last ones
 
 
@@ -86,18 +94,18 @@ def test_L6_R9_versions_replace_each_other_on_three_nodes_and_bad_ones_are_taken
         code, result, told = deploy(two, engine="swarm")
         switched = time.monotonic()
         assert code == 0, told
-        print("\nupdate", steps_of(result))
+        told_of("update", steps_of(result))
         for name, expected, step in (("wrong", 5, "healthy"), ("hangs", 3, "healthy"), ("gone", 5, "pull")):
             begun = time.monotonic()
             code, _, told = deploy(versions[name], engine="swarm")
             assert (code, told["step"]) == (expected, step), told
             assert f"Version {two} keeps serving" in told["error"]
-            print(f"{name}: taken back after {time.monotonic() - begun:.0f} s: {told['error'][:150]}")
+            told_of(f"{name}: taken back after {time.monotonic() - begun:.0f} s: {told['error'][:150]}")
             serves_well(nodes, port, two)
         back, begun = len(load.answers), time.monotonic()
         promote("double", two, allow_older=True)
         assert run_command(["rollback", "double", "--target", TARGET]) == 0
-        print(f"rollback {time.monotonic() - begun:.0f} s")
+        told_of(f"rollback {time.monotonic() - begun:.0f} s")
         time.sleep(0.5)
     serves_well(nodes, port, one)
     none_twice(ran, load, 4)
@@ -119,7 +127,7 @@ def test_L6_a_node_that_is_drained_loses_nothing(served, nodes, capsys):
         begun = time.monotonic()
         node.update({"Role": "worker", "Availability": "drain"})
         until(lambda: places(nodes)[2] == 0 and [c.health for c in find_engine().running(TARGET)] == ["healthy"] * 3, 120)
-        print(f"\ndrained: {places(nodes)} after {time.monotonic() - begun:.0f} s")
+        told_of(f"drained: {places(nodes)} after {time.monotonic() - begun:.0f} s")
         time.sleep(2)
     none_twice(ran, load, 0)
     assert not load.failures and len(load.answers) > 100, load.failures[:3]
@@ -141,13 +149,13 @@ def test_L6_a_node_whose_link_is_cut_loses_what_was_under_way_there_and_no_more(
         nodes[1].link("down")
         until(lambda: sum(places([nodes[0], nodes[2]])) == 3, 180)
         until(lambda: [c.health for c in find_engine().running(TARGET)] == ["healthy"] * 3, 180)
-        print(f"\ncut: {places(nodes)} after {time.monotonic() - cut:.0f} s, slowest answer {max(load.seconds):.1f} s, failed: {load.failures}")
+        told_of(f"cut: {places(nodes)} after {time.monotonic() - cut:.0f} s, slowest answer {max(load.seconds):.1f} s, failed: {load.failures}")
         failed = len(load.failures)
         row = state_of(capsys)
         assert (row["version"], row["healthy"], row["finding"]) == (two, True, ""), row
         code, result, told = deploy(one, engine="swarm")  # also while the node is away
         assert code == 0, told
-        print("update without the node", steps_of(result))
+        told_of("update without the node", steps_of(result))
         assert len(load.failures) == failed, load.failures
         nodes[1].link("up")
         until(lambda: places(nodes) in ([2, 0, 1], [1, 0, 2]), 120)  # what was left on the node has ended
