@@ -21,7 +21,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
-WINGS = {"tutorials": "Tutorials", "examples": "Examples", "reference": "Reference", "explanations": "Explanations", "wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release", "notebook": "Notebook", "scaffolds": "Scaffolds"}
+WINGS = {"tutorials": "Tutorials", "examples": "Examples", "reference": "Reference", "explanations": "Explanations", "wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release", "notebook": "Notebook", "mends": "Mends", "scaffolds": "Scaffolds"}
 TUTORIALS = ["my_own_model", "which_model", "any_python_model", "calling_the_model", "which_delivery", "on_a_gpu", "release_from_your_ci", "deploy_and_roll_back", "deployment_files", "behind_a_corporate_proxy"]
 LINK = re.compile(r"\]\((?:nbs/)?((?:[\w.-]+/)*)(?:\d\d_)?([\w-]+)\.ipynb")  # the README is read from the root; a page has no number
 LINE = re.compile(r'<a id="?__codelineno-[^>]*></a>')
