@@ -16,7 +16,8 @@ from typing import Annotated
 import typer
 from . import __version__
 from .errors import Interrupted, MlserveError, UsageError, hidden, last_line
-from .operations import Image, InOrder, Json, Model, State, app as operations, command, show, warn
+from .operations import (Image, InOrder, Json, Model, State, app as operations, command,
+    next_step, show, warn)
 from .settings import port_variable, refuse_unknown, without_platforms
 
 # %% ../nbs/08_cli.ipynb #9b4708cb
@@ -227,6 +228,7 @@ def promote(model:Model, version:Version=None, device:Asked=None, allow_older:Ol
     from mlserve.release.supply_chain.verify import confirm
     pair = run(model, version, device, warn=warn, allow_older=allow_older, confirm=confirm)
     show(asdict(pair), pair.image, full)
+    next_step(f'mlserve deploy compose {model}', full)
 
 # %% ../nbs/08_cli.ipynb #24d65b03
 @command(app)

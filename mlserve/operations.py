@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORY', 'app', 'Json', 'Model', 'Image', 'State', 'Engine', 'Live', 'Target', 'Whose', 'Platform', 'Port', 'Share',
-           'Back', 'Where', 'show', 'warn', 'InOrder', 'command', 'render', 'deploy', 'rollback', 'status', 'releases',
-           'logs', 'debug', 'doctor', 'init']
+           'Back', 'Where', 'show', 'warn', 'next_step', 'InOrder', 'command', 'render', 'deploy', 'rollback', 'status',
+           'releases', 'logs', 'debug', 'doctor', 'init']
 
 # %% ../nbs/07_operations.ipynb #c8ae1cc7
 import json, os, sys
@@ -29,6 +29,12 @@ def warn(
 )->None:
     "Tell people on stderr of what they should know"
     print(f'warning: {text}', file=sys.stderr)
+def next_step(
+    line:str, # a command
+    full:bool=False, # the result is for a program, which needs no advice
+)->None:
+    "Tell people on stderr which command comes next"
+    if not full: print(f'next: {line}', file=sys.stderr)
 
 # %% ../nbs/07_operations.ipynb #a0fa351f
 STORY = {'Begin': {'init': 'cd FOLDER, then mlserve doctor model.ipynb', 'doctor': 'mlserve release NOTEBOOK'},
@@ -91,7 +97,7 @@ def render(engine:Engine, model:Whose='', version:Live='production', full:Json=F
 # %% ../nbs/07_operations.ipynb #6338d82b
 Platform = Annotated[str, typer.Argument(metavar='ENGINE', help='compose or swarm.')]
 Port = Annotated[int, typer.Option(min=0, max=65535,
-    help='Port of the target; the one that it has, or that of [deploy], by default.')]
+    help='Port of the target; the one that it has, or that of the release, by default.')]
 Share = Annotated[str, typer.Option(help='Part of the requests, such as 10%, beside the version that runs (compose); '
     'all by default, in its place.')]
 def _tell(line):
@@ -131,7 +137,9 @@ def status(model:Annotated[str, typer.Argument(help='Name of the registered mode
     "Show what runs, and where it is not what was wanted."
     from mlserve.release.deploy.live.status import status as run, status_lines
     rows = run(model)
-    show(rows, status_lines(rows), full)
+    if rows or full: return show(rows, status_lines(rows), full)
+    print('nothing is deployed')
+    next_step(f'mlserve deploy compose {model or "MODEL"}')
 @command(app)
 def releases(model:Model, full:Json=False)->None:
     "List the recorded versions of a model, and where they run."

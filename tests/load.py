@@ -8,8 +8,8 @@ import time
 class Load:
     "Clients that ask, each in turn, until told to stop; `path` answers with V2's JSON"
 
-    def __init__(self, port, connections=16, path="/v2/models/double/infer", first=1, pause=0.0):
-        self.port, self.connections, self.path, self.number, self.pause = port, connections, path, first, pause
+    def __init__(self, port, connections=16, path="/v2/models/double/infer", first=1, pause=0.0, host="127.0.0.1"):
+        self.host, self.port, self.connections, self.path, self.number, self.pause = host, port, connections, path, first, pause
         self.answers, self.failures, self.seconds = {}, [], []  # number to (version, when it was sent); what went wrong; how long each took
         self.going = True
         self.thread = threading.Thread(target=lambda: asyncio.run(self._run()))
@@ -28,7 +28,7 @@ class Load:
             number, self.number, sent = self.number, self.number + 1, time.monotonic()
             try:
                 if writer is None:
-                    reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                    reader, writer = await asyncio.open_connection(self.host, self.port)
                 head, body = await asyncio.wait_for(self._ask(reader, writer, number), 30)
             except (OSError, EOFError, asyncio.TimeoutError) as e:
                 self.failures.append((number, repr(e)))

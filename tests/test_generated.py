@@ -38,6 +38,16 @@ def test_the_environment_is_the_pinned_one_and_its_torch_is_the_cpus():
     assert torch.version.cuda is None and not [n for n in installed if n.startswith("nvidia-")]
 
 
+def test_the_pinned_environment_is_for_every_python_that_is_promised():
+    "Debian 12 has 3.11.2, and a pin that was made with a later 3.11 may refuse it"
+    from importlib.metadata import distributions
+
+    from packaging.specifiers import SpecifierSet
+    lowest = re.search(r"^min_python = (.+)", (ROOT / "settings.ini").read_text(), re.M)[1] + ".0"
+    wants = {d.name: d.metadata["Requires-Python"] for d in distributions()}
+    assert not {name: python for name, python in wants.items() if python and lowest not in SpecifierSet(python)}
+
+
 def differences(copy, *names):
     return [str(p.relative_to(copy)) for name in names for p in sorted((copy / name).rglob("*") if (copy / name).is_dir() else [copy / name])
             if p.is_file() and "__pycache__" not in p.parts and p.read_bytes() != (ROOT / p.relative_to(copy)).read_bytes()]

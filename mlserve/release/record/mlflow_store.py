@@ -7,7 +7,7 @@ __all__ = ['state_folder', 'tracking_uri', 'unrecorded', 'ensure_reachable', 'ma
            'client', 'experiment', 'reach_record']
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #b5e1dad5
-import fcntl, functools, importlib.util, inspect, logging, os, time
+import fcntl, functools, importlib.util, inspect, logging, os, time, warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -194,7 +194,9 @@ def _told(method, uri):
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b2959
 def _opened(uri, ask=True): # a client; a database is asked once, which makes its tables
-    import mlflow
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='IProgress not found') # in a notebook; nothing of ours draws a bar
+        import mlflow
     try:
         store = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
         if ask: store.search_experiments(max_results=1)

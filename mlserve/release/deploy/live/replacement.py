@@ -18,7 +18,7 @@ from .history import entry_for, ran_before, read_history, write_entry
 from .proxy import reopen, set_routes, slots_for, slots_of, wait_idle, wait_up, weights_for
 from .rollout import SHARED, STEPS, Rollout, Scene, advance, sort_out
 from .target import (
-    alone, port_of, refuse_other, refuse_share, refuse_taken, with_port)
+    alone, port_of, refuse_elsewhere, refuse_other, refuse_share, refuse_taken, with_port)
 from ..recorded import planned, recorded_spec
 from ...record import promote, read_pair
 if TYPE_CHECKING: from docker.models.containers import Container
@@ -46,6 +46,7 @@ def look_first(
     "Look at a target, and refuse what cannot go well"
     found = engine.running(deployment.target)
     refuse_other(found, deployment)
+    refuse_elsewhere(engine, deployment)
     refuse_taken(engine, deployment)
     scene = sort_out(found, deployment.version, deployment.image)
     whole = len(scene.kept) == deployment.options.replicas
@@ -54,6 +55,23 @@ def look_first(
     kept = {seen.id for seen in scene.kept}
     new = [container for container in engine.containers(deployment.target) if container.id in kept]
     return Replacement(engine, deployment, scene, new, share)
+
+# %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #3897c287
+@patch
+def _addresses(self:Replacement, those):
+    "Where some of the containers are now, as the proxy knows them"
+    ids = {seen.id for seen in those}
+    found = self.engine.containers(self.deployment.target)
+    return {address_of(container) for container in found if container.id in ids} - {''}
+@patch
+def _front(self:Replacement):
+    "The proxy, started where there is none"
+    if front := self.engine.proxy(self.deployment.target): return front
+    self.engine.apply_proxy(self.deployment)
+    front = self.engine.proxy(self.deployment.target)
+    if not front: raise LocalResource('The proxy of the target ended.', mend='Look at its log: docker logs.')
+    self.mine.append(front.id)
+    return front
 
 # %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #dc042253
 @patch
@@ -66,8 +84,9 @@ def do_start(self:Replacement)->None: # new containers, without requests
     scene,times = self.scene,self.deployment.times
     self.engine.withdraw([seen.id for seen in scene.unproven])
     self.engine.withdraw([seen.id for seen in scene.drained], times.stop)
-    if front := self.engine.proxy(self.deployment.target):
-        serving = {address_of(self.engine.client.containers.get(seen.id)) for seen in scene.old} - {''}
+    several = self.engine.node and self.deployment.engine == 'swarm'
+    if front := self._front() if several else self.engine.proxy(self.deployment.target):
+        serving = self._addresses(scene.old)
         set_routes(front, {slot.name: 'maint' for slot in slots_of(front) if slot.address not in serving})
     before = {container.id for container in self.engine.containers(self.deployment.target)}
     try: self.engine.apply(self.deployment, beside=len(before))
@@ -87,7 +106,7 @@ def do_identity(self:Replacement)->None: # or IntegrityError
 @patch
 def _routed(self:Replacement, front, new, old):
     "Give every slot of the new and of the old ones a state, at once"
-    addresses = {address_of(self.engine.client.containers.get(seen.id)) for seen in self.scene.old} - {''}
+    addresses = self._addresses(self.scene.old)
     ours = slots_for(front, [address_of(container) for container in self.new])
     slots = slots_of(front)
     theirs = [slot.name for slot in slots if slot.address and slot.address in addresses]
@@ -99,12 +118,7 @@ def _routed(self:Replacement, front, new, old):
 def do_switch(self:Replacement)->None: # from here on the new ones answer
     "Move the requests"
     for container in self.new: container.reload()
-    front = self.engine.proxy(self.deployment.target)
-    if not front:
-        self.engine.apply_proxy(self.deployment)
-        front = self.engine.proxy(self.deployment.target)
-        if not front: raise LocalResource('The proxy of the target ended.', mend='Look at its log: docker logs.')
-        self.mine.append(front.id)
+    front = self._front()
     wait_up(front, self._routed(front, 'ready', 'ready' if self.share else 'drain'))
     if self.share: # nothing is stopped later, so what a cut command left goes now
         self.engine.withdraw([seen.id for seen in self.scene.unproven])
