@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from control_plane import BIN
+from cluster import BIN, control_plane
 from kubelet import READY, page_of, status_of, who
 from kubernetes_scenarios import (  # noqa: F401 (the tests are run in this world too)
     NAMESPACE, World, asked, deploy, environment, registry, served,
@@ -42,7 +42,7 @@ class Node(threading.Thread):
         if kind in READY and name not in self.servers:
             page, ip = page_of(pod, kind).encode(), f"{self.NET}.{self.next}"
             self.next = self.next % 250 + 1
-            self.servers[name] = served(lambda path: page if path == "/metrics" else None, (ip, 8080))
+            self.servers[name] = served(lambda path: page if path.startswith("/metrics") else None, (ip, 8080))
         if name in self.servers:
             ip = self.servers[name].server_address[0]
             status |= {"podIP": ip, "podIPs": [{"ip": ip}]}
@@ -64,6 +64,12 @@ class Node(threading.Thread):
             with contextlib.suppress(Exception):  # a pod went away meanwhile
                 self.tick()
             time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with control_plane(tmp_path_factory.mktemp("cluster")) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

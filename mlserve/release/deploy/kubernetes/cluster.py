@@ -6,11 +6,11 @@
 __all__ = ['Cluster', 'View']
 
 # %% ../../../../nbs/release/deploy/kubernetes/03_cluster.ipynb #187a5582
-import json, re
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from ....errors import Conflict, IntegrityError, MlserveError, NotFound, RemoteUnavailable
+from ....errors import Conflict, MlserveError, RemoteUnavailable
 from ....patch import patch
 from ..deployment import Deployment
 from .dialect import minor_of

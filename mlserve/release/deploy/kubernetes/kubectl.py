@@ -79,8 +79,8 @@ def call(self:Kubectl,
 )->str: # what it printed on stdout
     "Run a command of kubectl, or raise what its failure amounts to"
     where = ['--context', self.context] if self.context else []
-    limit = f'--request-timeout={max(5, remote_seconds())}s'
-    done = run_kubectl([self.program, *where, '--namespace', self.namespace, limit, *words], given, seconds, self.holds)
+    limit = [] if '--raw' in words else [f'--request-timeout={max(5, remote_seconds())}s'] # a raw request would carry it
+    done = run_kubectl([self.program, *where, '--namespace', self.namespace, *limit, *words], given, seconds, self.holds)
     if done.returncode == 0: return done.stdout
     if done.returncode < 0: raise LocalResource(f'kubectl was killed by signal {-done.returncode}.')
     raise kubectl_failure(done.stderr or done.stdout, self.context)

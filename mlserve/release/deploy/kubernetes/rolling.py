@@ -8,7 +8,7 @@ __all__ = ['version_before', 'Rolling', 'look_around', 'find_cluster', 'deploy_t
 # %% ../../../../nbs/release/deploy/kubernetes/04_rolling.ipynb #29d058a4
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from ....errors import (
     CheckFailed, Conflict, LocalResource, MlserveError, NotFound, RemoteUnavailable, UsageError)
@@ -17,7 +17,7 @@ from ..deployment import Deployment
 from .cluster import Cluster, View
 from .dialect import for_server, with_count
 from .kubectl import find_kubectl, kubectl_failure
-from .pods import PodState, pod_failure, seen_of, told_progress
+from .pods import pod_failure, seen_of, told_progress
 from ..live.engines import image_gone, refuse_package
 from ..live.history import (
     Deployed, Place, entry_for, read_history, read_places, write_entry, write_place)
