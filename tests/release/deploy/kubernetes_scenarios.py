@@ -148,6 +148,8 @@ class World:
         made("elsewhere", namespace="mlserve-elsewhere")
         made("asks", context="prod")
         made("sums", model="sums")
+        for name in ("righted", "rightly"):
+            made(name, namespace="mlserve-rights")
 
 
 @contextlib.contextmanager

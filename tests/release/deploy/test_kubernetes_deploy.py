@@ -2,6 +2,7 @@
 
 The node tells what a kubelet would: a pod of a good image has an address where a real server answers who it is, and is ready; those of bad images do what
 bad images do. The scenarios are the same as those of `make test`, where a stand-in for kubectl answers."""
+import base64
 import contextlib
 import json
 import os
@@ -102,3 +103,43 @@ def test_a_server_that_refuses_says_so_in_its_own_words_and_nothing_is_applied(w
     world.remove([quota])
     assert deploy(versions["two"])[0] == 0
     world.clean(versions["two"])
+
+
+@pytest.fixture
+def account(world, tmp_path):
+    "An account with the Role that the page shows, in a namespace that somebody made; its kubeconfig"
+    from mlserve.release.deploy.kubernetes.cluster import deployer_role
+    name, namespace = "ci", "mlserve-rights"
+    role = deployer_role(namespace)
+    world.add({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+    world.add({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": namespace}})
+    world.add(role)
+    world.add({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": name, "namespace": namespace}, "subjects": [{"kind": "ServiceAccount", "name": name}],
+               "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": role["metadata"]["name"]}})
+
+    def token():
+        secrets = json.loads(world.kubectl("get", "secrets", "-n", namespace, "-o", "json"))["items"]
+        return next((s["data"]["token"] for s in secrets if s["metadata"].get("annotations", {}).get("kubernetes.io/service-account.name") == name and "token" in s.get("data", {})), "")
+    until(token, 60)
+    config = yaml.safe_load(open(os.environ["KUBECONFIG"]))
+    config["users"][0]["user"]["token"] = base64.b64decode(token()).decode()
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    return tmp_path / "config", role
+
+
+def test_an_account_with_the_role_of_the_page_deploys_and_without_a_part_of_it_is_told_which(world, account, monkeypatch):
+    versions, (config, role) = world.versions, account
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    for version, expected in (("righted", 0), ("rightly", 0), ("righted", 0)):
+        code, _, told = deploy(versions[version], "--target", "rights")
+        assert code == expected, told
+    code, _, told = deploy(versions["one"], "--target", "strange")
+    assert code == 6 and "cannot" in told["error"] and 'in the namespace "mlserve-test"' in told["error"] and "auth can-i" in told["error"], told
+    role["rules"] = [{**rule, "resources": [kind for kind in rule["resources"] if kind != "pods/proxy"]} for rule in role["rules"]]
+    monkeypatch.undo()
+    world.add(role)
+    monkeypatch.setenv("KUBECONFIG", str(config))
+    code, _, told = deploy(versions["rightly"], "--target", "rights")
+    assert code == 6 and told["step"] == "identity" and "pods/proxy (get)" in told["error"] and f"Version {versions['righted']} keeps serving" in told["error"], told
+    [work] = world.objects("deployments", "app.kubernetes.io/instance=rights", "mlserve-rights")
+    assert work["metadata"]["annotations"]["mlserve.io/version"] == versions["righted"]

@@ -19,7 +19,7 @@ from ....settings import remote_seconds
 _who = 'Give this account the permission, or use another one: kubectl auth can-i --list.'
 _lost = 'See that the cluster answers: kubectl version.'
 _meanings: Sequence[tuple[str, type[MlserveError], str]] = (
-    (r'context .* does not exist|no context exists|no configuration has been provided', LocalResource,
+    (r'context .* does not exist|context was not found|no configuration has been provided', LocalResource,
         'kubectl config get-contexts lists what this machine knows; KUBECONFIG names another file.'),
     (r'executable .*not found|getting credentials', LocalResource,
         'Sign in with the program that the cluster asks for.'),
