@@ -59,8 +59,8 @@ def render(engine:Engine, model:Whose='', version:Live='production')->None:
 Platform = Annotated[str, typer.Argument(metavar='ENGINE', help='compose, swarm or kubernetes.')]
 Port = Annotated[int, typer.Option(min=0, max=65535,
     help='Port of the target; the one that it has, or that of [deploy], by default.')]
-Share = Annotated[str, typer.Option(help='Part of the requests, such as 10%, beside the version that runs (compose); '
-    'all by default, in its place.')]
+Share = Annotated[str, typer.Option(help='Part of the requests, such as 10%, beside the version that runs '
+    '(compose, kubernetes); all by default, in its place.')]
 def _tell(line):
     "A line for people"
     print(line, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from ...errors import Conflict, MlserveError, UsageError
 from .deployment import checked_target, require_checked, target_name
 from .kubernetes.cluster import Cluster
 from .kubernetes.kubectl import find_kubectl
-from .kubernetes.rolling import deploy_to_kubernetes
+from .kubernetes.deploying import deploy_to_kubernetes
 from .live.engines import find_engine
 from .live.history import Place, entry_for, ran_before, read_history, read_places, write_entry
 from .live.replacement import deploy_to_docker

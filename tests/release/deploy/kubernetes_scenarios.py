@@ -16,8 +16,8 @@ from commands import last_json
 from servers import until
 
 from mlserve.cli import run_command
+from mlserve.release.deploy.kubernetes import deploying
 from mlserve.release.deploy.kubernetes import kubectl as kubectl_room
-from mlserve.release.deploy.kubernetes import rolling
 from mlserve.release.deploy.live.history import read_history, read_places
 from mlserve.release.record import promote
 
@@ -160,8 +160,8 @@ def environment(home, **more):
             monkey.setenv(name, str(value))
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
             monkey.delenv(name, raising=False)
-        planned = rolling.planned
-        monkey.setattr(rolling, "planned", lambda *a, **kw: planned(*a, **{**kw, "confirm": lambda pair: None}))  # no release made these images
+        planned = deploying.planned
+        monkey.setattr(deploying, "planned", lambda *a, **kw: planned(*a, **kw, confirm=lambda pair: None))  # no release made these images
         yield monkey
 
 
@@ -204,7 +204,7 @@ def test_L6_R9_versions_replace_each_other_and_each_bad_one_is_taken_back_by_its
     world.clean(one)
     code, result, told = deploy(two)
     assert code == 0, told
-    assert "of 3 new pods ready" in told and f"to {NAMESPACE} in test" in told, told
+    assert f"to {NAMESPACE} in test" in told, told
     print({s["name"]: s["seconds"] for s in result["steps"]})
     world.clean(two)
     kept = world.uids()
@@ -243,9 +243,10 @@ def test_what_cannot_be_deployed_is_refused_before_anything_is_touched(world, mo
     refused("elsewhere", 4, f"is in the namespace {NAMESPACE}; version {versions['elsewhere']} asks for mlserve-elsewhere")
     refused("asks", 7, "kubectl does not have the context 'prod', which [deploy] names; it has: test")
     refused("one", 8, "is not a name for a target", "--target", "$(touch x)")
-    refused("two", 2, "kubernetes was asked for", "--share", "10%")
-    with rolling.alone(TARGET), monkeypatch.context() as m:
-        m.setattr(rolling, "alone", lambda target, good=rolling.alone: good(target, 0.1))
+    refused("two", 4, "Beside 3 pods, 1 more would get 25 % of the requests, not 10 %", "--share", "10%")
+    refused("one", 4, f"No other version serves on the target {TARGET}", "--share", "25%")
+    with deploying.alone(TARGET), monkeypatch.context() as m:
+        m.setattr(deploying, "alone", lambda target, good=deploying.alone: good(target, 0.1))
         refused("two", 4, f"Another command deploys to {TARGET} just now")
     world.remove([stranger])
 
@@ -300,7 +301,7 @@ def cut(version, after):
     assert os.WIFSIGNALED(how), f"it ended before it told of {after}"
 
 
-@pytest.mark.parametrize("after", ["to ", "image", "rehearse", "apply", "  ", "healthy", "identity"])
+@pytest.mark.parametrize("after", ["to ", "image", "rehearse", "apply", "healthy", "identity", "rollout"])
 def test_R9_a_command_that_is_killed_leaves_one_serving_and_the_same_command_ends_well(world, after):
     "At seven moments; the cluster goes on by itself meanwhile, or has done so already"
     versions = world.versions
@@ -365,6 +366,40 @@ def test_an_autoscaled_target_keeps_its_number_of_pods_from_version_to_version(w
     assert deploy(versions["one"])[0] == 0
     world.clean(versions["one"], 3)
     assert not world.objects("horizontalpodautoscalers"), "the file of this version has none"
+
+
+def test_a_canary_gets_its_share_by_the_number_of_pods_and_goes_back_or_takes_all(world):
+    versions = world.versions
+    one, two = versions["one"], versions["two"]
+    assert deploy(one)[0] == 0
+    kept = world.uids()
+    promote("double", one, allow_older=True)
+    code, result, told = deploy(two, "--share", "25%")
+    assert code == 0, told
+    assert [s["name"] for s in result["steps"]] == ["image", "rehearse", "apply", "healthy", "identity", "rollout", "record"]
+    assert world.pods() == [(one, True)] * 3 + [(two, True)] and set(kept) < set(world.uids()), "those that serve are not touched"
+    old, new = [row for row in json.loads(asked("status", "double", "--json")[1]) if row["target"] == TARGET]
+    assert (old["version"], old["share"], old["finding"], new["version"], new["share"], new["healthy"]) == (one, 75, "", two, 25, True)
+    assert new["finding"].startswith(f"Version {two} gets 25 % of the requests. For all: mlserve promote double --version {two}; mlserve deploy kubernetes double.")
+    assert {e.version: e.outcome for e in read_history("double", TARGET)}[two] == "canary"
+    code, _, told = deploy(versions["crashes"], "--share", "25%")
+    assert code == 4 and f"share the requests on the target {TARGET} already" in told["error"], told
+    code, _, told = deploy(versions["crashes"])
+    assert code == 5 and f"Version {one} keeps serving" in told["error"], told
+    assert world.pods() == [(one, True)] * 3 + [(two, True)], "the canary stays beside what serves"
+    assert run_command(["rollback", "double", "--target", TARGET]) == 0
+    world.clean(one)
+    assert world.uids() == kept and {e.version: e.outcome for e in read_history("double", TARGET)}[two] == "rolled back"
+    code, _, told = deploy(versions["other"], "--share", "50%")
+    assert (code, told["step"]) == (5, "identity") and f"Version {one} keeps serving" in told["error"], told
+    world.clean(one)
+    assert world.uids() == kept
+    assert deploy(two, "--share", "50%")[0] == 0
+    assert world.pods() == [(one, True)] * 3 + [(two, True)] * 3
+    code, _, told = deploy(two)
+    assert code == 0, told
+    world.clean(two)
+    assert {e.version: e.outcome for e in read_history("double", TARGET)}[two] == "ok"
 
 
 def test_status_and_logs_say_what_runs_in_the_cluster(world):

@@ -16,6 +16,7 @@ from cluster import BIN, control_plane
 from kubelet import READY, page_of, status_of, who
 from kubernetes_scenarios import (  # noqa: F401 (the tests are run in this world too)
     NAMESPACE, World, asked, deploy, environment, registry, served,
+    test_a_canary_gets_its_share_by_the_number_of_pods_and_goes_back_or_takes_all,
     test_an_autoscaled_target_keeps_its_number_of_pods_from_version_to_version,
     test_L6_R9_versions_replace_each_other_and_each_bad_one_is_taken_back_by_its_cause,
     test_only_what_is_of_the_target_is_touched,

@@ -11,6 +11,7 @@ import fake_kubectl
 import pytest
 from kubernetes_scenarios import (  # noqa: F401 (the tests are run in this world too)
     NAMESPACE, World, asked, deploy, environment, registry,
+    test_a_canary_gets_its_share_by_the_number_of_pods_and_goes_back_or_takes_all,
     test_an_autoscaled_target_keeps_its_number_of_pods_from_version_to_version,
     test_L6_R9_versions_replace_each_other_and_each_bad_one_is_taken_back_by_its_cause,
     test_only_what_is_of_the_target_is_touched,
@@ -21,7 +22,7 @@ from kubernetes_scenarios import (  # noqa: F401 (the tests are run in this worl
     test_what_cannot_be_deployed_is_refused_before_anything_is_touched)
 
 from mlserve.release.deploy.kubernetes import kubectl as kubectl_room
-from mlserve.release.deploy.kubernetes import rolling
+from mlserve.release.deploy.kubernetes import watching
 
 FAST = 20
 
@@ -62,7 +63,7 @@ def world(double, tmp_path_factory):
     home = tmp_path_factory.mktemp("deploy")
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() * FAST, sleep=lambda seconds: time.sleep(seconds / FAST))
     with environment(home, FAKE_CLUSTER=home / "cluster") as monkey, registry() as image_of:
-        monkey.setattr(rolling, "time", clock)
+        monkey.setattr(watching, "time", clock)
         monkey.setattr(kubectl_room, "run_kubectl", in_this_process)
         monkey.setattr(kubectl_room.shutil, "which", lambda name: name)
         world = Standin(home)

@@ -15,7 +15,7 @@ from ....patch import patch
 from ..deployment import Deployment
 from .dialect import minor_of
 from .kubectl import Kubectl
-from .pods import Work, pod_running, work_of
+from .pods import Work, part_of, pod_running, work_of
 from ..live.engines import QUESTION, refuse_identity, told_identity
 from ..live.rollout import Running
 from ..render.pod import target_labels
@@ -34,17 +34,18 @@ class Cluster:
 class View:
     "A target as it was at one moment"
     work: Work|None # its Deployment, where there is one
-    pods: list[dict[str, Any]] # oldest first
+    pods: list[dict[str, Any]] # oldest first, those of a canary last
+    canary: Work|None = None # the Deployment of a version that has a share
     @property
     def running(self)->list[Running]: return [pod_running(pod) for pod in self.pods]
 @patch
 def look(self:Cluster)->View: # now
     "See the Deployment and the pods of a target"
     found = self.kubectl.read('get', 'deployments.apps,pods', '--selector', self.labels)
-    works = [work_of(item) for item in found if item['kind'] == 'Deployment']
+    works = {part_of(item): work_of(item) for item in found if item['kind'] == 'Deployment'}
     pods = [item for item in found if item['kind'] == 'Pod']
-    pods.sort(key=lambda pod: pod['metadata'].get('creationTimestamp', ''))
-    return View(works[0] if works else None, pods)
+    pods.sort(key=lambda pod: (part_of(pod) == 'canary', pod['metadata'].get('creationTimestamp', '')))
+    return View(works.get('model'), pods, works.get('canary'))
 @patch
 def minor(self:Cluster)->int: # such as 27, of 1.27
     "The minor version of the server"

@@ -51,5 +51,7 @@ def with_count(
         if scaler['kind'] != 'HorizontalPodAutoscaler': continue
         least,most = scaler['spec']['minReplicas'],scaler['spec']['maxReplicas']
         for document in documents:
-            if document['kind'] == 'Deployment': document['spec']['replicas'] = min(max(least, now), most)
+            counted = document['kind'], document['metadata']['name'] # a canary has a number of its own
+            if counted == ('Deployment', scaler['spec']['scaleTargetRef']['name']):
+                document['spec']['replicas'] = min(max(least, now), most)
     return documents

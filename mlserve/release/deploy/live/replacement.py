@@ -14,7 +14,7 @@ from ....errors import LocalResource, MlserveError
 from ....patch import patch
 from ..deployment import Deployment
 from .engines import Engine, address_of, find_engine
-from .history import Place, entry_for, read_history, write_entry, write_place
+from .history import Place, entry_for, write_entry, write_outcome, write_place
 from .proxy import reopen, set_routes, slots_for, slots_of, wait_idle, wait_up, weights_for
 from .rollout import SHARED, STEPS, Rollout, Scene, advance, sort_out
 from .target import (
@@ -143,12 +143,9 @@ def do_stop(self:Replacement)->None: # only the new ones are left
 def do_record(self:Replacement)->None: # on the version
     "Write down that it was deployed"
     deployment = self.deployment
-    model,target,version = deployment.model,deployment.target,deployment.version
-    for entry in read_history(model, target) if not self.share else ():
-        if entry.outcome == 'canary' and entry.version != version:
-            write_entry(model, target, entry_for(entry.version, 'rolled back', version))
+    model,target = deployment.model,deployment.target
     write_place(Place(model, target, deployment.engine))
-    write_entry(model, target, entry_for(version, 'canary' if self.share else 'ok', self.replaced))
+    write_outcome(model, target, deployment.version, self.replaced, bool(self.share))
 
 # %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #7ca9e0c3
 class Steps(Protocol):

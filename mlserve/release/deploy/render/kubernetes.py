@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRIC', 'scales', 'workload', 'service', 'network_policy', 'budget', 'autoscaler', 'adapter_rules', 'scaled_object',
-           'around', 'manifests']
+           'canary', 'around', 'manifests']
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #b53f3515
 from collections.abc import Iterator
@@ -20,19 +20,20 @@ def scales(
     return deployment.most > deployment.options.replicas
 def workload(
     deployment:Deployment, # planned
+    part:str='model', # or `canary`
 )->dict[str, Any]: # `Deployment` of apps/v1
     "What keeps the pods running, and replaces them"
     scrape = {'prometheus.io/scrape': 'true', 'prometheus.io/port': '8080', 'prometheus.io/path': '/metrics'}
-    about = metadata(deployment)
+    about = metadata(deployment, part)
     if deployment.remote and deployment.options.credentials:
         about['annotations']['checkov.io/skip1'] = 'CKV_K8S_35=clients of stores read their keys from variables'
     template = {'metadata': {'labels': about['labels'], 'annotations': about['annotations'] | scrape},
-        'spec': pod(deployment) | {'topologySpreadConstraints': spread(deployment)}}
+        'spec': pod(deployment) | {'topologySpreadConstraints': spread(deployment, part)}}
     count = {} if scales(deployment) else {'replicas': deployment.options.replicas}
     return {'apiVersion': 'apps/v1', 'kind': 'Deployment', 'metadata': about, 'spec': count | {
         'revisionHistoryLimit': 3, 'progressDeadlineSeconds': deployment.times.start + 600,
         'strategy': {'type': 'RollingUpdate', 'rollingUpdate': {'maxSurge': 1, 'maxUnavailable': 0}},
-        'selector': {'matchLabels': selector(deployment)}, 'template': template}}
+        'selector': {'matchLabels': selector(deployment, part)}, 'template': template}}
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #9e3a2fa8
 def service(
@@ -94,6 +95,16 @@ def scaled_object(
     return {'apiVersion': 'keda.sh/v1alpha1', 'kind': 'ScaledObject', 'metadata': metadata(deployment),
         'spec': {'scaleTargetRef': {'name': object_name(deployment)}, 'minReplicaCount': deployment.options.replicas,
             'maxReplicaCount': deployment.most, 'triggers': [{'type': 'prometheus', 'metadata': trigger}]}}
+
+# %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #f5b08c6a
+def canary(
+    deployment:Deployment, # planned
+    pods:int, # beside those of the version that serves
+)->list[dict[str, Any]]: # objects
+    "What a version has that gets a share of the requests"
+    beside = workload(deployment, 'canary')
+    beside['spec']['replicas'] = pods
+    return [*([network_policy(deployment)] if deployment.remote else []), beside]
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #a7b9381e
 def around(

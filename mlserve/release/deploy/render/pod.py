@@ -30,17 +30,20 @@ def served_labels(
     return {'app.kubernetes.io/name': deployment.name} | target_labels(deployment.target)
 def selector(
     deployment:Deployment, # planned
+    part:str='model', # or `canary`
 )->dict[str, str]: # labels
-    "What the pods of a target's Deployment have in common"
-    return served_labels(deployment) | {'app.kubernetes.io/component': 'model'}
+    "What the pods of one Deployment of a target have in common"
+    return served_labels(deployment) | {'app.kubernetes.io/component': part}
 def metadata(
     deployment:Deployment, # planned
+    part:str='model', # or `canary`
     **more:Any, # further fields
 )->dict[str, Any]: # of an object
     "Name, labels and annotations of an object"
     told = deployment_labels(deployment) | {'io.mlserve.image': deployment.image}
-    labels = selector(deployment) | {'app.kubernetes.io/version': deployment.version}
-    return {'name': object_name(deployment), 'namespace': deployment.options.namespace, 'labels': labels,
+    labels = selector(deployment, part) | {'app.kubernetes.io/version': deployment.version}
+    name = object_name(deployment) + ('' if part == 'model' else f'-{part}')
+    return {'name': name, 'namespace': deployment.options.namespace, 'labels': labels,
         'annotations': {f'mlserve.io/{key.removeprefix("io.mlserve.")}': text for key,text in told.items()}} | more
 
 # %% ../../../../nbs/release/deploy/render/05_pod.ipynb #002a20b7
@@ -116,7 +119,8 @@ def pod(
         'containers': [container(deployment, name, env)], 'volumes': volumes}
 def spread(
     deployment:Deployment, # planned
+    part:str='model', # or `canary`
 )->list[dict[str, Any]]: # constraints
     "One replica to a node, as far as there are nodes"
     return [{'maxSkew': 1, 'topologyKey': 'kubernetes.io/hostname', 'whenUnsatisfiable': 'ScheduleAnyway',
-        'labelSelector': {'matchLabels': selector(deployment)}, 'matchLabelKeys': ['pod-template-hash']}]
+        'labelSelector': {'matchLabels': selector(deployment, part)}, 'matchLabelKeys': ['pod-template-hash']}]
