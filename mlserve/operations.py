@@ -95,11 +95,11 @@ def render(engine:Engine, model:Whose='', version:Live='production', full:Json=F
     show({'engine': engine, 'model': model, 'version': '' if watching else version, 'text': text}, text, full)
 
 # %% ../nbs/07_operations.ipynb #6338d82b
-Platform = Annotated[str, typer.Argument(metavar='ENGINE', help='compose or swarm.')]
+Platform = Annotated[str, typer.Argument(metavar='ENGINE', help='compose, swarm or kubernetes.')]
 Port = Annotated[int, typer.Option(min=0, max=65535,
     help='Port of the target; the one that it has, or that of the release, by default.')]
-Share = Annotated[str, typer.Option(help='Part of the requests, such as 10%, beside the version that runs (compose); '
-    'all by default, in its place.')]
+Share = Annotated[str, typer.Option(help='Part of the requests, such as 10%, beside the version that runs '
+    '(compose, kubernetes); all by default, in its place.')]
 def _tell(line):
     "A line for people"
     print(line, file=sys.stderr, flush=True)
@@ -107,7 +107,7 @@ def _tell(line):
 def deploy(engine:Platform, model:Model, version:Live='production', target:Target='', port:Port=0, share:Share='',
     full:Json=False)->None:
     "Deploy a recorded version, in place of the one that runs."
-    from mlserve.release.deploy.live.replacement import deploy as run
+    from mlserve.release.deploy.moves import deploy as run
     from mlserve.release.deploy.live.target import share_of
     result = run(engine, model, version, target, port, share_of(share), _tell)
     show(result, result['url'], full)
@@ -120,7 +120,7 @@ def rollback(model:Model, to:Back='', target:Where='',
     keep_alias:Annotated[bool, typer.Option('--keep-alias', help='With --target: leave production where it is.')]=False,
     full:Json=False)->None:
     "Move production, or a target with it, back to the version before, whose check holds."
-    from mlserve.release.deploy.live.replacement import roll_back
+    from mlserve.release.deploy.moves import roll_back
     from mlserve.release.record import rollback as run
     from mlserve.release.supply_chain.verify import confirm
     if target:
@@ -135,8 +135,9 @@ def rollback(model:Model, to:Back='', target:Where='',
 def status(model:Annotated[str, typer.Argument(help='Name of the registered model; all of them by default.')]='',
     full:Json=False)->None:
     "Show what runs, and where it is not what was wanted."
-    from mlserve.release.deploy.live.status import status as run, status_lines
-    rows = run(model)
+    from mlserve.release.deploy.live.status import status_lines
+    from mlserve.release.deploy.overview import status as run
+    rows = run(model, warn)
     if rows or full: return show(rows, status_lines(rows), full)
     print('nothing is deployed')
     next_step(f'mlserve deploy compose {model or "MODEL"}')
@@ -149,8 +150,8 @@ def releases(model:Model, full:Json=False)->None:
 @command(app)
 def logs(model:Model, target:Target='', full:Json=False)->None:
     "Print what the containers of a target printed."
-    from mlserve.release.deploy.live.status import logs as run
-    text = run(model, target).rstrip('\n')
+    from mlserve.release.deploy.overview import logs as run
+    text = run(model, target, warn=warn).rstrip('\n')
     show({'model': model, 'target': target, 'text': text}, text, full)
 
 # %% ../nbs/07_operations.ipynb #17197ce1

@@ -5,7 +5,7 @@ import os
 import pytest
 from browser import chromium, visit  # noqa: F401 (fixtures, one of each for all modules)
 from commands import EXAMPLE, mlserve
-from containers import downloaded, engine, start  # noqa: F401
+from containers import doubles, downloaded, engine, start  # noqa: F401
 from linters import checkov, kubernetes_validate, promtool, workflow_linters  # noqa: F401
 from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, store, stored_package  # noqa: F401
 
@@ -17,7 +17,7 @@ CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
 SERVING = {"scheduler", "decoding", "gpu", "http_limits", "pipelining", "platforms", "server"}  # ask servers, with a clock
 ENDURANCE = {"endurance", "isolation", "proxies"}  # servers that are watched for long, killed and replaced, with a clock
 CLIENTS = {"clients", "tracing"}  # servers with the clients of others and a collector of traces; run by `make clients`
-KUBERNETES = {"kubernetes"}  # a control plane, run by `make kubernetes`
+KUBERNETES = {"kubernetes", "kubernetes_deploy", "nodes"}  # a control plane, and nodes with pods; run by `make kubernetes`
 SWARM = {"swarm"}  # three engines in network namespaces, run by `make swarm`
 BROWSER = {"browser", "lab", "site"}  # pages and JupyterLab in Chromium; run by `make browser`
 LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS, "browser": BROWSER, "kubernetes": KUBERNETES, "swarm": SWARM}

@@ -1,7 +1,9 @@
 """Containers of an image, by the command line as users start them, and removed whatever happens."""
 import contextlib
+import io
 import os
 import subprocess
+import tarfile
 import time
 
 import docker
@@ -12,6 +14,7 @@ NETWORK = f"mlserve-tests-{os.getpid()}"  # of this run of the tests alone
 HARDENED = ["--read-only", "--tmpfs", "/tmp:rw,noexec,nosuid,nodev,size=64m", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
             "--pids-limit", "128", "--memory", "1g", "--memory-swap", "1g", "--cpus", "1", "--ulimit", "nofile=4096", "--ulimit", "core=0",
             "--stop-timeout", "45"]
+HANG, WRONG = ["ENTRYPOINT [\"/opt/venv/bin/python\", \"-c\", \"import time; time.sleep(600)\"]", "CMD []"], "sha256:" + "0" * 64
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +30,26 @@ def engine():
 def docker_cli(*arguments):
     from mlserve.release.image.engine import find_builder
     return subprocess.run([find_builder().command, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def doubles(engine, release, double):
+    "Images of `double` by digest, from the released one: two that differ in a label, and three bad ones"
+    from mlserve.package import load_package
+    digest, repository, made = load_package(double).digest, release["image"].split("@")[0] + "-deployed", {}
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        tar.add(double, "double")
+    box = engine.containers.create(release["image"])
+    box.put_archive("/models", file.getvalue())
+    variants = {"one": [], "two": [], "hangs": HANG, "wrong": [f"LABEL io.mlserve.package={WRONG}"], "other": ["LABEL io.mlserve.package=sha256:" + "3" * 64]}
+    for tag, changes in variants.items():
+        own = ["ENV MLSERVE_PACKAGE=/models/double", f"ENV MLSERVE_PACKAGE_DIGEST={digest}", f"LABEL io.mlserve.package={digest}", f"LABEL test={tag}"]
+        box.commit(repository, tag, changes=own + changes)
+        for line in engine.images.push(repository, tag, stream=True, decode=True):
+            made[tag] = line.get("aux", {}).get("Digest") or made.get(tag)
+    box.remove()
+    return {tag: f"{repository}@{made[tag]}" for tag in made}
 
 
 @pytest.fixture

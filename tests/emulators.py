@@ -1,6 +1,7 @@
 """Object stores, a registry and a tracking server on this machine, each spoken to over real HTTP, and a small package in each store."""
 import contextlib
 import http.server
+import logging
 import os
 import shutil
 import signal
@@ -109,8 +110,6 @@ def stored_package(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3():
-    import logging
-
     import boto3
     from moto.server import ThreadedMotoServer
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -271,3 +270,31 @@ def settings(stored_package, tmp_path):
         values = {"MLSERVE_PACKAGE": uri, "MLSERVE_PACKAGE_DIGEST": digest, "MLSERVE_CACHE": tmp_path / "cache", "MLSERVE_FETCH_SECONDS": 20, **more}
         return read_settings({k: str(v) for k, v in values.items() if v is not None})
     return make
+
+
+@contextlib.contextmanager
+def counted_s3(address):
+    "A store that other machines reach, and what each asked of it: address of a client to [requests, bytes]"
+    import boto3
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+    app, asked = DomainDispatcherApplication(create_backend_app), {}
+
+    def counted(environ, start_response):
+        count = asked.setdefault(environ["REMOTE_ADDR"], [0, 0])
+
+        def start(status, headers, *more):
+            count[0] += 1
+            count[1] += int(dict(headers).get("Content-Length", 0)) if environ["REQUEST_METHOD"] == "GET" else 0
+            return start_response(status, headers, *more)
+        return app(environ, start)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = make_server(address, 0, counted, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"AWS_ENDPOINT_URL": f"http://{address}:{server.server_port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hunter2", "AWS_DEFAULT_REGION": "us-east-1"}
+    boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], aws_access_key_id="key", aws_secret_access_key="hunter2", region_name="us-east-1").create_bucket(Bucket="models")
+    try:
+        yield env, asked
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -10,8 +10,8 @@ from functools import partial
 class Proxy:
     "Passes bytes between a free port of this machine and a server, or a Unix socket, until a fault is planted"
 
-    def __init__(self, port, host="127.0.0.1"):
-        self.connections, self.down = 0, 0
+    def __init__(self, port, host="127.0.0.1", listen="127.0.0.1"):
+        self.connections, self.down, self.listen = 0, 0, listen
         self.connect = partial(asyncio.open_connection, host, port) if isinstance(port, int) else partial(asyncio.open_unix_connection, port)
         self.clear()
 
@@ -33,7 +33,7 @@ class Proxy:
         self.loop = asyncio.new_event_loop()
 
         async def main():
-            server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+            server = await asyncio.start_server(self._serve, self.listen, 0)
             self.port = server.sockets[0].getsockname()[1]
             self.stop = asyncio.Event()
             started.set()

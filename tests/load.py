@@ -6,13 +6,18 @@ import time
 
 
 class Load:
-    "Clients that ask, each in turn, until told to stop; `path` answers with V2's JSON"
+    "Clients that ask, each in turn, until told to stop; `path` answers with V2's JSON. `enter` is called in the thread first; `life`: requests of one connection"
 
-    def __init__(self, port, connections=16, path="/v2/models/double/infer", first=1, pause=0.0, host="127.0.0.1"):
-        self.host, self.port, self.connections, self.path, self.number, self.pause = host, port, connections, path, first, pause
+    def __init__(self, port, connections=16, path="/v2/models/double/infer", first=1, pause=0.0, host="127.0.0.1", enter=lambda: None, life=0):
+        self.port, self.connections, self.path, self.number, self.pause = port, connections, path, first, pause
+        self.host, self.enter, self.life = host, enter, life
         self.answers, self.failures, self.seconds = {}, [], []  # number to (version, when it was sent); what went wrong; how long each took
         self.going = True
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self.thread = threading.Thread(target=self._ask_all)
+
+    def _ask_all(self):
+        self.enter()
+        asyncio.run(self._run())
 
     async def _ask(self, reader, writer, number):
         rows = 1 + number % 3
@@ -24,11 +29,13 @@ class Load:
 
     async def _client(self):
         reader = writer = None
+        asked = 0  # by this connection
         while self.going:
             number, self.number, sent = self.number, self.number + 1, time.monotonic()
             try:
                 if writer is None:
                     reader, writer = await asyncio.open_connection(self.host, self.port)
+                    asked = 0
                 head, body = await asyncio.wait_for(self._ask(reader, writer, number), 30)
             except (OSError, EOFError, asyncio.TimeoutError) as e:
                 self.failures.append((number, repr(e)))
@@ -37,7 +44,8 @@ class Load:
                 continue
             self.seconds.append(time.monotonic() - sent)
             self._look(number, sent, head, body)
-            if b"connection: close" in head:
+            asked += 1
+            if b"connection: close" in head or asked == self.life:
                 writer.close()
                 writer = None
             if self.pause:

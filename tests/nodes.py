@@ -1,153 +1,155 @@
-"""Docker Engines in network namespaces of one machine: the nodes of a Swarm, each with an address, a registry and a folder of its own."""
+"""Nodes of a cluster on this machine: a containerd, a kubelet and a kube-proxy each, in namespaces of their own, so that processes, mounts and links end with a node.
+
+They are joined by a bridge, 10.98.0.0/24; the pods of node n have 10.98.n.0/24, which this machine reaches too. Nothing is forwarded to elsewhere. Needs root and
+version 1 of control groups, as Kubernetes 1.20 does with this containerd."""
 import contextlib
 import ctypes
+import json
 import os
-import re
+import shutil
 import signal
-import socket
 import subprocess
-import tempfile
-import threading
 import time
 from pathlib import Path
 
-import docker
 import yaml
+from cluster import BIN, control_plane
+from faulty_proxy import Proxy
+from servers import children, until
 
-CLONE_NEWNET = 0x40000000
-DOCKERD = "hostname {name}; exec dockerd --data-root {folder}/data --exec-root {folder}/run --pidfile {folder}/docker.pid -H unix://{folder}/docker.sock " \
-    "--bridge none --iptables=false --ip-forward=false --ip-masq=false --shutdown-timeout 5"
+HERE, BRIDGE, GATEWAY = Path(__file__).parent, "mlserve0", "10.98.0.1"
+GROUPS = [folder for folder in Path("/sys/fs/cgroup").glob("*") if folder.name != "unified" and not folder.is_symlink()]
+CONTAINERD = """
+version = 2
+root = "/var/lib/containerd"
+state = "/run/containerd"
+[grpc]
+address = "/run/containerd/containerd.sock"
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{pause}"
+restrict_oom_score_adj = true
+disable_apparmor = true
+disable_hugetlb_controller = true
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+conf_dir = "{home}/cni"
+[plugins."io.containerd.grpc.v1.cri".registry.mirrors."{registry}"]
+endpoint = ["http://{mirror}"]
+"""
+KUBELET = {"kind": "KubeletConfiguration", "apiVersion": "kubelet.config.k8s.io/v1beta1", "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
+           "authorization": {"mode": "AlwaysAllow"}, "cgroupDriver": "cgroupfs", "failSwapOn": False, "imageGCHighThresholdPercent": 100,
+           "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%", "nodefs.inodesFree": "1%"}}
+PROGRAMS = """
+{bin}/kubelet --config kubelet.yaml --kubeconfig "{config}" --hostname-override {name} --node-ip {address} --root-dir /var/lib/kubelet --cert-dir pki \\
+  --container-runtime remote --container-runtime-endpoint unix:///run/containerd/containerd.sock --volume-plugin-dir plugins >kubelet.log 2>&1 &
+{bin}/kube-proxy --kubeconfig "{config}" --hostname-override {name} --proxy-mode iptables --conntrack-max-per-core 0 --conntrack-tcp-timeout-established 0 \\
+  --conntrack-tcp-timeout-close-wait 0 --metrics-bind-address 127.0.0.1:10249 >kube-proxy.log 2>&1 &
+"""
 
 
 def ip(*words):
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    subprocess.run(["ip", *words], check=True)
 
 
 class Node:
-    "An engine in a namespace of its own, with one end of a cable"
+    "A node that runs until it is killed"
 
-    def __init__(self, lan, number, folder, registry):
-        self.lan, self.name, self.folder, self.registry = lan, f"node{number}", folder, registry
-        self.space, self.cable, self.address = f"{lan}-{number}", f"{lan}v{number}", f"198.18.{os.getpid() % 250}.{number}"
-        self.processes = []
+    def __init__(self, cluster, number, count, registry, mirror, pause):
+        self.name, self.address, self.group, self.link = f"node-{number}", f"10.98.0.{10 + number}", f"mlserve-node-{number}", f"mlserve{number}"
+        self.home = home = cluster.home / self.name
+        home.mkdir()
+        for group in GROUPS:
+            (group / self.group).mkdir()
+        others = [n for n in range(1, count + 1) if n != number]
+        (home / "routes").write_text("".join(f"10.98.{n}.0/24 10.98.0.{10 + n}\n" for n in others))
+        (home / "containerd.toml").write_text(CONTAINERD.format(home=home, registry=registry, mirror=mirror, pause=pause))
+        (home / "kubelet.yaml").write_text(yaml.safe_dump(KUBELET | {"cgroupRoot": f"/{self.group}"}))
+        (home / "programs").write_text(PROGRAMS.format(bin=BIN, config=cluster.home / "config", name=self.name, address=self.address))
+        bridge = {"type": "bridge", "bridge": "pods", "isGateway": True, "hairpinMode": True,
+                  "ipam": {"type": "host-local", "subnet": f"10.98.{number}.0/24", "routes": [{"dst": "0.0.0.0/0"}]}}
+        (home / "cni").mkdir()
+        (home / "cni/pods.conflist").write_text(json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}))
+        spaces = ["unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+        with open(home / "log", "w") as log:
+            self.process = subprocess.Popen([*spaces, "bash", HERE / "node.sh", home, self.address, GATEWAY], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        until(lambda: children(self.process.pid))
+        [self.pid] = children(self.process.pid)
+        ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
+        ip("link", "set", self.link, "master", BRIDGE, "up")
+        ip("route", "add", f"10.98.{number}.0/24", "via", self.address)
 
-    def _start(self, name, *command):
-        with open(self.folder / f"{name}.log", "w") as log:
-            words = ["nsenter", f"--net=/run/netns/{self.space}", "unshare", "--uts", *command]
-            self.processes.append(subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True))
+    def enter(self):
+        "From now on this thread is in the network of the node"
+        with open(f"/proc/{self.pid}/ns/net") as space:
+            if ctypes.CDLL(None, use_errno=True).setns(space.fileno(), 0x40000000):
+                raise OSError(ctypes.get_errno(), "setns")
 
-    def start(self):
-        ip("netns", "add", self.space)
-        ip("link", "add", self.cable, "type", "veth", "peer", "name", "eth0", "netns", self.space)
-        ip("link", "set", self.cable, "master", self.lan, "up")
-        ip("-n", self.space, "addr", "add", f"{self.address}/24", "dev", "eth0")
-        for device in ("lo", "eth0"):
-            ip("-n", self.space, "link", "set", device, "up")
-        (self.folder / "registry.yml").write_text(yaml.safe_dump(
-            {"version": 0.1, "log": {"level": "warn"}, "storage": {"filesystem": {"rootdirectory": str(self.registry[0])}}, "http": {"addr": self.registry[1]}}))
-        self._start("registry", "docker-registry", "serve", str(self.folder / "registry.yml"))
-        self._start("dockerd", "sh", "-c", DOCKERD.format(name=self.name, folder=self.folder))
-        self.url, end = f"unix://{self.folder}/docker.sock", time.monotonic() + 120
-        while True:
-            with contextlib.suppress(docker.errors.DockerException):
-                self.client = docker.DockerClient(self.url, timeout=120)
-                return
-            assert time.monotonic() < end, (self.folder / "dockerd.log").read_text()[-2000:]
-            time.sleep(0.5)
+    def logs(self):
+        return {path.name: path.read_text(errors="replace") for path in self.home.glob("*log")}
 
-    def link(self, state):
-        "Cut its link, `down`, or mend it, `up`: as somebody who pulls the cable out of the switch"
-        ip("link", "set", self.cable, state)
+    def kill(self):
+        "All of its processes at once, and with them its mounts and links"
+        if self.process.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+        self.process.wait()
+        for group in GROUPS:
+            for folder in sorted((group / self.group).rglob("*/"), key=lambda path: -len(path.parts)):
+                removed(folder)
+            removed(group / self.group)
+        shutil.rmtree(self.home / "var", ignore_errors=True)
 
-    def stop(self):
-        for process in reversed(self.processes):  # the engine first
-            for sign, patience in ((signal.SIGTERM, 60), (signal.SIGKILL, 10)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, sign)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(patience)
-                    break
-        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if line.split()[1].startswith(f"{self.folder}/")]
-        for place in reversed(mounted):
-            subprocess.run(["umount", "-l", place])
-        subprocess.run(["ip", "netns", "del", self.space])
+
+def removed(group):
+    "A control group without processes; those that were killed leave it a moment later"
+    def gone():
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        return not group.exists()
+    until(gone)
 
 
 @contextlib.contextmanager
-def nodes_of_a_swarm(registry, count=3):
-    "So many engines on one network, which this process can reach; the first manages a Swarm of all of them"
-    lan = f"mls{os.getpid()}"
-    with tempfile.TemporaryDirectory(prefix="mlserve-nodes-", ignore_cleanup_errors=True) as folder:
-        nodes = []
-        ip("link", "add", lan, "type", "bridge")
-        try:
-            ip("addr", "add", f"198.18.{os.getpid() % 250}.254/24", "dev", lan)
-            ip("link", "set", lan, "up")
-            for number in range(1, count + 1):
-                own = Path(folder) / str(number)
-                own.mkdir()
-                nodes.append(Node(lan, number, own, registry))
-                nodes[-1].start()
-            first = nodes[0]
-            first.client.swarm.init(advertise_addr=first.address, listen_addr=f"{first.address}:2377")
-            first.client.swarm.reload()
-            token = first.client.swarm.attrs["JoinTokens"]["Worker"]
-            for node in nodes[1:]:
-                node.client.swarm.join([f"{first.address}:2377"], token, listen_addr=f"{node.address}:2377", advertise_addr=node.address)
-            yield nodes
-        finally:
-            for node in nodes:
-                node.link("up")
-            with contextlib.suppress(Exception):
-                for service in nodes[0].client.services.list():
-                    service.remove()
-                end = time.monotonic() + 60
-                while any(node.client.containers.list() for node in nodes) and time.monotonic() < end:
-                    time.sleep(0.5)
-                for node in reversed(nodes):
-                    node.client.swarm.leave(force=True)
-            for node in nodes:
-                node.stop()
-            subprocess.run(["ip", "link", "del", lan])
+def bridge():
+    "What joins the nodes and this machine"
+    assert not os.path.exists(f"/sys/class/net/{BRIDGE}"), f"another run has its nodes here; if it was killed: ip link del {BRIDGE}"
+    ip("link", "add", BRIDGE, "type", "bridge")
+    try:
+        ip("addr", "add", f"{GATEWAY}/24", "dev", BRIDGE)
+        ip("link", "set", BRIDGE, "up")
+        yield
+    finally:
+        ip("link", "del", BRIDGE)
 
 
-def metrics_in(pid):
-    "The page of metrics of the server in a container, asked on its own loopback; its thread stays in that network"
-    with open(f"/proc/{pid}/ns/net") as space:
-        assert ctypes.CDLL(None, use_errno=True).setns(space.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
-    with socket.create_connection(("127.0.0.1", 8080), 5) as s:
-        s.sendall(b"GET /metrics HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
-        return b"".join(iter(lambda: s.recv(65536), b"")).decode()
+def pause_image(engine, registry, folder):
+    "The image of a pod's first process, by its digest"
+    subprocess.run(["gcc", "-static", "-Os", "-o", folder / "pause", HERE / "pause.c"], check=True)
+    subprocess.run(["tar", "-C", folder, "-cf", folder / "pause.tar", "pause"], check=True)
+    repository = f"{registry}/mlserve/pause"
+    engine.api.import_image_from_file(str(folder / "pause.tar"), repository, "1", changes=['ENTRYPOINT ["/pause"]'])
+    digests = [line["aux"]["Digest"] for line in engine.images.push(repository, "1", stream=True, decode=True) if "Digest" in line.get("aux", {})]
+    return f"{repository}@{digests[0]}"
 
 
-class Ran:
-    "What the servers of a target ran on all nodes, read from their own metrics while they are there"
+@contextlib.contextmanager
+def cluster_of(count, home, engine):
+    "A control plane and so many nodes, all ready, and pods that are pulled through one gate: `pulls` counts its connections"
+    registry = os.environ["MLSERVE_REGISTRY"]
+    pause = pause_image(engine, registry, home)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bridge())
+        cluster = stack.enter_context(control_plane(home, GATEWAY, without=()))
+        cluster.pulls = stack.enter_context(Proxy(int(registry.rsplit(":", 1)[1]), listen=GATEWAY))
+        cluster.nodes = []
+        for number in range(1, count + 1):
+            cluster.nodes.append(Node(cluster, number, count, registry, f"{GATEWAY}:{cluster.pulls.port}", pause))
+            stack.callback(cluster.nodes[-1].kill)
+        begun = time.monotonic()
+        until(lambda: [condition(node, "Ready") for node in cluster.got("nodes")["items"]] == ["True"] * count, 120)
+        print(f"{count} nodes ready after {time.monotonic() - begun:.1f} s")
+        yield cluster
 
-    def __init__(self, nodes, target):
-        self.nodes, self.target, self.counts, self.going, self.first = nodes, target, {}, True, threading.Event()
-        self.thread = threading.Thread(target=self._watch)
 
-    def look(self):
-        for node in self.nodes:
-            for container in node.client.containers.list(filters={"label": [f"io.mlserve.target={self.target}", "io.mlserve.model"]}, ignore_removed=True):
-                with contextlib.suppress(OSError, TypeError):  # not there yet, or no more
-                    self.counts[container.id] = float(re.search(r"^mlserve_request_seconds_count (\S+)", metrics_in(container.attrs["State"]["Pid"]), re.M)[1])
-
-    def _watch(self):
-        while self.going:
-            with contextlib.suppress(docker.errors.APIError):
-                self.look()
-                self.first.set()
-            time.sleep(0.5)
-
-    def __enter__(self):
-        self.thread.start()
-        assert self.first.wait(30)
-        self.before = sum(self.counts.values())
-        return self
-
-    def __exit__(self, *a):
-        time.sleep(2)
-        self.going = False
-        self.thread.join()
-        self.total = sum(self.counts.values()) - self.before
+def condition(thing, kind):
+    "What is said of a pod or a node"
+    return next((c["status"] for c in thing["status"].get("conditions", []) if c["type"] == kind), "Unknown")

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import sys
-import tarfile
 import threading
 import time
 from functools import partial
@@ -20,6 +19,7 @@ import docker
 import httpx
 import pytest
 from commands import ROOT, last_json, mlserve, run
+from containers import WRONG
 from load import Load
 from servers import free_port
 
@@ -31,29 +31,8 @@ from mlserve.release.deploy.live.history import read_history
 from mlserve.release.record import promote
 
 GOOD, BAD = {"passed": True, "times": {"ready": 15}}, {"passed": True, "times": {"ready": 1}}  # 60 and 20 s to become ready
-HANG = ["ENTRYPOINT [\"/opt/venv/bin/python\", \"-c\", \"import time; time.sleep(600)\"]", "CMD []"]
-WRONG, GONE, AWAY = "sha256:" + "0" * 64, "@sha256:" + "1" * 64, "127.0.0.1:9/double@sha256:" + "1" * 63
+GONE, AWAY = "@sha256:" + "1" * 64, "127.0.0.1:9/double@sha256:" + "1" * 63
 TARGET = "compose-double"
-
-
-@pytest.fixture(scope="module")
-def images(engine, release, double):
-    "Images by digest: the released one with another package and a label; one that hangs; one of a wrong package"
-    from mlserve.package import load_package
-    digest, repository, made = load_package(double).digest, release["image"].split("@")[0] + "-deployed", {}
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
-        tar.add(double, "double")
-    box = engine.containers.create(release["image"])
-    box.put_archive("/models", file.getvalue())
-    variants = {"one": [], "two": [], "hangs": HANG, "wrong": [f"LABEL io.mlserve.package={WRONG}"], "other": ["LABEL io.mlserve.package=sha256:" + "3" * 64]}
-    for tag, changes in variants.items():
-        own = ["ENV MLSERVE_PACKAGE=/models/double", f"ENV MLSERVE_PACKAGE_DIGEST={digest}", f"LABEL io.mlserve.package={digest}", f"LABEL test={tag}"]
-        box.commit(repository, tag, changes=own + changes)
-        for line in engine.images.push(repository, tag, stream=True, decode=True):
-            made[tag] = line.get("aux", {}).get("Digest") or made.get(tag)
-    box.remove()
-    return {tag: f"{repository}@{made[tag]}" for tag in made}
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +42,12 @@ def options():
 
 
 @pytest.fixture(scope="module")
-def record(environment, images, double, options):
+def record(environment, doubles, double, options):
     "Versions of `double` on a real tracking server, by name, with a port of their own"
     from mlserve.release.record import log_package, mark, record
     from mlserve.release.record.mlflow_store import client
     from mlserve.release.spec import ReleaseSpec
+    images = doubles
     with pytest.MonkeyPatch.context() as monkey:
         for name, value in environment.items():
             monkey.setenv(name, value)

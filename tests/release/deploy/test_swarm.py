@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 from load import Load
-from nodes import Ran, nodes_of_a_swarm
+from engines import Ran, nodes_of_a_swarm
 from servers import free_port, until
-from test_deploy import answered, deploy, images, record  # noqa: F401 (two fixtures, and how a deployment is made and asked)
+from test_deploy import answered, deploy, record  # noqa: F401 (a fixture, and how a deployment is made and asked)
 
 from mlserve.cli import run_command
 from mlserve.release.deploy.live.engines import find_engine

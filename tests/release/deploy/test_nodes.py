@@ -1,0 +1,215 @@
+"""Pods that really run: what is rendered for Kubernetes, on two nodes of this machine, under steady load by clients that count."""
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from functools import partial
+
+import pytest
+import yaml
+from cluster import in_older_words, of
+from commands import ROOT, mlserve
+from containers import WRONG
+from emulators import counted_s3
+from load import Load
+from metrics_api import Watch, metrics_api
+from nodes import GATEWAY, cluster_of, condition
+from servers import until
+
+from mlserve.cli import run_command
+
+OPTIONS = {"cpus": 0.5, "memory": "512m", "replicas": 2, "max_replicas": 2}
+GONE = "@sha256:" + "1" * 64
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, engine):
+    with cluster_of(2, tmp_path_factory.mktemp("cluster"), engine) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def versions(environment, release, doubles, double):
+    "Versions of `double` on a real tracking server, by name; what the check of the example measured is theirs"
+    from mlserve.release.deploy import recorded
+    from mlserve.release.record import log_package, mark, read_pair, record
+    from mlserve.release.record.mlflow_store import client
+    from mlserve.release.spec import ReleaseSpec
+    with pytest.MonkeyPatch.context() as monkey:
+        for name, value in environment.items():
+            monkey.setenv(name, value)
+        monkey.delenv("MLFLOW_RUN_ID", raising=False)
+        monkey.setattr("mlserve.release.deploy.rendering.planned", partial(recorded.planned, confirm=lambda pair: None))  # no release made these images
+        finding, made = read_pair("digits", release["version"]).checks["cpu"], {}
+        gone = doubles["one"].split("@")[0] + GONE
+        for name, image, package, more in (("one", doubles["one"], "", {}), ("two", doubles["two"], "", {}), ("wrong", doubles["wrong"], WRONG, {}), ("hangs", doubles["hangs"], "", {}),
+                                           ("gone", gone, "", {}), ("scaled", doubles["one"], "", {"replicas": 1, "max_replicas": 3})):
+            logged = log_package(double)
+            spec = ReleaseSpec(name="double", notebook="double.ipynb", deploy=OPTIONS | more)
+            client().set_tag(logged.run_id, "mlserve.spec", spec.model_dump_json())
+            pair = record("double", dataclasses.replace(logged, digest=package or logged.digest), image, {"mlserve.device": "cpu"})
+            mark(pair, "cpu", finding)
+            made[name] = pair.version
+        yield made
+
+
+def rendered(version):
+    "What the command prints"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert run_command(["render", "kubernetes", "double", "--version", version]) == 0
+    return in_older_words(list(yaml.safe_load_all(out.getvalue())))
+
+
+def rolled_out(cluster, seconds):
+    return cluster.kubectl("rollout", "status", "deployment/double", "-n", "mlserve", f"--timeout={seconds}s")
+
+
+def running(cluster):
+    "The versions of the pods that are ready"
+    return sorted(pod["metadata"]["labels"]["app.kubernetes.io/version"] for pod in cluster.pods() if condition(pod, "Ready") == "True")
+
+
+def settled(cluster, version, count=2):
+    "Every pod is of one version, and nothing else is left"
+    until(lambda: running(cluster) == [version] * count and len(cluster.http.get("/api/v1/namespaces/mlserve/pods").json()["items"]) == count, 120)
+
+
+def test_versions_replace_each_other_bad_ones_take_nothing_away_and_no_request_is_lost_or_run_twice(cluster, versions):
+    one, two, steps = versions["one"], versions["two"], {}
+
+    def applied(name, version, seconds=180):
+        begun = time.monotonic()
+        code, told = cluster.apply(rendered(version))
+        assert code == 0, told
+        code, told = rolled_out(cluster, seconds)
+        steps[name] = round(time.monotonic() - begun, 1)
+        return code, told
+    with Watch(cluster) as watch:
+        code, told = applied("first", one)
+        assert code == 0, (told, cluster.kubectl("get", "events", "-A")[1])
+        address = cluster.got("service", "double", "-n", "mlserve")["spec"]["clusterIP"]
+        with Load(8080, 4, pause=0.05, host=address, enter=cluster.nodes[0].enter) as load:
+            time.sleep(3)
+            for name, version in (("one to two", two), ("two to one", one), ("one to two again", two)):
+                code, told = applied(name, version)
+                assert code == 0, told
+                settled(cluster, version)
+            for bad in ("wrong", "hangs", "gone"):
+                code, told = applied(bad, versions[bad], 30)
+                assert code == 1 and "timed out" in told, told
+                assert running(cluster) == [two] * 2
+                code, told = applied(f"back from {bad}", two)
+                assert code == 0, told
+                settled(cluster, two)
+            code, told = applied("back to one", one)
+            assert code == 0, told
+            settled(cluster, one)
+            ended = time.monotonic()
+            time.sleep(3)
+        time.sleep(1)
+    print(steps, f"{len(load.answers)} requests, the pods ran {watch.answered():.0f}, {len(load.failures)} failed")
+    assert not load.failures and len(load.answers) > 1000, load.failures[:3]
+    assert {version for version, _ in load.answers.values()} == {one, two}
+    assert {version for version, sent in load.answers.values() if sent > ended} == {one}
+    assert len(load.answers) == watch.answered(), "answered twice, or without an answer"
+
+
+def test_the_autoscaler_goes_to_three_and_back_by_the_time_spent_in_requests(cluster, versions):
+    documents = rendered(versions["scaled"])
+    target = float(of(documents, "HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["target"]["averageValue"])
+    cluster.kubectl("delete", "deployment", "double", "-n", "mlserve", "--wait")
+    with Watch(cluster) as watch, metrics_api(cluster, watch, GATEWAY):
+        code, told = cluster.apply(documents)
+        assert code == 0, told
+        settled(cluster, versions["scaled"], 1)
+        address = cluster.got("service", "double", "-n", "mlserve")["spec"]["clusterIP"]
+        clients, begun = round(3.5 * target), time.monotonic()
+        with Load(8080, clients, host=address, enter=cluster.nodes[0].enter, life=50) as load:
+            until(lambda: running(cluster) == [versions["scaled"]] * 3, 240)
+            three = time.monotonic()
+            time.sleep(15)
+        ended = time.monotonic()
+        until(lambda: running(cluster) == [versions["scaled"]], 600)
+        print(f"target {target:g}, {clients} clients: three pods after {three - begun:.0f} s, one again {time.monotonic() - ended:.0f} s after the last request; "
+              f"{len(load.answers)} requests, {len(load.failures)} failed, the pods ran {watch.answered():.0f}")
+        time.sleep(1)
+    print(json.dumps(cluster.got("events", "-n", "mlserve", "--field-selector", "reason=SuccessfulRescale")["items"])[:2000])
+    assert not load.failures, load.failures[:3]
+    assert len(load.answers) == watch.answered()
+
+
+PLAN = """
+[deploy]
+replicas = 6
+max_replicas = 6
+cpus = 0.5
+memory = "1g"
+cache = "packages"
+credentials = "store"
+"""
+FOLDER = [  # what an administrator makes: a folder of each node, which every pod there has as its cache
+    {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "packages"}, "spec": {
+        "capacity": {"storage": "20Gi"}, "accessModes": ["ReadWriteMany"], "storageClassName": "node", "hostPath": {"path": "/srv/mlserve", "type": "Directory"}}},
+    {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "packages", "namespace": "mlserve"}, "spec": {
+        "volumeName": "packages", "accessModes": ["ReadWriteMany"], "storageClassName": "node", "resources": {"requests": {"storage": "20Gi"}}}}]
+
+
+@pytest.fixture(scope="module")
+def large(cluster, environment, tmp_path_factory):
+    "The rendered files of a release whose 200 MB of weights are in a store, and what the store was asked for"
+    folder = tmp_path_factory.mktemp("large")
+    shutil.copy(ROOT / "tests/notebooks/large.ipynb", folder)
+    (folder / "mlserve.toml").write_text(PLAN)
+    with counted_s3(GATEWAY) as (env, asked):
+        done = mlserve("release", folder / "large.ipynb", "--delivery", "store", "--store", "s3://models/released", "--json", env=environment | env, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads(done.stdout)
+        done = mlserve("render", "kubernetes", "large", "--version", result["version"], env=environment)
+        assert done.returncode == 0, done.stderr
+        documents = in_older_words(list(yaml.safe_load_all(done.stdout)))
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "store", "namespace": "mlserve"}, "stringData": env}
+        for node in cluster.nodes:
+            (node.home / "srv/mlserve").mkdir()
+            os.chown(node.home / "srv/mlserve", 10001, 10001)
+        code, told = cluster.apply([of(documents, "Namespace"), secret, *FOLDER])
+        assert code == 0, told
+        yield documents, asked
+
+
+def started(cluster, documents, asked):
+    "Seconds until all pods of a file are ready, and what each node's pods asked the store for"
+    cluster.empty(documents)
+    until(lambda: not cluster.http.get("/api/v1/namespaces/mlserve/pods").json()["items"], 60)
+    asked.clear()
+    begun = time.monotonic()
+    code, told = cluster.apply(documents)
+    assert code == 0, told
+    code, told = cluster.kubectl("rollout", "status", "deployment/large", "-n", "mlserve", "--timeout=300s")
+    assert code == 0, (told, cluster.kubectl("get", "pods,events", "-n", "mlserve")[1])
+    seconds = time.monotonic() - begun
+    nodes = {pod["status"]["podIP"]: pod["spec"]["nodeName"] for pod in cluster.pods()}
+    return seconds, [(nodes[client], requests, size) for client, (requests, size) in asked.items() if size], Counter(nodes.values())
+
+
+def test_the_pods_of_a_node_fetch_the_weights_once_and_without_a_shared_cache_each_does(cluster, large):
+    documents, asked = large
+    seconds, fetches, pods = started(cluster, documents, asked)
+    print(f"one cache a node: {seconds:.0f} s until {dict(pods)} are ready; the store was asked by {fetches}")
+    assert pods == {"node-1": 3, "node-2": 3}
+    assert sorted(node for node, _, _ in fetches) == ["node-1", "node-2"], "one fetch for three pods"
+    assert all(200_000_000 < size < 201_000_000 for _, _, size in fetches)
+    again, fetches, _ = started(cluster, documents, asked)
+    print(f"filled: {again:.0f} s, {fetches}")
+    assert not fetches
+    alone = json.loads(json.dumps(documents))
+    for volume in of(alone, "Deployment")["spec"]["template"]["spec"]["volumes"]:
+        if volume.pop("persistentVolumeClaim", None):
+            volume["emptyDir"] = {}
+    seconds, fetches, _ = started(cluster, alone, asked)
+    print(f"a cache for each pod: {seconds:.0f} s, {fetches}")
+    assert len(fetches) == 6
