@@ -25,7 +25,9 @@ def _metrics(checks:Iterable[Mapping[str, Any]])->list[str]:
     "How good the version is, by the check that measured it"
     found = next((check for check in checks if check.get('metrics')), None)
     if not found: return []
-    return ['## How good', metrics_table(found['metrics']), f"Held against the labels: {found.get('reading', '')}."]
+    reading = found.get('reading', '')
+    truth = 'true values' if reading.endswith('numbers') else 'labels' # of a regression, or of classes
+    return ['## How good', metrics_table(found['metrics']), f'Held against the {truth}: {reading}.']
 
 # %% ../../../nbs/release/record/06_description.ipynb #626a20a6
 def _speeds(kind:str, found:Mapping[str, Any])->Iterator[str]:

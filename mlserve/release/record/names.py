@@ -6,11 +6,11 @@
 __all__ = ['VERSION_TAGS', 'RUN_TAGS', 'ARTIFACTS', 'METRIC_NAMES', 'IMAGE_LABELS', 'CONTAINER_LABELS', 'tag_names',
            'unexplained']
 
-# %% ../../../nbs/release/record/09_names.ipynb #833847f8
+# %% ../../../nbs/release/record/09_names.ipynb #b98078bc
 import re
 from collections.abc import Iterable, Mapping
 
-# %% ../../../nbs/release/record/09_names.ipynb #6cf7bf98
+# %% ../../../nbs/release/record/09_names.ipynb #e177ddc3
 VERSION_TAGS = {
     'what it is': {'image': 'the image by its digest, the other half of the pair',
         'package': 'digest of the model package', 'contract': 'what goes in and what comes out, in one line',
@@ -29,7 +29,7 @@ VERSION_TAGS = {
         'check.{device}': 'what the last check found, as JSON',
         'statement.{device}': 'digest of the statement that binds that finding to its evidence'}}
 
-# %% ../../../nbs/release/record/09_names.ipynb #df0bbf9b
+# %% ../../../nbs/release/record/09_names.ipynb #8178717f
 RUN_TAGS = {
     'mlserve.source': 'commit of the notebook', 'mlserve.spec': 'every field that the release had decided, as JSON',
     'mlserve.owner': 'the process that has the run, until it is closed',
@@ -46,7 +46,7 @@ ARTIFACTS = {
     'statements/{digest}.json': 'what a check found, about which image, by which evidence (in-toto)',
     'check_{device}.json': 'what the last check found, as a table'}
 
-# %% ../../../nbs/release/record/09_names.ipynb #d7c76364
+# %% ../../../nbs/release/record/09_names.ipynb #755d3196
 METRIC_NAMES = {
     '{metric}': 'of the reference on the held-back rows, in the notebook',
     'check.{metric}': 'of the container on the same rows', 'image_mb': 'size of the image, 10⁶ bytes',
@@ -54,13 +54,14 @@ METRIC_NAMES = {
     'check.{device}.p50_ms': 'median of a request; step: rows', 'check.{device}.p99_ms': '99th percentile; step: rows',
     'check.{device}.model_ms': 'part of it in the model; step: rows',
     'check.{device}.requests_per_second': 'answers a second; step: clients at once',
-    'check.{device}.first_ms': 'the first request after ready', 'check.{device}.cold_ms': 'the first pass, before ready',
+    'check.{device}.first_ms': 'the first request after ready',
+    'check.{device}.cold_ms': 'the first pass, before ready',
     'check.{device}.load_s': 'loading the model', 'check.{device}.warm_s': 'warming it up',
     'check.{device}.ready_s': 'from the start of the container until ready',
     'check.{device}.drain_s': 'from SIGTERM to the end',
     'check.{device}.memory_mb': 'working set after it was timed, 10⁶ bytes'}
 
-# %% ../../../nbs/release/record/09_names.ipynb #256b63ee
+# %% ../../../nbs/release/record/09_names.ipynb #32660469
 IMAGE_LABELS = {
     'io.mlserve.package': 'digest of the package', 'io.mlserve.lock': 'hash of the lock', 'io.mlserve.base': 'the base',
     'io.mlserve.dockerfile': 'hash of the Dockerfile', 'io.mlserve.code': 'hash of the server’s modules',
@@ -79,7 +80,7 @@ CONTAINER_LABELS = {
     'io.mlserve.target': 'the deployment it belongs to', 'io.mlserve.model': 'name of the model',
     'io.mlserve.version': 'its version', 'io.mlserve.package': 'digest of its package', 'io.mlserve.image': 'its image'}
 
-# %% ../../../nbs/release/record/09_names.ipynb #bef4d483
+# %% ../../../nbs/release/record/09_names.ipynb #d302bbf9
 def tag_names()->dict[str, str]: # tag → what it says
     "The tags of a version, without their groups"
     return {f'mlserve.{name}': text for group in VERSION_TAGS.values() for name,text in group.items()}
