@@ -56,11 +56,11 @@ def render(engine:Engine, model:Whose='', version:Live='production')->None:
     print(rendered(engine, model, version, os.environ.get('MLSERVE_PROXY_IMAGE', '')), end='')
 
 # %% ../nbs/07_operations.ipynb #6338d82b
-Platform = Annotated[str, typer.Argument(metavar='ENGINE', help='compose or swarm.')]
+Platform = Annotated[str, typer.Argument(metavar='ENGINE', help='compose, swarm or kubernetes.')]
 Port = Annotated[int, typer.Option(min=0, max=65535,
     help='Port of the target; the one that it has, or that of [deploy], by default.')]
-Share = Annotated[str, typer.Option(help='Part of the requests, such as 10%, beside the version that runs (compose); '
-    'all by default, in its place.')]
+Share = Annotated[str, typer.Option(help='Part of the requests, such as 10%, beside the version that runs '
+    '(compose, kubernetes); all by default, in its place.')]
 def _tell(line):
     "A line for people"
     print(line, file=sys.stderr, flush=True)
@@ -68,7 +68,7 @@ def _tell(line):
 def deploy(engine:Platform, model:Model, version:Live='production', target:Target='', port:Port=0, share:Share='',
     full:Json=False)->None:
     "Deploy a recorded version, in place of the one that runs."
-    from mlserve.release.deploy.live.replacement import deploy as run
+    from mlserve.release.deploy.moves import deploy as run
     from mlserve.release.deploy.live.target import share_of
     result = run(engine, model, version, target, port, share_of(share), _tell)
     show(result, result['url'], full)
@@ -81,7 +81,7 @@ def rollback(model:Model, to:Back='', target:Where='',
     keep_alias:Annotated[bool, typer.Option('--keep-alias', help='With --target: leave production where it is.')]=False,
     full:Json=False)->None:
     "Move production, or a target with it, back to the version before, whose check holds."
-    from mlserve.release.deploy.live.replacement import roll_back
+    from mlserve.release.deploy.moves import roll_back
     from mlserve.release.record import rollback as run
     from mlserve.release.supply_chain.verify import confirm
     if target:
@@ -96,8 +96,9 @@ def rollback(model:Model, to:Back='', target:Where='',
 def status(model:Annotated[str, typer.Argument(help='Name of the registered model; all of them by default.')]='',
     full:Json=False)->None:
     "Show what runs, and where it is not what was wanted."
-    from mlserve.release.deploy.live.status import status as run, status_lines
-    rows = run(model)
+    from mlserve.release.deploy.live.status import status_lines
+    from mlserve.release.deploy.overview import status as run
+    rows = run(model, warn)
     show(rows, status_lines(rows), full)
 @app.command()
 def releases(model:Model, full:Json=False)->None:
@@ -108,8 +109,8 @@ def releases(model:Model, full:Json=False)->None:
 @app.command()
 def logs(model:Model, target:Target='')->None:
     "Print what the containers of a target printed."
-    from mlserve.release.deploy.live.status import logs as run
-    print(run(model, target), end='')
+    from mlserve.release.deploy.overview import logs as run
+    print(run(model, target, warn=warn), end='')
 
 # %% ../nbs/07_operations.ipynb #17197ce1
 @app.command()

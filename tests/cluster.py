@@ -9,6 +9,8 @@ import yaml
 from commands import ROOT
 from servers import free_port, until
 
+from mlserve.release.deploy.kubernetes.dialect import for_server
+
 BIN = ROOT / "state/kubernetes/bin"
 
 
@@ -99,14 +101,5 @@ def of(documents, kind):
 
 
 def in_older_words(documents):
-    "What 1.20 does not know: two kinds were of beta versions, and of two fields nothing was known"
-    for document in documents:
-        if document["kind"] == "Deployment":
-            for spread in document["spec"]["template"]["spec"]["topologySpreadConstraints"]:
-                spread.pop("matchLabelKeys", None)
-        if document["kind"] == "PodDisruptionBudget":
-            document["apiVersion"] = "policy/v1beta1"
-            document["spec"].pop("unhealthyPodEvictionPolicy")
-        if document["kind"] == "HorizontalPodAutoscaler":
-            document["apiVersion"] = "autoscaling/v2beta2"
-    return documents
+    "As `mlserve deploy kubernetes` puts them for this server"
+    return for_server(documents, 20)

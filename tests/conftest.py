@@ -17,7 +17,7 @@ CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
 SERVING = {"scheduler", "decoding", "gpu", "http_limits", "pipelining", "platforms", "server"}  # ask servers, with a clock
 ENDURANCE = {"endurance", "isolation", "proxies"}  # servers that are watched for long, killed and replaced, with a clock
 CLIENTS = {"clients", "tracing"}  # servers with the clients of others and a collector of traces; run by `make clients`
-KUBERNETES = {"kubernetes", "nodes"}  # a control plane, and nodes with pods; run by `make kubernetes`
+KUBERNETES = {"kubernetes", "kubernetes_deploy", "nodes"}  # a control plane, and nodes with pods; run by `make kubernetes`
 BROWSER = {"browser", "lab", "site"}  # pages and JupyterLab in Chromium; run by `make browser`
 LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS, "browser": BROWSER, "kubernetes": KUBERNETES}
 

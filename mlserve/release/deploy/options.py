@@ -31,6 +31,9 @@ _label = re.compile(r'[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?')
 def _named(text:str)->str:
     if _label.fullmatch(text): return text
     raise ValueError('allowed: up to 63 small letters, digits and dashes, none of them at an end')
+def _known(text:str)->str:
+    if re.fullmatch(r'[A-Za-z0-9][^\s\x00-\x1f]{0,252}', text): return text
+    raise ValueError('allowed: the name of a context of kubectl, without spaces')
 def _mounted(text:str)->str:
     if re.fullmatch(r'(/[A-Za-z0-9._-]+)+', text) and '/..' not in text: return text
     return _named(text)
@@ -62,6 +65,8 @@ class DeployOptions(BaseModel):
     proxy: Annotated[str, AfterValidator(checked_proxy)]|None = Field(default=None,
         description="image of haproxy by its digest, for Docker's engines; `MLSERVE_PROXY_IMAGE` by default")
     namespace: _Name = Field(default='mlserve', description='of Kubernetes')
+    context: Annotated[str, AfterValidator(_known)]|None = Field(default=None,
+        description='of kubectl, for `mlserve deploy kubernetes`; the current one by default')
     volume: Annotated[str, AfterValidator(_mounted)]|None = Field(default=None,
         description="with the package of delivery `volume`; the model's name and `-weights` by default")
     cache: _Name|None = Field(default=None,

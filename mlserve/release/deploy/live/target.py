@@ -85,8 +85,9 @@ def refuse_share(
     deployment:Deployment, # planned for it
 )->None: # or Conflict
     "Refuse a canary where there is nothing to share with, or another canary"
-    if deployment.engine != 'compose':
-        raise UsageError(f'A share of the requests is given on compose; {deployment.engine} was asked for.')
+    if deployment.engine not in ('compose','kubernetes'):
+        raise UsageError('A share of the requests is given on compose and kubernetes; '
+            f'{deployment.engine} was asked for.')
     versions,who = sorted({seen.version for seen in scene.old}),f'the target {deployment.target}'
     if not versions:
         raise Conflict(f'No other version serves on {who}, so there are no requests to share.',

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['METRIC', 'scales', 'workload', 'service', 'network_policy', 'budget', 'autoscaler', 'adapter_rules', 'scaled_object',
-           'around', 'manifests']
+           'canary', 'around', 'manifests']
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #b53f3515
 from collections.abc import Iterator
 from typing import Any
 from ..deployment import Deployment
-from .pod import metadata, pod, selector, spread
+from .pod import metadata, object_name, pod, selector, served_labels, spread
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #e7b236c0
 def scales(
@@ -20,19 +20,20 @@ def scales(
     return deployment.most > deployment.options.replicas
 def workload(
     deployment:Deployment, # planned
+    part:str='model', # or `canary`
 )->dict[str, Any]: # `Deployment` of apps/v1
     "What keeps the pods running, and replaces them"
     scrape = {'prometheus.io/scrape': 'true', 'prometheus.io/port': '8080', 'prometheus.io/path': '/metrics'}
-    about = metadata(deployment)
+    about = metadata(deployment, part)
     if deployment.remote and deployment.options.credentials:
         about['annotations']['checkov.io/skip1'] = 'CKV_K8S_35=clients of stores read their keys from variables'
     template = {'metadata': {'labels': about['labels'], 'annotations': about['annotations'] | scrape},
-        'spec': pod(deployment) | {'topologySpreadConstraints': spread(deployment)}}
+        'spec': pod(deployment) | {'topologySpreadConstraints': spread(deployment, part)}}
     count = {} if scales(deployment) else {'replicas': deployment.options.replicas}
     return {'apiVersion': 'apps/v1', 'kind': 'Deployment', 'metadata': about, 'spec': count | {
         'revisionHistoryLimit': 3, 'progressDeadlineSeconds': deployment.times.start + 600,
         'strategy': {'type': 'RollingUpdate', 'rollingUpdate': {'maxSurge': 1, 'maxUnavailable': 0}},
-        'selector': {'matchLabels': selector(deployment)}, 'template': template}}
+        'selector': {'matchLabels': selector(deployment, part)}, 'template': template}}
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #9e3a2fa8
 def service(
@@ -41,13 +42,13 @@ def service(
     "One name for all pods"
     port = {'name': 'http', 'port': deployment.options.port, 'targetPort': 'http', 'protocol': 'TCP'}
     return {'apiVersion': 'v1', 'kind': 'Service', 'metadata': metadata(deployment),
-        'spec': {'type': 'ClusterIP', 'selector': selector(deployment), 'ports': [port]}}
+        'spec': {'type': 'ClusterIP', 'selector': served_labels(deployment), 'ports': [port]}}
 def network_policy(
     deployment:Deployment, # planned
 )->dict[str, Any]: # `NetworkPolicy` of networking.k8s.io/v1
     "Who may talk to the pods, and to whom they may talk"
     return {'apiVersion': 'networking.k8s.io/v1', 'kind': 'NetworkPolicy', 'metadata': metadata(deployment),
-        'spec': {'podSelector': {'matchLabels': selector(deployment)}, 'policyTypes': ['Ingress','Egress'],
+        'spec': {'podSelector': {'matchLabels': served_labels(deployment)}, 'policyTypes': ['Ingress','Egress'],
             'ingress': [{'ports': [{'port': 8080, 'protocol': 'TCP'}]}], 'egress': [{}] if deployment.remote else []}}
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #b37b83cd
@@ -88,12 +89,22 @@ def scaled_object(
     prometheus:str, # its address, such as `http://prometheus.monitoring:9090`
 )->dict[str, Any]: # `ScaledObject` of keda.sh/v1alpha1
     "The same rule for KEDA"
-    where = f'namespace="{deployment.options.namespace}",pod=~"{deployment.name}-.*"'
+    where = f'namespace="{deployment.options.namespace}",pod=~"{object_name(deployment)}-.*"'
     trigger = {'serverAddress': prometheus, 'query': f'sum(rate(mlserve_request_seconds_sum{{{where}}}[1m]))',
         'threshold': str(max(1, round(.75 * deployment.together)))}
     return {'apiVersion': 'keda.sh/v1alpha1', 'kind': 'ScaledObject', 'metadata': metadata(deployment),
-        'spec': {'scaleTargetRef': {'name': deployment.name}, 'minReplicaCount': deployment.options.replicas,
+        'spec': {'scaleTargetRef': {'name': object_name(deployment)}, 'minReplicaCount': deployment.options.replicas,
             'maxReplicaCount': deployment.most, 'triggers': [{'type': 'prometheus', 'metadata': trigger}]}}
+
+# %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #f5b08c6a
+def canary(
+    deployment:Deployment, # planned
+    pods:int, # beside those of the version that serves
+)->list[dict[str, Any]]: # objects
+    "What a version has that gets a share of the requests"
+    beside = workload(deployment, 'canary')
+    beside['spec']['replicas'] = pods
+    return [*([network_policy(deployment)] if deployment.remote else []), beside]
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #a7b9381e
 def around(
@@ -109,6 +120,6 @@ def manifests(
     deployment:Deployment, # planned for Kubernetes
 )->list[dict[str, Any]]: # in the order in which they are made
     "The objects of a deployment"
-    counted = [autoscaler(deployment, deployment.name)] if scales(deployment) else []
+    counted = [autoscaler(deployment, object_name(deployment))] if scales(deployment) else []
     return [*around(deployment), network_policy(deployment), service(deployment), workload(deployment),
         budget(deployment), *counted]
