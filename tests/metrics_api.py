@@ -7,7 +7,7 @@ import ssl
 import subprocess
 import threading
 import time
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx
 
@@ -55,7 +55,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
     watch = None
 
     def do_GET(self):
-        path = urlsplit(self.path).path
+        path = unquote(urlsplit(self.path).path)
         if path == f"/apis/{GROUP}":
             answer = {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": GROUP,
                       "resources": [{"name": "pods/mlserve_concurrency", "singularName": "", "namespaced": True, "kind": "MetricValueList", "verbs": ["get"]}]}

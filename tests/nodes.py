@@ -55,7 +55,8 @@ class Node:
     "A node that runs until it is killed"
 
     def __init__(self, cluster, number, count, registry, mirror, pause):
-        self.name, self.address, self.group, self.link = f"node-{number}", f"10.98.0.{10 + number}", f"mlserve-node-{number}", f"mlserve{number}"
+        self.name, self.address, self.pods = f"node-{number}", f"10.98.0.{10 + number}", f"10.98.{number}.0/24"
+        self.group, self.link = f"mlserve-node-{number}", f"mlserve{number}"
         self.home = home = cluster.home / self.name
         home.mkdir()
         for group in GROUPS:
@@ -66,17 +67,20 @@ class Node:
         (home / "kubelet.yaml").write_text(yaml.safe_dump(KUBELET | {"cgroupRoot": f"/{self.group}"}))
         (home / "programs").write_text(PROGRAMS.format(bin=BIN, config=cluster.home / "config", name=self.name, address=self.address))
         bridge = {"type": "bridge", "bridge": "pods", "isGateway": True, "hairpinMode": True,
-                  "ipam": {"type": "host-local", "subnet": f"10.98.{number}.0/24", "routes": [{"dst": "0.0.0.0/0"}]}}
+                  "ipam": {"type": "host-local", "subnet": self.pods, "routes": [{"dst": "0.0.0.0/0"}]}}
         (home / "cni").mkdir()
         (home / "cni/pods.conflist").write_text(json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": [bridge]}))
         spaces = ["unshare", "--mount", "--pid", "--net", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
         with open(home / "log", "w") as log:
             self.process = subprocess.Popen([*spaces, "bash", HERE / "node.sh", home, self.address, GATEWAY], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def connect(self):
+        "Plug it in; until then it waits"
         until(lambda: children(self.process.pid))
         [self.pid] = children(self.process.pid)
         ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
         ip("link", "set", self.link, "master", BRIDGE, "up")
-        ip("route", "add", f"10.98.{number}.0/24", "via", self.address)
+        ip("route", "add", self.pods, "via", self.address)
 
     def enter(self):
         "From now on this thread is in the network of the node"
@@ -89,9 +93,10 @@ class Node:
 
     def kill(self):
         "All of its processes at once, and with them its mounts and links"
-        if self.process.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+        for child in children(self.process.pid) if self.process.poll() is None else []:
+            os.kill(child, signal.SIGKILL)
         self.process.wait()
+        subprocess.run(["ip", "link", "del", self.link], stderr=subprocess.DEVNULL)  # the kernel takes its time with what was inside
         for group in GROUPS:
             for folder in sorted((group / self.group).rglob("*/"), key=lambda path: -len(path.parts)):
                 removed(folder)
@@ -144,6 +149,7 @@ def cluster_of(count, home, engine):
         for number in range(1, count + 1):
             cluster.nodes.append(Node(cluster, number, count, registry, f"{GATEWAY}:{cluster.pulls.port}", pause))
             stack.callback(cluster.nodes[-1].kill)
+            cluster.nodes[-1].connect()
         begun = time.monotonic()
         until(lambda: [condition(node, "Ready") for node in cluster.got("nodes")["items"]] == ["True"] * count, 120)
         print(f"{count} nodes ready after {time.monotonic() - begun:.1f} s")

@@ -44,7 +44,8 @@ def versions(environment, release, doubles, double):
             monkey.setenv(name, value)
         monkey.delenv("MLFLOW_RUN_ID", raising=False)
         monkey.setattr("mlserve.release.deploy.rendering.planned", partial(recorded.planned, confirm=lambda pair: None))  # no release made these images
-        finding, made = read_pair("digits", release["version"]).checks["cpu"], {}
+        found = read_pair("digits", release["version"]).checks["cpu"]
+        finding, made = {name: found[name] for name in ("passed", "times")}, {}  # not the speed: the autoscaler's target is the default, which few clients exceed
         gone = doubles["one"].split("@")[0] + GONE
         for name, image, package, more in (("one", doubles["one"], "", {}), ("two", doubles["two"], "", {}), ("wrong", doubles["wrong"], WRONG, {}), ("hangs", doubles["hangs"], "", {}),
                                            ("gone", gone, "", {}), ("scaled", doubles["one"], "", {"replicas": 1, "max_replicas": 3})):
