@@ -16,7 +16,7 @@ from ....errors import (CheckFailed, IntegrityError, LocalResource, RemoteUnavai
 from ....patch import patch
 from ...check.container import exit_error, healthy
 from ..deployment import Deployment
-from .proxy import page_of, slots_of
+from .proxy import page_through, slots_of
 from .rollout import Running
 from ..start.with_compose import Starter, WithCompose, find_compose
 from ..start.tasks import SERVICE, Elsewhere, nodes_of, tasks_of, with_others
@@ -229,7 +229,7 @@ def metrics_of(self:Engine,
     with remote('Asking a container for its metrics', start_engine):
         if isinstance(container, Elsewhere):
             front = self.proxy(container.labels[TARGET])
-            return page_of(front, address_of(container), '/metrics') if front else ''
+            return page_through(front, address_of(container), '/metrics') if front else ''
         return container.exec_run(['/opt/venv/bin/python', '-c', QUESTION]).output.decode(errors='replace')
 @patch
 def identify(self:Engine,
