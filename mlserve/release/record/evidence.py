@@ -68,7 +68,7 @@ def _exporter()->'HTMLExporter':
     from nbconvert.exporters import HTMLExporter
     made = HTMLExporter(template_name='basic', exclude_anchor_links=True, exclude_input_prompt=True,
         exclude_output_prompt=True, exclude_raw=True)
-    made.display_data_priority = list(_shown)
+    setattr(made, 'display_data_priority', list(_shown)) # a trait of it
     return made
 _nowhere = re.compile(r'<a href="(?!https?:|mailto:|#)[^"]*"[^>]*>') # a link to another page of its folder
 _policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -70,7 +70,8 @@ IMAGE_LABELS = {
     'io.mlserve.cuda.architectures': 'the GPUs that they have kernels for',
     'io.mlserve.cuda.driver': 'the least driver that they run on',
     'org.opencontainers.image.title': 'name of the model', 'org.opencontainers.image.description': 'a sentence',
-    'org.opencontainers.image.created': 'time of the notebook’s commit', 'org.opencontainers.image.revision': 'its commit',
+    'org.opencontainers.image.created': 'time of the notebook’s commit',
+    'org.opencontainers.image.revision': 'its commit',
     'org.opencontainers.image.source': 'its repository', 'org.opencontainers.image.version': 'its tag',
     'org.opencontainers.image.base.name': 'the base', 'org.opencontainers.image.base.digest': 'its digest',
     'com.amazonaws.sagemaker.capabilities.accept-bind-to-port': 'SageMaker may choose the port'}

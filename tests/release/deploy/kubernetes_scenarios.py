@@ -107,6 +107,13 @@ class World:
         items = [pod for pod in self.objects("pods") if "deletionTimestamp" not in pod["metadata"]]
         return sorted((pod["metadata"]["annotations"]["mlserve.io/version"], any(c["type"] == "Ready" and c["status"] == "True" for c in pod.get("status", {}).get("conditions", []))) for pod in items)
 
+    def until_pods(self, wanted):
+        "Wait until these are there, and no others"
+        end = time.monotonic() + 60
+        while (found := self.pods()) != wanted:
+            assert time.monotonic() < end, (found, [work["status"] for work in self.objects("deployments")])
+            time.sleep(0.2)
+
     def clean(self, version, count=3):
         "One version is left, ready, and every object of the target says that it is of it"
         assert self.pods() == [(version, True)] * count
@@ -170,6 +177,7 @@ def deploy(version, *more, model="double"):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run_command(["deploy", "kubernetes", model, "--version", version, "--json", *more])
+    print(err.getvalue())
     return code, json.loads(out.getvalue()) if code == 0 else {}, last_json(err.getvalue()) if code else err.getvalue()
 
 
@@ -358,10 +366,10 @@ def test_an_autoscaled_target_keeps_its_number_of_pods_from_version_to_version(w
     assert deploy(versions["three"])[0] == 0
     world.clean(versions["three"], 3)
     world.change(lambda work: work["spec"].update(replicas=5))
-    until(lambda: world.pods() == [(versions["three"], True)] * 5, 30)
+    world.until_pods([(versions["three"], True)] * 5)
     code, _, told = deploy(versions["crashes"])  # of three, without an autoscaler
     assert code == 5, told
-    until(lambda: world.pods() == [(versions["three"], True)] * len(world.pods()), 30)
+    assert {version for version, _ in world.pods()} == {versions["three"]}
     assert {i["kind"] for i in world.objects()} >= {"HorizontalPodAutoscaler"}, "it came back with the file that has it"
     assert deploy(versions["one"])[0] == 0
     world.clean(versions["one"], 3)
