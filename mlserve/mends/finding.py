@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Fix', 'Finding', 'mended_by', 'asked', 'mend']
 
-# %% ../../nbs/mends/00_finding.ipynb #d1579cbf
+# %% ../../nbs/mends/00_finding.ipynb #2a6cad34
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from ..errors import LocalResource, MlserveError
 
-# %% ../../nbs/mends/00_finding.ipynb #5d4b486c
+# %% ../../nbs/mends/00_finding.ipynb #82dd1b01
 @dataclass(frozen=True)
 class Fix:
     "What mends a finding"
@@ -31,7 +31,7 @@ class Finding:
         "The same in plain values"
         return {**vars(self), 'fix': self.fix.told if self.fix else ''}
 
-# %% ../../nbs/mends/00_finding.ipynb #dc883223
+# %% ../../nbs/mends/00_finding.ipynb #2c5bddce
 def mended_by(
     error:MlserveError, # that a question raises
     fix:Fix|None, # what mends it; nothing where a person has to
@@ -50,7 +50,7 @@ def asked(
     except MlserveError as e: return Finding(what, state, e.message, e.mend, e.code, getattr(e, 'fix', None))
     except Exception as e: return Finding(what, state, f'{type(e).__name__}: {e}', code=MlserveError.code)
 
-# %% ../../nbs/mends/00_finding.ipynb #87e35752
+# %% ../../nbs/mends/00_finding.ipynb #d0674562
 def mend(
     found:Finding, # of a question
     again:Callable[[], Finding], # asks the question

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['half_written', 'check_leftovers', 'check_containers', 'check_builders']
 
-# %% ../../nbs/mends/01_leftovers.ipynb #a57b1e25
+# %% ../../nbs/mends/01_leftovers.ipynb #24fb79fe
 import os, re, shutil, subprocess, time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..release.resume import sweep
 from .finding import Fix, mended_by
 if TYPE_CHECKING: from docker import DockerClient
 
-# %% ../../nbs/mends/01_leftovers.ipynb #e1c88688
+# %% ../../nbs/mends/01_leftovers.ipynb #2b326f84
 _part = re.compile(r'\.(.+)\.(\d+)')
 _theirs = {'engine','registry','mlflow','buildah','wheels'}
 def half_written(
@@ -37,7 +37,7 @@ def half_written(
             if file.stat().st_mtime < before: found.append(file)
     return sorted(found)
 
-# %% ../../nbs/mends/01_leftovers.ipynb #c0cae4fb
+# %% ../../nbs/mends/01_leftovers.ipynb #50bf0055
 def _clear(state:Path, files:list[Path])->None:
     sweep(state, progress=lambda line: None)
     for file in files: file.unlink(missing_ok=True)
@@ -54,7 +54,7 @@ def check_leftovers(
     raise mended_by(LocalResource(f'Killed commands left {listed}.', mend='mlserve doctor --fix clears them away.'),
         Fix('; '.join(closing + deleting), lambda: _clear(state, files)))
 
-# %% ../../nbs/mends/01_leftovers.ipynb #dc790d66
+# %% ../../nbs/mends/01_leftovers.ipynb #46fafa06
 def check_containers(
     client:'DockerClient|None'=None, # of an engine; the one that answers by default
 )->str: # or LocalResource
@@ -68,7 +68,7 @@ def check_containers(
         mend='mlserve doctor --fix removes them.'),
         Fix(f"docker rm --force --volumes {' '.join(left)}", lambda: remove_orphans(client)))
 
-# %% ../../nbs/mends/01_leftovers.ipynb #7fcecf8b
+# %% ../../nbs/mends/01_leftovers.ipynb #ff2b2cce
 def _in_use(home:Path)->bool:
     "Whether some program runs that was given a store; True where that cannot be known"
     programs = list(Path('/proc').glob('[0-9]*/cmdline'))

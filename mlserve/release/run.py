@@ -22,6 +22,7 @@ from .notebook import experiment_of, parameters_of, ran_to_its_end, run_notebook
 from .record import mlflow_store
 from .record.evidence import keep_evidence
 from .record.journal import Journal, owner_of
+from .record.ledger import user_name
 from .record.logged_package import read_logged
 from .spec import ReleaseSpec, default_name, default_repository
 
@@ -195,6 +196,12 @@ def under_name(
     own = {'repository': default_repository(name)} if spec.repository == default_repository(spec.name) else {}
     return spec.model_copy(update={'name': name, **own})
 
+# %% ../../nbs/release/04_run.ipynb #33c168e1
+def _origin(notebook:Path, commit:str)->dict[str, str]:
+    "Who runs what, as MLflow's pages name it"
+    clean = {} if commit.endswith('-dirty') or not commit else {'mlflow.source.git.commit': commit}
+    return {'mlflow.user': user_name(), 'mlflow.source.name': notebook.name, 'mlflow.source.type': 'NOTEBOOK', **clean}
+
 # %% ../../nbs/release/04_run.ipynb #091cf951
 def open_run(
     spec:ReleaseSpec, # of the release
@@ -203,7 +210,8 @@ def open_run(
     "Make the folder and the MLflow run of a release, and see that the run takes evidence"
     spec = absolute(spec)
     store = mlflow_store.client()
-    tags = {'mlserve.source': commit_of(spec.notebook), 'mlserve.spec': spec.model_dump_json()}
+    commit = commit_of(spec.notebook)
+    tags = {'mlserve.source': commit, 'mlserve.spec': spec.model_dump_json(), **_origin(spec.notebook, commit)}
     experiment = mlflow_store.experiment(store, experiment_of(spec.notebook))
     folder = run_folder(spec.state)
     written,journal = write_json(folder/'spec.json', json.loads(spec.model_dump_json())),Journal(folder)

@@ -96,6 +96,7 @@ def _once(pair, kind, result):
     "What a check measures once, by the names of metrics that versions are compared by"
     size,memory = float(pair.tags.get('mlserve.image_mb') or 0),round(result.memory / 1e6, 1)
     numbers = {'image_mb': size or None, f'check.{kind}.memory_mb': memory or None}
+    if kind in result.speed: numbers[f'check.{kind}.latency_ms'] = result.speed[kind]['p50_ms'][0]
     numbers |= {f'check.{kind}.{name}_s': seconds for name,seconds in result.times.items()}
     return numbers | {f'check.{name}': told['container'] for name,told in result.metrics.items()}
 

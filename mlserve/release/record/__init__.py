@@ -60,7 +60,7 @@ def pair_of(
     start = 'mlserve.check.'
     checks = {key.removeprefix(start): json.loads(text) for key,text in tags.items() if key.startswith(start)}
     return Pair(version.name, str(version.version), tags['mlserve.image'], tags['mlserve.package'],
-        version.run_id or tags.get('mlserve.run', ''), version.model_id or tags.get('mlserve.model_id', ''),
+        version.run_id or '', version.model_id or tags.get('mlserve.model_id', ''),
         tags.get('mlserve.status', 'recorded'), checks, tags)
 
 # %% ../../../nbs/release/record/03_record.ipynb #33a7b9b8
@@ -106,7 +106,7 @@ def record(
     _ensure_model(store, name)
     key = hashlib.sha256(f'{image} {logged.digest} {logged.model_id}'.encode()).hexdigest()
     own = {'mlserve.image': image, 'mlserve.package': logged.digest, 'mlserve.model_id': logged.model_id,
-        'mlserve.run': logged.run_id, 'mlserve.contract': logged.contract, 'mlserve.status': 'recorded', _key: key}
+        'mlserve.contract': logged.contract, 'mlserve.status': 'recorded', _key: key}
     more = {'mlserve.reference': logged.reference, 'mlserve.holdout': logged.holdout}
     own |= {tag: text for tag,text in more.items() if text}
     made = _create(store, name, key, {'source': f'models:/{logged.model_id}', 'run_id': logged.run_id,

@@ -70,6 +70,7 @@ def _exporter()->'HTMLExporter':
         exclude_output_prompt=True, exclude_raw=True)
     made.display_data_priority = list(_shown)
     return made
+_nowhere = re.compile(r'<a href="(?!https?:|mailto:|#)[^"]*"[^>]*>') # a link to another page of its folder
 _policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def page_of(
     notebook:'NotebookNode', # executed
@@ -77,6 +78,7 @@ def page_of(
 )->str: # HTML, complete in itself
     "An executed notebook as a page that asks nobody for anything"
     body,_ = _exporter().from_notebook_node(notebook)
+    body = _nowhere.sub('<a>', body)
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -85,9 +85,11 @@ def _open_run(store, name):
 # %% ../../../nbs/release/record/01_logged_package.ipynb #a3b0e302
 def _log(store, run_id, package, holdout, metrics):
     "Log everything of a package to a run"
+    from mlflow.entities import LoggedModelOutput
     reference,held,measured = _log_holdout(store, run_id, package, holdout)
     experiment_id = store.get_run(run_id).info.experiment_id
     model = store.create_logged_model(experiment_id, name=package.name, source_run_id=run_id)
+    store.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)]) # the page of the run lists it
     store.log_model_artifacts(model.model_id, str(package.path))
     store.finalize_logged_model(model.model_id, 'READY')
     numbers = measured | {name: float(value) for name,value in metrics.items()}

@@ -239,6 +239,7 @@ def _living(found, uri):
     if found.lifecycle_stage == 'active': return found.experiment_id
     raise UsageError(f'The experiment {found.name!r} in {hidden(uri)} was deleted.',
         mend=f'mlflow experiments restore --experiment-id {found.experiment_id}')
+_kind = {'mlflow.experimentKind': 'custom_model_development'} # which of its two faces MLflow shows
 def experiment(
     store:'MlflowClient', # of `client`
     name:str='', # of the experiment; `MLFLOW_EXPERIMENT_NAME`, or mlserve, by default
@@ -250,7 +251,7 @@ def experiment(
     if found := store.get_experiment_by_name(name): return _living(found, store.tracking_uri)
     path = store.tracking_uri.removeprefix('sqlite:///')
     place = (Path(path).absolute().parent/'artifacts').as_uri() if path != store.tracking_uri else None
-    try: return store.create_experiment(name, artifact_location=place, tags=dict(tags or {}))
+    try: return store.create_experiment(name, artifact_location=place, tags={**_kind, **(tags or {})})
     except MlflowException as e: # another release made it meanwhile
         if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
         made = store.get_experiment_by_name(name)

@@ -22,10 +22,9 @@ def _row(question:str, image:Any, *beside:Any)->list[Any]:
 def _answers(found:Mapping[str, Any])->Iterator[list[Any]]:
     "How near the answers are, and what they are worth"
     yield _row('verdict', 'passed' if found.get('passed') else found.get('reason') or 'failed')
-    if 'max_abs' in (found.get('golden') or {}): yield _row('golden rows, largest difference', found['golden']['max_abs'])
     if found.get('rows'): yield _row('held-back rows', found['rows'])
-    if 'max_abs' in (found.get('holdout') or {}):
-        yield _row('held-back rows, largest difference', found['holdout']['max_abs'])
+    for rows,same in (('golden', found.get('golden')), ('held-back', found.get('holdout'))):
+        if same: yield _row(f'{rows} rows, largest difference', same['max_abs'])
     for metric,told in (found.get('metrics') or {}).items():
         yield _row(metric, told['container'], told['notebook'], told['production'], told['baseline'])
 

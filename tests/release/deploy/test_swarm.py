@@ -14,6 +14,7 @@ from test_deploy import answered, deploy, images, record  # noqa: F401 (two fixt
 from mlserve.cli import run_command
 from mlserve.release.deploy.live.engines import find_engine
 from mlserve.release.deploy.live.proxy import slots_of
+from mlserve.release.deploy.render import service
 from mlserve.release.record import promote
 
 TARGET = "swarm-double"
@@ -141,6 +142,7 @@ def test_L6_a_node_whose_link_is_cut_loses_what_was_under_way_there_and_no_more(
     versions, port = served
     one, two = versions["one"], versions["two"]
     assert deploy(two, engine="swarm")[0] == 0  # which is spread over all nodes again
+    promote("double", two, allow_older=True)
     assert places(nodes) == [1, 1, 1]
     serves_well(nodes, port, two)
     with Ran(nodes, TARGET) as ran, Load(port, 3, pause=0.05, host=nodes[0].address) as load:
@@ -163,3 +165,22 @@ def test_L6_a_node_whose_link_is_cut_loses_what_was_under_way_there_and_no_more(
     none_twice(ran, load, 0)
     assert failed <= 3, load.failures
     serves_well(nodes, port, one)
+
+
+def test_L6_control_a_connection_that_is_kept_to_a_node_that_is_gone_hangs(served, nodes, monkeypatch):
+    versions, port = served
+    kept, good = ("http-server-close", "srvtcpka"), service.haproxy_config
+
+    def without(*plan):
+        lines = good(*plan).replace(" tcp-ut 5s", "").splitlines()
+        return "\n".join(line for line in lines if not any(word in line for word in kept)) + "\n"
+    monkeypatch.setattr(service, "haproxy_config", without)
+    assert deploy(versions["two"], engine="swarm")[0] == 0
+    until(lambda: places(nodes)[1], 60)
+    with Load(port, 6, pause=0.05, host=nodes[0].address) as load:
+        time.sleep(3)
+        nodes[1].link("down")
+        time.sleep(12)
+        nodes[1].link("up")
+    told_of(f"control: slowest answer {max(load.seconds):.1f} s, {len(load.failures)} failed")
+    assert load.failures or max(load.seconds) > 8
