@@ -123,9 +123,8 @@ def dockerfile(notebook:Notebook, device:Device=None, delivery:Delivery=None, st
     from mlserve.release.image.dockerfile import ImageSpec, render
     from mlserve.release.spec import read_spec
     spec = read_spec(notebook, device=device, delivery=delivery, store=store)
-    chosen = {'base': spec.base, 'device': spec.device, 'delivery': spec.delivery}
-    text = render(ImageSpec(**chosen)).rstrip('\n')
-    show({**chosen, 'text': text}, text, full)
+    text = render(ImageSpec(base=spec.base, device=spec.device, delivery=spec.delivery)).rstrip('\n')
+    show({'base': spec.base, 'device': spec.device, 'delivery': spec.delivery, 'text': text}, text, full)
 
 # %% ../nbs/08_cli.ipynb #18f2e8e9
 def _refuse_mixed(notebook, package, vendored, expect, more):

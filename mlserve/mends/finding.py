@@ -9,7 +9,7 @@ __all__ = ['Fix', 'Finding', 'mended_by', 'asked', 'mend']
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
-from ..errors import LocalResource, MlserveError
+from ..errors import MlserveError
 
 # %% ../../nbs/mends/00_finding.ipynb #82dd1b01
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@
 __all__ = ['half_written', 'check_leftovers', 'check_containers', 'check_builders']
 
 # %% ../../nbs/mends/01_leftovers.ipynb #24fb79fe
-import os, re, shutil, subprocess, time
-from collections.abc import Iterator
+import os, re, shutil, time
 from pathlib import Path
 from typing import TYPE_CHECKING
-from ..errors import LocalResource, MlserveError
+from ..errors import LocalResource
 from ..release.check.container import remove_orphans
 from ..release.image.buildah import Buildah, find_buildah
 from ..release.image.engine import engine

@@ -35,7 +35,7 @@ def _read(file:Path)->dict[str, dict[str, str]]:
             _mode(file, 'u+r', 0o400)) from None
     except (ValueError, OSError) as e:
         raise LocalResource(f'{file} is no JSON that can be read: {e}.',
-            mend=f'Move it away, and log in again: docker login HOST.') from None
+            mend='Move it away, and log in again: docker login HOST.') from None
     entries = config.get('auths') if isinstance(config, dict) else {}
     return {host: entry for host,entry in (entries or {}).items() if isinstance(entry, dict)}
 def check_login()->str: # or LocalResource
