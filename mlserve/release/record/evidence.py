@@ -66,10 +66,9 @@ _shown = ('text/html','image/svg+xml','image/png','image/jpeg','text/markdown','
 def _exporter()->'HTMLExporter':
     "What turns cells into HTML: no scripts, no widgets, no numbers before the cells"
     from nbconvert.exporters import HTMLExporter
-    made = HTMLExporter(template_name='basic', exclude_anchor_links=True, exclude_input_prompt=True,
-        exclude_output_prompt=True, exclude_raw=True)
-    setattr(made, 'display_data_priority', list(_shown)) # a trait of it
-    return made
+    from traitlets.config import Config
+    return HTMLExporter(Config({'NbConvertBase': {'display_data_priority': list(_shown)}}), template_name='basic',
+        exclude_anchor_links=True, exclude_input_prompt=True, exclude_output_prompt=True, exclude_raw=True)
 _nowhere = re.compile(r'<a href="(?!https?:|mailto:|#)[^"]*"[^>]*>') # a link to another page of its folder
 _policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def page_of(
