@@ -35,13 +35,14 @@ _meanings: Sequence[tuple[str, type[MlserveError], str]] = (
         RemoteUnavailable, _lost),
     (r'\(NotFound\)|not found', NotFound, ''),
     (r'is invalid|error validating|no matches for kind|\(BadRequest\)|unable to recognize', UsageError, ''))
+_NOISE = ('Warning:','W0','I0','{','to:','Resource:','Name:','Object:') # a refused patch is printed whole
 def kubectl_failure(
     text:str, # that kubectl printed on stderr
     cluster:str='', # its context
 )->MlserveError: # to be raised
     "The failure that the words of kubectl amount to"
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(('Warning','W0','I0'))]
-    said = ' '.join(lines)[-600:].rstrip('. ') or 'it printed nothing'
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(_NOISE)]
+    said = ' '.join(lines)[:600].rstrip('. ') or 'it printed nothing'
     for words,kind,mend in _meanings:
         if re.search(words, said): break
     else: kind,mend = LocalResource,''

@@ -161,13 +161,14 @@ class Steps(Protocol):
 
 # %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #7ca9e0c4
 _SERVES = ('drain','stop','record') # after the switch
-def _kept_back(replacement, error, rollout):
+def _kept_back(replacement, error, rollout, left):
     "Say with a failure what serves now, and write it down"
     deployment = replacement.deployment
     error.step = rollout.broken
     if rollout.broken in _SERVES:
         error.mend = f'Version {deployment.version} serves already; the same command finishes what is left.'
         return
+    if left: error.mend = f'It could not be taken back whole: {left} {error.mend}'.strip()
     if replacement.replaced: error.mend = f'Version {replacement.replaced} keeps serving. {error.mend}'.strip()
     entry = entry_for(deployment.version, 'failed', replacement.replaced, error.code)
     try:
@@ -180,18 +181,19 @@ def follow(
     "Do every step of a replacement"
     rollout = replacement.begin()
     failure: BaseException|None = None
+    left = '' # why the way back failed
     while not rollout.over:
-        step,begun = rollout.step,time.monotonic()
+        step,begun,error = rollout.step,time.monotonic(),None
         try: getattr(replacement, f'do_{step}')()
-        except BaseException as e:
-            failure = failure or e
-            rollout = advance(rollout, False)
-        else: rollout = advance(rollout, True)
+        except BaseException as e: error = e
+        rollout = advance(rollout, error is None)
+        failure = failure or error
         seconds = round(time.monotonic() - begun, 2)
         replacement.steps.append({'name': step, 'seconds': seconds})
-        tell(f'{step:<10} {seconds:.1f} s{" failed" if rollout.broken == step else ""}')
+        tell(f'{step:<10} {seconds:.1f} s{" failed" if error else ""}')
+        if error and error is not failure: left = str(error) # on the way back
     if failure is None: return
-    if isinstance(failure, MlserveError): _kept_back(replacement, failure, rollout)
+    if isinstance(failure, MlserveError): _kept_back(replacement, failure, rollout, left)
     raise failure
 
 # %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #fd0a5827
