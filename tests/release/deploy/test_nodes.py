@@ -7,12 +7,11 @@ import os
 import shutil
 import time
 from collections import Counter
-from functools import partial
 
 import pytest
 import yaml
-from cluster import in_older_words, of
-from commands import ROOT, mlserve
+from cluster import BIN, in_older_words, of
+from commands import ROOT, last_json, mlserve
 from containers import WRONG
 from emulators import counted_s3
 from load import Load
@@ -21,9 +20,9 @@ from nodes import GATEWAY, cluster_of, condition
 from servers import until
 
 from mlserve.cli import run_command
+from mlserve.release.deploy.kubernetes import deploying
 
 OPTIONS = {"cpus": 0.5, "memory": "512m", "replicas": 2, "max_replicas": 2}
-GONE = "@sha256:" + "1" * 64
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +32,20 @@ def cluster(tmp_path_factory, engine):
 
 
 @pytest.fixture(scope="module")
-def versions(environment, release, doubles, double):
+def versions(cluster, environment, release, doubles, double):
     "Versions of `double` on a real tracking server, by name; what the check of the example measured is theirs"
-    from mlserve.release.deploy import recorded
     from mlserve.release.record import log_package, mark, read_pair, record
     from mlserve.release.record.mlflow_store import client
     from mlserve.release.spec import ReleaseSpec
     with pytest.MonkeyPatch.context() as monkey:
-        for name, value in environment.items():
-            monkey.setenv(name, value)
+        for name, value in {**environment, "KUBECONFIG": cluster.home / "config", "PATH": f"{BIN}:{os.environ['PATH']}"}.items():
+            monkey.setenv(name, str(value))
         monkey.delenv("MLFLOW_RUN_ID", raising=False)
-        monkey.setattr("mlserve.release.deploy.rendering.planned", partial(recorded.planned, confirm=lambda pair: None))  # no release made these images
+        planned = deploying.planned
+        monkey.setattr(deploying, "planned", lambda *a, **kw: planned(*a, **kw, confirm=lambda pair: None))  # no release made these images
         found = read_pair("digits", release["version"]).checks["cpu"]
         finding, made = {name: found[name] for name in ("passed", "times")}, {}  # not the speed: the autoscaler's target is the default, which few clients exceed
-        gone = doubles["one"].split("@")[0] + GONE
+        gone = doubles["one"].split("@")[0] + "@sha256:" + "1" * 64
         for name, image, package, more in (("one", doubles["one"], "", {}), ("two", doubles["two"], "", {}), ("wrong", doubles["wrong"], WRONG, {}), ("hangs", doubles["hangs"], "", {}),
                                            ("gone", gone, "", {}), ("scaled", doubles["one"], "", {"replicas": 1, "max_replicas": 3})):
             logged = log_package(double)
@@ -58,16 +57,16 @@ def versions(environment, release, doubles, double):
         yield made
 
 
-def rendered(version):
-    "What the command prints"
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        assert run_command(["render", "kubernetes", "double", "--version", version]) == 0
-    return in_older_words(list(yaml.safe_load_all(out.getvalue())))
+def command(*words):
+    "Exit code, and the object that a command prints, or its last line"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_command(list(words))
+    return code, json.loads(out.getvalue()) if code == 0 else last_json(err.getvalue())
 
 
-def rolled_out(cluster, seconds):
-    return cluster.kubectl("rollout", "status", "deployment/double", "-n", "mlserve", f"--timeout={seconds}s")
+def deploy(version, *more):
+    return command("deploy", "kubernetes", "double", "--version", version, "--json", *more)
 
 
 def running(cluster):
@@ -75,71 +74,92 @@ def running(cluster):
     return sorted(pod["metadata"]["labels"]["app.kubernetes.io/version"] for pod in cluster.pods() if condition(pod, "Ready") == "True")
 
 
-def settled(cluster, version, count=2):
-    "Every pod is of one version, and nothing else is left"
-    until(lambda: running(cluster) == [version] * count and len(cluster.http.get("/api/v1/namespaces/mlserve/pods").json()["items"]) == count, 120)
+def everything(cluster):
+    return cluster.http.get("/api/v1/namespaces/mlserve/pods").json()["items"]
 
 
-def test_versions_replace_each_other_bad_ones_take_nothing_away_and_no_request_is_lost_or_run_twice(cluster, versions):
-    one, two, steps = versions["one"], versions["two"], {}
+def settled(cluster, *versions):
+    "Every pod is of these versions, and nothing else is left"
+    until(lambda: running(cluster) == sorted(versions) and len(everything(cluster)) == len(versions), 240)
 
-    def applied(name, version, seconds=180):
+
+def service(cluster):
+    return cluster.got("service", "double", "-n", "mlserve")["spec"]["clusterIP"]
+
+
+@pytest.mark.timeout(3600)
+def test_versions_replace_each_other_bad_ones_are_taken_back_and_no_request_is_lost_or_run_twice(cluster, versions):
+    one, two, took = versions["one"], versions["two"], {}
+
+    def timed(name, act, *words):
         begun = time.monotonic()
-        code, told = cluster.apply(rendered(version))
-        assert code == 0, told
-        code, told = rolled_out(cluster, seconds)
-        steps[name] = round(time.monotonic() - begun, 1)
+        code, told = act(*words)
+        took[name] = round(time.monotonic() - begun, 1)
         return code, told
     with Watch(cluster) as watch:
-        code, told = applied("first", one)
+        code, told = timed("the first", deploy, one)
         assert code == 0, (told, cluster.kubectl("get", "events", "-A")[1])
-        address = cluster.got("service", "double", "-n", "mlserve")["spec"]["clusterIP"]
-        with Load(8080, 4, pause=0.05, host=address, enter=cluster.nodes[0].enter) as load:
+        with Load(8080, 4, pause=0.05, host=service(cluster), enter=cluster.nodes[0].enter, life=5) as load:
             time.sleep(3)
             for name, version in (("one to two", two), ("two to one", one), ("one to two again", two)):
-                code, told = applied(name, version)
+                code, told = timed(name, deploy, version)
                 assert code == 0, told
-                settled(cluster, version)
-            for bad in ("wrong", "hangs", "gone"):
-                code, told = applied(bad, versions[bad], 30)
-                assert code == 1 and "timed out" in told, told
-                assert running(cluster) == [two] * 2
-                code, told = applied(f"back from {bad}", two)
-                assert code == 0, told
-                settled(cluster, two)
-            code, told = applied("back to one", one)
+                settled(cluster, version, version)
+                print(name, {step["name"]: step["seconds"] for step in told["steps"]})
+            replaced = time.monotonic()
+            for bad, expected, step in (("wrong", 5, "healthy"), ("hangs", 3, "healthy"), ("gone", 5, "image")):
+                code, told = timed(bad, deploy, versions[bad])
+                assert (code, told["step"]) == (expected, step) and f"Version {two} keeps serving" in told["error"], told
+                settled(cluster, two, two)
+            beside = time.monotonic()
+            code, told = timed("a canary", deploy, one, "--share", "33%")
             assert code == 0, told
-            settled(cluster, one)
+            shared = time.monotonic()
+            time.sleep(20)
             ended = time.monotonic()
+            code, told = timed("the canary taken back", command, "rollback", "double", "--target", "kubernetes-double", "--json")
+            assert code == 0, told
+            settled(cluster, two, two)
+            code, told = timed("back to one", command, "rollback", "double", "--target", "kubernetes-double", "--json")
+            assert code == 0 and told["version"] == one, told
+            settled(cluster, one, one)
+            last = time.monotonic()
             time.sleep(3)
         time.sleep(1)
-    print(steps, f"{len(load.answers)} requests, the pods ran {watch.answered():.0f}, {len(load.failures)} failed")
+    print(took, f"{len(load.answers)} requests, the pods ran {watch.answered():.0f}, {len(load.failures)} failed")
     assert not load.failures and len(load.answers) > 1000, load.failures[:3]
-    assert {version for version, _ in load.answers.values()} == {one, two}
-    assert {version for version, sent in load.answers.values() if sent > ended} == {one}
+
+    def answered(begin, end):
+        return Counter(version for version, sent in load.answers.values() if begin < sent < end)
+    assert answered(0, ended + 3600).keys() == {one, two}
+    assert answered(replaced, beside).keys() == {two} and answered(last, last + 3600).keys() == {one}
+    share = answered(shared, ended)
+    print(f"the canary got {share[one]} of {share.total()} requests")
+    assert 0.2 < share[one] / share.total() < 0.47
     assert len(load.answers) == watch.answered(), "answered twice, or without an answer"
 
 
+@pytest.mark.timeout(3600)
 def test_the_autoscaler_goes_to_three_and_back_by_the_time_spent_in_requests(cluster, versions):
-    documents = rendered(versions["scaled"])
-    target = float(of(documents, "HorizontalPodAutoscaler")["spec"]["metrics"][0]["pods"]["target"]["averageValue"])
-    cluster.kubectl("delete", "deployment", "double", "-n", "mlserve", "--wait")
+    scaled = versions["scaled"]
     with Watch(cluster) as watch, metrics_api(cluster, watch, GATEWAY):
-        code, told = cluster.apply(documents)
+        code, told = deploy(scaled)
         assert code == 0, told
-        settled(cluster, versions["scaled"], 1)
-        address = cluster.got("service", "double", "-n", "mlserve")["spec"]["clusterIP"]
+        scaler = cluster.got("horizontalpodautoscalers.v2beta2.autoscaling", "double", "-n", "mlserve")
+        target = float(scaler["spec"]["metrics"][0]["pods"]["target"]["averageValue"])
+        until(lambda: running(cluster) == [scaled], 600)  # from the two of the version before
         clients, begun = round(3.5 * target), time.monotonic()
-        with Load(8080, clients, host=address, enter=cluster.nodes[0].enter, life=50) as load:
-            until(lambda: running(cluster) == [versions["scaled"]] * 3, 240)
+        with Load(8080, clients, host=service(cluster), enter=cluster.nodes[0].enter, life=50) as load:
+            until(lambda: running(cluster) == [scaled] * 3, 300)
             three = time.monotonic()
             time.sleep(15)
         ended = time.monotonic()
-        until(lambda: running(cluster) == [versions["scaled"]], 600)
-        print(f"target {target:g}, {clients} clients: three pods after {three - begun:.0f} s, one again {time.monotonic() - ended:.0f} s after the last request; "
-              f"{len(load.answers)} requests, {len(load.failures)} failed, the pods ran {watch.answered():.0f}")
+        until(lambda: running(cluster) == [scaled], 900)
+        one = time.monotonic()
         time.sleep(1)
-    print(json.dumps(cluster.got("events", "-n", "mlserve", "--field-selector", "reason=SuccessfulRescale")["items"])[:2000])
+    steps = [(round(when - begun), count) for (when, count), (_, before) in zip(watch.counts[1:], watch.counts) if count != before and when > begun]
+    print(f"target {target:g}, {clients} clients: three pods after {three - begun:.0f} s, one again {one - ended:.0f} s after the last request; pods by second {steps}; "
+          f"{len(load.answers)} requests, {len(load.failures)} failed, the pods ran {watch.answered():.0f}")
     assert not load.failures, load.failures[:3]
     assert len(load.answers) == watch.answered()
 
@@ -185,7 +205,7 @@ def large(cluster, environment, tmp_path_factory):
 def started(cluster, documents, asked):
     "Seconds until all pods of a file are ready, and what each node's pods asked the store for"
     cluster.empty(documents)
-    until(lambda: not cluster.http.get("/api/v1/namespaces/mlserve/pods").json()["items"], 60)
+    until(lambda: not everything(cluster), 240)
     asked.clear()
     begun = time.monotonic()
     code, told = cluster.apply(documents)
@@ -197,6 +217,7 @@ def started(cluster, documents, asked):
     return seconds, [(nodes[client], requests, size) for client, (requests, size) in asked.items() if size], Counter(nodes.values())
 
 
+@pytest.mark.timeout(3600)
 def test_the_pods_of_a_node_fetch_the_weights_once_and_without_a_shared_cache_each_does(cluster, large):
     documents, asked = large
     seconds, fetches, pods = started(cluster, documents, asked)
