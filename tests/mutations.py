@@ -980,3 +980,59 @@ def modules_are_read_when_they_are_imported(put):
 @plant
 def modules_are_not_held_against_the_lock(put):
     put("package.handler.locked_code", now("package.code.modules.code_in"))
+
+
+# ---- R: releases and deployments
+
+
+@plant
+def no_new_pod_is_asked(put):
+    put("release.deploy.kubernetes.cluster.Cluster.identify", never)
+
+
+@plant
+def a_bad_version_stays_applied(put):
+    put("release.deploy.kubernetes.watching.Rolling.do_restore", never)
+
+
+@plant
+def whoever_has_the_name_is_taken_over(put):
+    put("release.deploy.kubernetes.cluster.Cluster.refuse_foreign", never)
+
+
+@plant
+def a_namespace_that_is_there_is_made_ours(put):
+    def made(self, documents):
+        self.kubectl.call("apply", "--filename", "-", given=json.dumps(documents[0]))
+    put("release.deploy.kubernetes.cluster.Cluster.make_namespace", made)
+
+
+@plant
+def what_was_applied_last_is_the_way_back(put):
+    good = now("release.deploy.kubernetes.rolling.version_before")
+    put("release.deploy.kubernetes.rolling.version_before", lambda view, *args: (view.work.version, True) if view.work else good(view, *args))
+
+
+@plant
+def an_autoscaled_file_names_no_number(put):
+    put("release.deploy.kubernetes.rolling.with_count", lambda documents, count: documents)
+
+
+@plant
+def what_a_server_added_is_sent_back(put):
+    put("release.deploy.kubernetes.cluster._as_sent", json.loads)
+
+
+@plant
+def whoever_applied_last_has_the_target(put):
+    good = now("release.deploy.kubernetes.watching.Rolling._work")
+
+    def ours(self, view):
+        work = good(self, view)
+        return work and dataclasses.replace(work, version=self.deployment.version)
+    put("release.deploy.kubernetes.watching.Rolling._work", ours)
+
+
+@plant
+def old_pods_that_end_are_not_waited_for(put):
+    put("release.deploy.kubernetes.watching.Rolling.do_rollout", never)

@@ -76,6 +76,8 @@ def reconcile(state):
 def apply(state, document, rehearse):
     objects, name = state["objects"], key(document)
     before, made = objects.get(name), copy.deepcopy(document)
+    if "resourceVersion" in document["metadata"]:
+        fail(f'Error from server (Conflict): Operation cannot be fulfilled on "{document["metadata"]["name"]}": the object has been modified')
     if document["metadata"].get("namespace") and f"/Namespace/{document['metadata']['namespace']}" not in objects:
         fail(f'Error from server (NotFound): namespaces "{document["metadata"]["namespace"]}" not found')
     if document["kind"] == "Deployment" and not before and "replicas" not in made["spec"]:
@@ -133,7 +135,7 @@ def answer(state, rest, namespace, given):
     if rest[0] == "replace":
         item = json.loads(given)
         item["metadata"]["generation"] += 1
-        item["metadata"]["annotations"][SENT] = json.dumps(item | {"metadata": item["metadata"] | {"annotations": {k: v for k, v in item["metadata"]["annotations"].items() if k != SENT}}})
+        item["metadata"]["annotations"][SENT] = json.dumps(item | {"metadata": item["metadata"] | {"resourceVersion": "7", "annotations": {k: v for k, v in item["metadata"]["annotations"].items() if k != SENT}}})
         state["objects"][key(item)] = item
     elif rest[0] == "delete":
         kind, name = rest[-1].split("/")

@@ -1,10 +1,12 @@
 """`mlserve deploy kubernetes` with a stand-in for kubectl and its cluster, twenty times as fast; `make kubernetes` asks the same of a real control plane."""
+import inspect
 import json
 import subprocess
 import time
 from types import SimpleNamespace
 
 import fake_kubectl
+import mutations
 import pytest
 from kubernetes_scenarios import (  # noqa: F401 (the tests are run in this world too)
     NAMESPACE, World, asked, deploy, environment, registry,
@@ -59,3 +61,31 @@ def world(double, tmp_path_factory):
         world = Standin(home)
         world.record(image_of, double)
         yield world
+
+
+ALL, KILLED, THEIRS = (test_L6_R9_versions_replace_each_other_and_each_bad_one_is_taken_back_by_its_cause, test_R9_a_bad_version_whose_command_was_killed_is_taken_back_by_the_next_one,
+                       test_R9_a_target_that_somebody_else_changes_meanwhile_is_theirs)
+CONTROLS = [  # plant, scenario, its parameters, words of the line that failed
+    ("no_new_pod_is_asked", KILLED, {"bad": "other", "code": 5}, "assert got == code"),
+    ("a_bad_version_stays_applied", KILLED, {"bad": "crashes", "code": 5}, 'world.clean(versions["one"])'),
+    ("what_was_applied_last_is_the_way_back", KILLED, {"bad": "crashes", "code": 5}, "keeps serving"),
+    ("whoever_has_the_name_is_taken_over", test_what_cannot_be_deployed_is_refused_before_anything_is_touched, {}, "that is of somebody else"),
+    ("a_namespace_that_is_there_is_made_ours", test_only_what_is_of_the_target_is_touched, {}, "left as it was"),
+    ("an_autoscaled_file_names_no_number", test_an_autoscaled_target_keeps_its_number_of_pods_from_version_to_version, {}, 'world.clean(versions["three"], 3)'),
+    ("what_a_server_added_is_sent_back", test_an_autoscaled_target_keeps_its_number_of_pods_from_version_to_version, {}, '== {versions["three"]}'),
+    ("whoever_applied_last_has_the_target", THEIRS, {}, "assert code == 4"),
+    ("old_pods_that_end_are_not_waited_for", ALL, {}, "world.clean(")]
+
+
+@pytest.mark.parametrize("plant, scenario, more, words", CONTROLS, ids=[row[0] for row in CONTROLS])
+def test_R9_control_with_its_bug_planted_the_scenario_fails(world, monkeypatch, plant, scenario, more, words):
+    def put(where, value):
+        owner, attribute, _ = mutations.find(where)
+        monkeypatch.setattr(owner, attribute, value)
+    mutations.MUTATIONS[plant](put)
+    if "monkeypatch" in inspect.signature(scenario).parameters:
+        more = {**more, "monkeypatch": monkeypatch}
+    with pytest.raises(AssertionError) as e:
+        scenario(world, **more)
+    failed = "\n".join(str(entry.statement) for entry in e.traceback)
+    assert words in failed, failed
