@@ -992,7 +992,7 @@ def no_new_pod_is_asked(put):
 
 @plant
 def a_bad_version_stays_applied(put):
-    put("release.deploy.kubernetes.watching.Rolling.do_restore", never)
+    put("release.deploy.kubernetes.watching.Watched.do_restore", never)
 
 
 @plant
@@ -1025,14 +1025,14 @@ def what_a_server_added_is_sent_back(put):
 
 @plant
 def whoever_applied_last_has_the_target(put):
-    good = now("release.deploy.kubernetes.watching.Rolling._work")
+    good = now("release.deploy.kubernetes.watching.Watched._work")
 
     def ours(self, view):
         work = good(self, view)
         return work and dataclasses.replace(work, version=self.deployment.version)
-    put("release.deploy.kubernetes.watching.Rolling._work", ours)
+    put("release.deploy.kubernetes.watching.Watched._work", ours)
 
 
 @plant
 def old_pods_that_end_are_not_waited_for(put):
-    put("release.deploy.kubernetes.watching.Rolling.do_rollout", never)
+    put("release.deploy.kubernetes.watching.Watched.do_rollout", never)

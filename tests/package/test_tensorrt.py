@@ -151,13 +151,13 @@ def profiled(tmp_path, ran):
 
 
 def test_placement_tells_how_many_nodes_tensorrt_ran(tmp_path):
-    found = OnnxProgram(profiled(tmp_path, {TENSORRT: 2, CUDA: 1}), "cuda:0", TENSORRT).placement({}, [])
+    found = OnnxProgram(profiled(tmp_path, {TENSORRT: 2, CUDA: 1}), "cuda:0", TENSORRT).placement({}, ["y"])
     assert found == {"providers": [TENSORRT, CUDA, "CPUExecutionProvider"], "nodes": {TENSORRT: 2, CUDA: 1}, "fell_back": []}
 
 
 def test_E14_a_graph_of_which_nothing_ran_by_tensorrt_is_refused(tmp_path):
     with pytest.raises(GpuRefused, match=f"{TENSORRT} is active, and every node of the model fell back to {CUDA}") as e:
-        OnnxProgram(profiled(tmp_path, {CUDA: 3}), "cuda:0", TENSORRT).placement({}, [])
+        OnnxProgram(profiled(tmp_path, {CUDA: 3}), "cuda:0", TENSORRT).placement({}, ["y"])
     assert e.value.reason == "provider_inactive"
 
 
@@ -168,7 +168,7 @@ def test_E14_control_what_was_asked_for_is_taken_for_what_is_there(runtime, engi
     monkeypatch.setattr(onnx_program, "_check_built", lambda wanted: None)
     monkeypatch.setattr(onnx_program, "_gpu_session", lambda file, threads, wanted, mend: ort.InferenceSession(file, None, wanted))
     assert read(tmp_path, engines).provider == TENSORRT
-    assert OnnxProgram(profiled(tmp_path, {CUDA: 3}), "cuda:0").placement({}, [])["nodes"] == {CUDA: 3}
+    assert OnnxProgram(profiled(tmp_path, {CUDA: 3}), "cuda:0").placement({}, ["y"])["nodes"] == {CUDA: 3}
 
 
 # ---- the cache
