@@ -119,7 +119,7 @@ def test_what_another_store_has_is_not_in_this_one(environment):
 def test_a_command_says_that_there_is_nothing_and_what_comes_next(monkeypatch, words, printed, told):
     from mlserve.cli import app
     from typer.testing import CliRunner
-    monkeypatch.setattr("mlserve.release.deploy.live.status.status", lambda model: [])
+    monkeypatch.setattr("mlserve.release.deploy.overview.status", lambda model, warn: [])
     done = CliRunner().invoke(app, words)
     assert (done.exit_code, done.stdout, done.stderr) == (0, printed, told)
 
