@@ -70,7 +70,9 @@ def _commands(pair:Pair)->str:
 # %% ../../../nbs/release/record/06_description.ipynb #812c9905
 def _spaced(text:str)->str:
     "A table whose cells keep apart"
-    return text.replace(' |', '&emsp;|') if text.startswith('|') else text
+    if not text.startswith('|'): return text
+    lines = text.splitlines()
+    return '\n'.join(line if '---' in line else line.replace(' |', '&emsp;|') for line in lines)
 
 # %% ../../../nbs/release/record/06_description.ipynb #9910f1a8
 def description(

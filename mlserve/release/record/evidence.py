@@ -38,15 +38,17 @@ def impersonal(
 
 # %% ../../../nbs/release/record/07_evidence.ipynb #1e2af51b
 _style = '''
-:root { color-scheme: light dark; --line: #d5d9de; --code: #f5f6f8; --dim: #5a6472 }
-@media (prefers-color-scheme: dark) { :root { --line: #3a414c; --code: #1d2229; --dim: #9aa5b4 } }
-body { font: 15px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem 1.25rem 4rem }
+:root { color-scheme: light dark; --ink: #1a1d21; --page: #fff; --line: #d5d9de; --code: #fafbfc; --dim: #5a6472 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ed; --page: #14181d; --line: #3a414c; --code: #1d2229; --dim: #9aa5b4 } }
+body { background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, sans-serif; margin: 0 }
+main { max-width: 60rem; margin: 0 auto; padding: 1rem 1.25rem 4rem }
 h1, h2, h3 { line-height: 1.25 } h2 { margin-top: 2.2rem; border-top: 1px solid var(--line); padding-top: 1.2rem }
 blockquote { margin: 0 0 1rem; padding-left: 1rem; border-left: 3px solid var(--line); color: var(--dim) }
 pre, code { font: 12.5px/1.5 ui-monospace, monospace } code { background: var(--code); padding: .1em .3em }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere } pre code { background: none; padding: 0 }
 .input_area { background: var(--code); border-left: 3px solid var(--line); padding: .6rem .8rem; margin: .8rem 0 .4rem }
-.output_subarea { padding: .2rem .8rem; overflow-x: auto; max-height: 32rem } .output_stderr { color: var(--dim) }
+.output_subarea { padding: .2rem .8rem; overflow-x: auto } .output_stderr { color: var(--dim) }
 .output_error { border-left: 3px solid #c5221f } .ansi-red-fg, .ansi-red-intense-fg { color: #c5221f }
 img, svg { max-width: 100%; height: auto } img { background: #fff }
 table { border-collapse: collapse; margin: .6rem 0 } th, td { border: 1px solid var(--line); padding: .25rem .6rem }
@@ -77,11 +79,11 @@ def page_of(
 )->str: # HTML, complete in itself
     "An executed notebook as a page that asks nobody for anything"
     body,_ = _exporter().from_notebook_node(notebook)
-    body = _nowhere.sub('<a>', body)
+    body = _nowhere.sub('<a>', body).replace('<div class="output_html ', '<div tabindex="0" class="output_html ')
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><style>{_style}{_colours()}</style></head>\n<body>{body}</body></html>\n')
+        f'<title>{escape(title)}</title><style>{_style}{_colours()}</style></head>\n<body><main>{body}</main></body></html>\n')
 
 # %% ../../../nbs/release/record/07_evidence.ipynb #fcae0ca8
 def _make(book:Path, page:Path, places:Mapping[str, str])->Path:

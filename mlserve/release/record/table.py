@@ -16,15 +16,17 @@ from .mlflow_store import client
 COLUMNS = 'question', 'image', 'notebook', 'production', 'constant answer'
 def _row(question:str, image:Any, *beside:Any)->list[Any]:
     "One question and its answers; a number keeps six digits, as the tables for people do"
-    def short(value:Any)->Any: return float(f'{value:.6g}') if isinstance(value, float) else value
+    def short(value:Any)->Any:
+        if value is None: return ''
+        return float(f'{value:.6g}') if isinstance(value, float) else value
     cells = [question, *map(short, (image, *beside))]
-    return cells + [None] * (len(COLUMNS) - len(cells))
+    return cells + [''] * (len(COLUMNS) - len(cells))
 def _answers(found:Mapping[str, Any])->Iterator[list[Any]]:
     "How near the answers are, and what they are worth"
     yield _row('verdict', 'passed' if found.get('passed') else found.get('reason') or 'failed')
     if found.get('rows'): yield _row('held-back rows', found['rows'])
     for rows,same in (('golden', found.get('golden')), ('held-back', found.get('holdout'))):
-        if same: yield _row(f'{rows} rows, largest difference', same['max_abs'])
+        if same: yield _row(f'{rows}, max difference', same['max_abs'])
     for metric,told in (found.get('metrics') or {}).items():
         yield _row(metric, told['container'], told['notebook'], told['production'], told['baseline'])
 
@@ -34,15 +36,15 @@ def _speeds(found:Mapping[str, Any])->Iterator[list[Any]]:
     for device,speed in (found.get('speed') or {}).items():
         for i in sorted({0, len(speed['rows']) - 1}):
             rows = speed['rows'][i]
-            asked = f"{device}, {rows} row{'s' * (rows != 1)}"
-            yield _row(f'{asked}: median, ms', speed['p50_ms'][i])
-            yield _row(f'{asked}: 99th percentile, ms', speed['p99_ms'][i])
-        yield _row(f'{device}: requests/s, at best', max(speed['requests_per_second'], default=None))
+            asked = f"{rows} row{'s' * (rows != 1)}"
+            yield _row(f'{device} p50 ms, {asked}', speed['p50_ms'][i])
+            yield _row(f'{device} p99 ms, {asked}', speed['p99_ms'][i])
+        yield _row(f'{device} requests/s', max(speed['requests_per_second'], default=''))
 def _costs(found:Mapping[str, Any], image_mb:float)->Iterator[list[Any]]:
     "What it takes: seconds, memory, size"
-    for name,seconds in (found.get('times') or {}).items(): yield _row(f'{name}, s', seconds)
-    if found.get('memory'): yield _row('memory, MB', round(found['memory'] / 1e6, 1))
-    if image_mb: yield _row('image, MB', image_mb)
+    for name,seconds in (found.get('times') or {}).items(): yield _row(f'{name} s', seconds)
+    if found.get('memory'): yield _row('memory MB', round(found['memory'] / 1e6, 1))
+    if image_mb: yield _row('image MB', image_mb)
 def check_table(
     found:Mapping[str, Any], # what a check found: the fields of a `CheckResult`
     image_mb:float=0, # 10**6 bytes of the image; 0 where nobody knows
