@@ -96,17 +96,19 @@ def test_a_second_check_takes_device_and_delivery_from_the_record(release, envir
 
 def test_the_doctor_removes_a_container_of_a_killed_command(release, environment, engine, tmp_path):
     "And leaves alone one whose owner lives"
-    with subprocess.Popen(["sleep", "60"]) as kernel:
-        left = engine.containers.create(release["image"], labels={OWNER: owner_of(kernel.pid)})
-        kernel.kill()
     mine = engine.containers.create(release["image"], labels={OWNER: owner_of()})
     try:
         def examined(*options):
+            with subprocess.Popen(["sleep", "60"]) as kernel:
+                left = engine.containers.create(release["image"], labels={OWNER: owner_of(kernel.pid)})
+                kernel.kill()
             done = mlserve("doctor", "--json", *options, env={**environment, "MLSERVE_STATE": str(tmp_path)})
-            return next(f for f in json.loads(done.stdout) if f["what"] == "containers")
-        found = examined()
+            return left, next(f for f in json.loads(done.stdout) if f["what"] == "containers")
+        asked = (examined() for _ in range(9))  # commands of other lanes clear away as well, and may be quicker
+        left, found = next((left, found) for left, found in asked if found["state"] != "ok")
         assert left.name in found["told"] and mine.name not in found["told"]
-        assert examined("--fix", "--yes")["mended"] and examined()["state"] == "ok"
+        asked = (examined("--fix", "--yes") for _ in range(9))
+        left, found = next((left, found) for left, found in asked if found["mended"])
         there = {box.id for box in engine.containers.list(all=True, ignore_removed=True)}
         assert left.id not in there and mine.id in there
     finally:
@@ -177,7 +179,8 @@ def test_the_page_of_the_version_has_its_model_with_metrics_and_parameters(relea
     model = client.get_logged_model(made.model_id)
     assert {"name": "digits", "version": release["version"]} in [{**v, "version": str(v["version"])} for v in json.loads(model.tags["mlflow.modelVersions"])]
     assert {m.key for m in model.metrics} == set(run.data.metrics) and model.params == run.data.params
-    assert run.data.metrics["check.cpu.latency_ms"] == release["check"]["speed"]["cpu"]["p50_ms"][0]
+    first, *_ = sorted(client.get_metric_history(release["run"], "check.cpu.latency_ms"), key=lambda m: m.timestamp)  # later checks add theirs
+    assert first.value == release["check"]["speed"]["cpu"]["p50_ms"][0]
     shown = client.load_table(run.info.experiment_id, "check_cpu.json", [release["run"]]).set_index("question")
     assert shown["image"]["verdict"] == "passed" and float(shown["image"]["accuracy"]) == pytest.approx(release["metrics"]["accuracy"]["container"], rel=1e-5)
 

@@ -91,6 +91,6 @@ def unexplained(
 )->list[str]: # sorted; none where all is well
     "Names that no table explains"
     def matches(pattern:str, name:str)->bool:
-        parts = re.split(r'\{\w+\}', pattern)
-        return re.fullmatch('[^./]+'.join(map(re.escape, parts)), name) is not None
+        def part(found:re.Match[str])->str: return '[^/]+' if found[1] == 'file' else '[^./]+' # its end is its kind
+        return re.fullmatch(re.sub(r'\\\{(\w+)\\\}', part, re.escape(pattern)), name) is not None
     return sorted(name for name in names if not any(matches(pattern, name) for pattern in table))
