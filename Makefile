@@ -10,7 +10,7 @@ ENGINE := bash docker/engine.sh
 WITH_ENGINE := set -a; eval "$$($(ENGINE) env)"; set +a; PATH="$(CURDIR)/$(BIN):$$PATH";
 EXAMPLE := nbs/examples/digits.ipynb
 
-.PHONY: help setup release check test test-fast clients browser matrix kubernetes site soak cuda-image dist export readme dockerfile docs docs-serve lab engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
+.PHONY: help setup release check test test-fast clients browser matrix kubernetes swarm site soak cuda-image dist export readme dockerfile docs docs-serve lab mlflow engine-start engine-stop engine-env debug-base bench bench-since bench-images models gpu-check gpu-wheels test-tools clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -23,8 +23,8 @@ setup: .venv/.installed ## the environment, in .venv
 	@PYTHON=$(PYTHON) bash .ci/install .venv -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
-release: setup engine-start ## the main job: train, build, record, check and promote the example
-	@$(WITH_ENGINE) mlserve release $(EXAMPLE) --promote --json
+release: setup engine-start ## the main job: train, build, record, check and promote the example; JSON where nobody reads along
+	@$(WITH_ENGINE) full=--json; [ ! -t 1 ] || full=; mlserve release $(EXAMPLE) --promote $$full
 
 check: setup ## ruff and mypy
 	@$(BIN)/ruff check
@@ -61,6 +61,9 @@ matrix: setup engine-start test-tools ## the formats, deliveries, builders and d
 kubernetes: setup ## what is rendered for Kubernetes, given to a real control plane, which is built once: half an hour of two cores
 	@bash .ci/kubernetes state/kubernetes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -s -m kubernetes
+
+swarm: setup engine-start ## a Swarm of three engines in network namespaces: updates, bad images, a drained node, a cut link, under load; needs root
+	@$(WITH_ENGINE) pytest -q -s -m swarm
 
 site: setup ## the documentation site rendered: every page with its prose, every link and anchor
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m site tests/test_generated.py
@@ -132,6 +135,9 @@ gpu-wheels: setup ## what `bench/gpu_check.sh` brings to a GPU machine without n
 	@$(BIN)/pip download -q --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	$(addprefix --platform manylinux,_2_28_x86_64 _2_27_x86_64 _2_17_x86_64 2014_x86_64) -c constraints.txt -d state/gpu-wheels $(GPU_WHEELS) 2> >(grep -v '^WARNING: Location' >&2)
 	@cd state/gpu-wheels && du -bc -- *.whl | sort -n | awk '{printf "%6.2f MiB  %s\n", $$1 / 1048576, $$2}'
+
+mlflow: setup ## the record in a browser, on http://127.0.0.1:5000
+	@$(WITH_ENGINE) mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri "$$MLFLOW_TRACKING_URI"
 
 engine-start: ## a Docker Engine, a registry and a base image, where there are none
 	@$(ENGINE) start

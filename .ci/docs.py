@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastcore import docments
 from nbconvert import MarkdownExporter
+from nbdev import processors
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 from nbformat import NO_CONVERT, read
@@ -21,9 +22,13 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
-WINGS = {"tutorials": "Tutorials", "examples": "Examples", "reference": "Reference", "explanations": "Explanations", "wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release", "notebook": "Notebook", "scaffolds": "Scaffolds"}
-TUTORIALS = ["my_own_model", "which_model", "any_python_model", "calling_the_model", "which_delivery", "on_a_gpu", "release_from_your_ci", "deploy_and_roll_back", "deployment_files", "behind_a_corporate_proxy"]
+SOURCE = f"{get_config().git_url}/blob/{get_config().branch}"
+FIRST = ["first_release", "my_own_model", "which_model", "any_python_model", "calling_the_model", "which_delivery", "on_a_gpu", "release_from_your_ci", "deploy_and_roll_back", "behind_a_corporate_proxy"]
+THEN = ["when_something_is_wrong", "looking_into_an_image", "building_images", "deployment_files"]  # tutorials for whoever has released once
+WINGS = {"wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release", "notebook": "Notebook", "mends": "Mends", "scaffolds": "Scaffolds", "pipelines": "Pipelines"}
 LINK = re.compile(r"\]\((?:nbs/)?((?:[\w.-]+/)*)(?:\d\d_)?([\w-]+)\.ipynb")  # the README is read from the root; a page has no number
+GLOSSARY = Path("explanations/glossary.ipynb")
+LEFT_ALONE = re.compile(r"(^```.*?^```|`[^`\n]*`|!?\[[^\]]*\]\([^)]*\)|<[^>]+>|^(?:#| {4}).*?$|https?://\S+)", re.S | re.M)
 LINE = re.compile(r'<a id="?__codelineno-[^>]*></a>')
 PALE = "color:rgb(var(--color-foreground)/.45)"
 EXPORTED = re.compile(r"^#\| *exporti?$", re.M)
@@ -38,6 +43,20 @@ def signature(f, eval_str=False):
 
 
 docments.signature = signature  # here, for each process of nbdev's imports this file
+
+
+def documents(begin):
+    "nbdev documents what a room exports; what a tutorial exports goes into its package, and the reader sees the cell as it stands"
+    def begins(self):
+        if any("default_exp" in cell.directives_ for cell in self.nb.cells):
+            return begin(self)
+        self.nb.has_docs_ = False
+        for cell in self.nb.cells:
+            cell.directives_.pop("export", None)
+    return begins
+
+
+processors.add_show_docs.begin = documents(processors.add_show_docs.begin)
 
 
 def page_of(notebook):
@@ -65,6 +84,8 @@ def woven(written, processed):
     for cell in written:
         if rest and rest[0].id == cell.id:
             cells.append(rest.pop(0))
+            if cell.cell_type == "code" and EXPORTED.search(cell.source):
+                cells[-1].source = cell.source
         elif cell.cell_type == "code" and EXPORTED.search(cell.source):
             while rest and rest[0].id not in known:
                 name = re.search(r"show_doc\(([\w.]+)", rest[0].source)
@@ -75,20 +96,56 @@ def woven(written, processed):
     return cells + rest
 
 
+def slug(text):
+    return re.sub(r"[^0-9a-z]+", "-", text.lower()).strip("-")
+
+
+def glossary():
+    "The words of the glossary that are linked, those in italics: the name of the line, and the meaning"
+    words = {}
+    for line in "".join(c.source + "\n" for c in read(NBS / GLOSSARY, NO_CONVERT).cells).splitlines():
+        if row := re.match(r"\| (.+?) \| (.+?) \|", line):
+            meaning = re.sub(r"\s*\[[^]]*\]\([^)]*\)\.?$|`", "", row[2])
+            words |= {word: (slug(row[1]), meaning) for word in re.findall(r"\*(.+?)\*", row[1])}
+    return words
+
+
+def with_anchors(text):
+    "The lines of the glossary, each with a name to link to"
+    def named(row):
+        return f'| <span id="{slug(row[1])}">{row[1]}</span> |'
+    return re.sub(r"^\| (?!word|-)(.+?) \|", named, text, flags=re.M)
+
+
+def explained(text, place, words, seen):
+    "A text in which each word of the glossary is linked where the page uses it first; headings, links and code stay as they are"
+    up = "../" * len(place.parent.parts)
+
+    def link(found):
+        word = next(w for w in words if w.lower() == found[1].lower().rstrip("s") or w.lower() == found[1].lower())
+        name, meaning = words[word]
+        if name in seen:
+            return found[0]
+        seen.add(name)
+        return f'[{found[0]}]({up}{page_of(GLOSSARY)}#{name} "{html.escape(meaning)}"){{.term}}'
+    some = re.compile(r"(?<![\w/-])(" + "|".join(re.escape(w) for w in sorted(words, key=len, reverse=True)) + r")s?(?![\w-])", re.I)
+    return "".join(part if i % 2 else some.sub(link, part) for i, part in enumerate(LEFT_ALONE.split(text)))
+
+
 def linked(text):
     "A text whose links lead from page to page"
-    return LINK.sub(lambda link: f"]({link[1] or ''}{link[2]}.md", text)
+    return LINK.sub(lambda link: f"]({link[1] or ''}{link[2]}.md", text).replace("](nbs/images/", "](images/")
 
 
-def prepared(cell):
+def prepared(cell, prose):
     "A cell as the exporter wants it: without directives, without the source that is not to be shown, tables in one piece"
     if cell.cell_type != "code":
-        if cell.cell_type == "markdown":
-            cell.source = linked(cell.source)
+        if cell.cell_type == "markdown" and not cell.source.startswith("<details"):
+            cell.source = prose(cell.source)
         return cell
     if re.search(r"^#\| *echo: *false", cell.source, re.M):
         cell.metadata["tags"] = ["result-only"]
-    cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    cell.source = re.sub(r"^#\|(?! *export).*\n?", "", cell.source, flags=re.M)
     for output in cell.outputs:
         data = output.get("data", {})
         text = output.get("text") or (data.get("text/plain") if not data.keys() & {"text/html", "text/markdown", "image/png"} else None)
@@ -105,9 +162,16 @@ def prepared(cell):
 def markdown(notebook, processed, folder):
     "Write the page of a notebook and its pictures; its title"
     written, nb = read(NBS / notebook, NO_CONVERT), read(processed, NO_CONVERT)
-    title, place = title_of(written.cells), folder / page_of(notebook)
+    title, place, words, seen = title_of(written.cells), folder / page_of(notebook), glossary(), set()
+
+    def prose(text):
+        return with_anchors(linked(text)) if notebook == GLOSSARY else explained(linked(text), page_of(notebook), words, seen)
     lead = re.search(r"^> (.+)", "".join(written.cells[0].source), re.M)
-    nb.cells = [prepared(c) for c in woven(written.cells, nb.cells)]
+    rest = re.match(r"# .+\n*(?:> .+\n*)?((?:.|\n)*)", written.cells[0].source)  # nbdev takes the title for front matter, with all that stands there
+    before = f"{prose(rest[1])}\n\n" if rest else ""
+    nb.cells = [prepared(c, prose) for c in woven(written.cells, nb.cells)]
+    if notebook.parts[0] == "reference":  # made from the code: what a reader comes for are the tables
+        nb.cells = [c for c in nb.cells if c.cell_type != "code" or c.outputs]
     nb.metadata["language_info"] = {"name": "python"}
     options = Config({"ExtractOutputPreprocessor": {"output_filename_template": place.stem + "_{cell_index}_{index}{extension}"},
         "TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"result-only"}}})
@@ -115,32 +179,46 @@ def markdown(notebook, processed, folder):
     place.parent.mkdir(parents=True, exist_ok=True)
     for name, picture in resources["outputs"].items():
         (place.parent / name).write_bytes(picture)
-    source = f"{get_config().git_url}/blob/main/nbs/{notebook}"
-    front = f"---\ntitle: {json.dumps(title)}\n" + (f"description: {json.dumps(lead[1])}\n" if lead else "") + "---\n\n"
+    module = next((found[1].replace(".", "/") for c in written.cells if (found := re.match(r"#\| *default_exp (\S+)", c.source))), None)
+    about = {"title": title, "description": lead and lead[1], "notebook": f"{SOURCE}/nbs/{notebook}", "module": module and f"{SOURCE}/mlserve/{module}.py"}
+    front = "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in about.items() if value) + "---\n\n"
     head = f"# {title}\n\n" + (f"*{lead[1]}.*\n\n" if lead else "")
-    rest = re.match(r"# .+\n*(?:> .+\n*)?((?:.|\n)*)", written.cells[0].source)  # nbdev takes the title for front matter, with all that stands there
-    head += f"{linked(rest[1])}\n\n" if rest else ""
-    place.write_text(f'{front}{head}{text}\n\n<p class="notebook"><a href="{source}">The notebook of this page</a></p>\n')
+    place.write_text(f"{front}{head}{before}{text}\n")
     return title
 
 
 def navigation(titles):
-    "Tutorials first; then a section for each folder of the house, in the order of its numbers"
+    "A tab for each thing that a reader comes for; in the last one, a section for each folder of the house, in the order of its numbers"
+    def entry(*names):
+        return [{titles[n]: str(page_of(n))} for n in names]
+
+    def inside(folder, *left_out):
+        return entry(*sorted(n for n in titles if n.parent == Path(folder) and n.stem not in left_out))
+
     def section(folder):
-        ordered = sorted(titles, key=lambda n: (TUTORIALS.index(n.stem) if n.stem in TUTORIALS else len(TUTORIALS), n))
-        pages = [{titles[n]: str(page_of(n))} for n in ordered if n.parent == folder]
         below = sorted({n.parents[len(n.parents) - 2 - len(folder.parts)] for n in titles if folder in n.parent.parents})
-        return pages + [{f.name.replace("_", " "): section(f)} for f in below]
-    ground = [{titles[n]: str(page_of(n))} for n in sorted(titles) if n.parent == Path(".") and n.stem != "index"]
-    wings = [{name: section(Path(folder))} for folder, name in WINGS.items()]
-    return [{"Start": "index.md"}, *wings[:4], {"Ground floor": ground}, *wings[4:], {"Pipelines": section(Path("pipelines"))}]
+        return inside(folder) + [{f.name.replace("_", " "): section(f)} for f in below]
+    examples = sorted((n for n in titles if n.parts[0] == "examples"), key=lambda n: (n.stem != "start", n))
+    folders = {n.parts[0] for n in titles if len(n.parts) > 1} - {"tutorials", "examples", "reference", "explanations"}
+    wings = WINGS | {folder: folder.capitalize() for folder in sorted(folders - WINGS.keys())}
+    return [{"Start": "index.md"},
+        {"Tutorials": [*entry(*(Path(f"tutorials/{name}.ipynb") for name in FIRST)), {"Examples": entry(*examples)}]},
+        {"How-to and triage": [*entry(*(Path(f"tutorials/{name}.ipynb") for name in THEN)), *inside("tutorials", *FIRST, *THEN)]},
+        {"Reference": [*inside("reference"), *entry(GLOSSARY)]},
+        {"The house": [*inside("explanations", "glossary"), {"Ground floor": inside(".", "index")}, *({name: section(Path(folder))} for folder, name in wings.items())]}]
 
 
-def for_machines(docs, titles):
-    "The contents as llmstxt.org wants them: a line for each page"
-    about = {n: re.search(r"^description: (.+)", (docs / page_of(n)).read_text(), re.M) for n in titles}
-    lines = [f"- [{titles[n]}]({page_of(n).with_suffix('.html')})" + (f": {json.loads(about[n][1])}" if about[n] else "") for n in titles]
-    return f"# mlserve\n\n> {get_config().description}\n\n## Pages\n\n" + "\n".join(lines) + "\n"
+def for_machines(docs, tabs):
+    "The contents as llmstxt.org wants them: a line for each page, in the order of the navigation"
+    def lines(entries):
+        for title, place in (pair for entry in entries for pair in entry.items()):
+            if isinstance(place, list):
+                yield from lines(place)
+                continue
+            about = re.search(r"^description: (.+)", (docs / place).read_text(), re.M)
+            yield f"- [{title}]({place.removesuffix('.md')}.html)" + (f": {json.loads(about[1])}" if about else "")
+    sections = [f"## {name}\n\n" + "\n".join(lines(place if isinstance(place, list) else [{name: place}])) for tab in tabs for name, place in tab.items()]
+    return f"# mlserve\n\n> {get_config().description}\n\n" + "\n\n".join(sections) + "\n"
 
 
 def main(to):
@@ -152,8 +230,11 @@ def main(to):
         for asset in ("docs.css", "docs.js"):
             shutil.copy(ROOT / ".ci" / asset, docs)
         shutil.copytree(NBS / "images", docs / "images", dirs_exist_ok=True)
-        config = (ROOT / ".ci/zensical.toml").read_text().replace("VERSION", get_config().version)
-        (Path(work) / "zensical.toml").write_text(config.replace("nav = []", "nav = " + toml(navigation(titles))))
+        shutil.copy(ROOT / ".ci/icon.svg", docs / "images")
+        shutil.copytree(ROOT / ".ci/theme", Path(work) / "theme")
+        tabs = navigation(titles)
+        config = (ROOT / ".ci/zensical.toml").read_text().replace("VERSION", get_config().version).replace("REPOSITORY", get_config().git_url)
+        (Path(work) / "zensical.toml").write_text(config.replace("nav = []", "nav = " + toml(tabs)))
         done = subprocess.run([Path(sys.executable).parent / "zensical", "build", "--strict", "-f", "zensical.toml"], cwd=work, capture_output=True, text=True)
         if done.returncode:  # a link that leads nowhere, too
             sys.exit(re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr))
@@ -161,7 +242,7 @@ def main(to):
             page.write_text(LINE.sub("", page.read_text()))
         for script in (Path(work) / "site/assets/javascripts").glob("bundle.*.js"):  # where a result of the search lies is too pale to be read
             script.write_text(script.read_text().replace(PALE, PALE.replace(".45", ".7")))
-        (Path(work) / "site/llms.txt").write_text(for_machines(docs, titles))
+        (Path(work) / "site/llms.txt").write_text(for_machines(docs, tabs))
         shutil.rmtree(to, ignore_errors=True)
         shutil.move(Path(work) / "site", to)
     shutil.rmtree(processed)

@@ -16,11 +16,13 @@ from typing import Annotated
 import typer
 from . import __version__
 from .errors import Interrupted, MlserveError, UsageError, hidden, last_line
-from .operations import Image, Json, Model, State, app as operations, show, warn
+from .operations import (Image, InOrder, Json, Model, State, app as operations, command,
+    next_step, show, warn)
 from .settings import port_variable, refuse_unknown, without_platforms
 
 # %% ../nbs/08_cli.ipynb #9b4708cb
-app = typer.Typer(no_args_is_help=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=InOrder, no_args_is_help=False, pretty_exceptions_enable=False,
+    epilog='Next: mlserve init classification FOLDER, or mlserve doctor NOTEBOOK for a notebook of your own.')
 app.add_typer(operations) # what runs, and where
 Notebook = Annotated[Path, typer.Argument(help='The model notebook.')]
 Device = Annotated[str|None, typer.Option(help='cpu or cuda; as mlserve.toml says by default.')]
@@ -45,7 +47,7 @@ def entry(
 )->None:
     "From a model notebook to a served, verified image named by digest."
     state = Path(os.environ.get('MLSERVE_STATE') or 'state')
-    if context.invoked_subcommand == 'serve' or not (state/'runs').is_dir(): return
+    if context.invoked_subcommand in ('serve','doctor') or not (state/'runs').is_dir(): return
     from mlserve.release.record.journal import orphaned
     if not orphaned(state): return
     from mlserve.release.resume import sweep
@@ -59,7 +61,7 @@ def _show_release(result, full):
         lines = {'done': summary(result), **result['commands']}
         for key,line in lines.items(): print(f'{key}: {line}', file=sys.stderr)
     show(result, result['image'], full)
-@app.command()
+@command(app)
 def release(notebook:Notebook,
     promote:Annotated[bool, typer.Option(help='Move production too, when the check passed.')]=False,
     name:Name=None, device:Device=None, delivery:Delivery=None, store:Store=None, state:State=None,
@@ -71,7 +73,7 @@ def release(notebook:Notebook,
     _show_release(run(spec, promote=promote), full)
 
 # %% ../nbs/08_cli.ipynb #91b72663
-@app.command()
+@command(app)
 def resume(run:Annotated[str, typer.Argument(metavar='[RUN]',
     help='Folder of a run, or its name under state/runs; the newest that is not finished by default.')]='',
     full:Json=False)->None:
@@ -99,7 +101,7 @@ def serve_environment(
 # %% ../nbs/08_cli.ipynb #cd29cac0
 Place = Annotated[str|None, typer.Argument(
     help='Folder, s3://…, gs://…, az://… or models:/name/3; MLSERVE_PACKAGE by default.')]
-@app.command()
+@command(app)
 def serve(package:Place=None,
     device:Annotated[str|None, typer.Option(help='cpu, cuda or cuda:N; MLSERVE_DEVICE by default.')]=None,
     host:Annotated[str|None, typer.Option(help='Address to listen on.')]=None,
@@ -114,13 +116,15 @@ def serve(package:Place=None,
     raise typer.Exit(run(read_settings(env), port_variable(env) if port is None else '--port'))
 
 # %% ../nbs/08_cli.ipynb #a1439432
-@app.command()
-def dockerfile(notebook:Notebook, device:Device=None, delivery:Delivery=None, store:Store=None)->None:
+@command(app)
+def dockerfile(notebook:Notebook, device:Device=None, delivery:Delivery=None, store:Store=None,
+    full:Json=False)->None:
     "Print the Dockerfile of a notebook's image."
     from mlserve.release.image.dockerfile import ImageSpec, render
     from mlserve.release.spec import read_spec
     spec = read_spec(notebook, device=device, delivery=delivery, store=store)
-    print(render(ImageSpec(base=spec.base, device=spec.device, delivery=spec.delivery)), end='')
+    text = render(ImageSpec(base=spec.base, device=spec.device, delivery=spec.delivery)).rstrip('\n')
+    show({'base': spec.base, 'device': spec.device, 'delivery': spec.delivery, 'text': text}, text, full)
 
 # %% ../nbs/08_cli.ipynb #18f2e8e9
 def _refuse_mixed(notebook, package, vendored, expect, more):
@@ -138,7 +142,7 @@ def _refuse_mixed(notebook, package, vendored, expect, more):
 Vendored = Annotated[Path|None, typer.Option(help='Folder of `mlserve vendor`, instead of a notebook and a package.')]
 Expect = Annotated[str|None, typer.Option(help='sha256:… of the vendored folder, as `mlserve vendor` told it.')]
 Twice = Annotated[bool, typer.Option('--twice', help='Build again from nothing, and name the first file that differs.')]
-@app.command()
+@command(app)
 def build(notebook:Annotated[Path|None, typer.Argument(help='The model notebook.')]=None,
     package:Annotated[Path|None, typer.Option(help='Folder of the package.')]=None,
     twice:Twice=False, vendored:Vendored=None, expect:Expect=None, builder:Built=None,
@@ -160,7 +164,7 @@ def build(notebook:Annotated[Path|None, typer.Argument(help='The model notebook.
     show(result, result['image'], full)
 
 # %% ../nbs/08_cli.ipynb #754fb5e5
-@app.command()
+@command(app)
 def vendor(notebook:Notebook,
     package:Annotated[Path, typer.Option(help='Folder of the package.')],
     out:Annotated[Path, typer.Option('--out', '-o', help='Folder to fill.')],
@@ -192,7 +196,7 @@ Version = Annotated[str|None, typer.Option(help='Of a model by name: a version, 
 Asked = Annotated[str|None, typer.Option('--device', help='cpu, cuda or cuda:N; as recorded by default.')]
 Url = Annotated[str|None, typer.Option(help='Of a running service, which is asked in place of a new container.')]
 Token = Annotated[Path|None, typer.Option(help='File with the bearer token of the service.')]
-@app.command()
+@command(app)
 def check(image:Recorded, version:Version=None, device:Asked=None, url:Url=None, token_file:Token=None,
     full:Json=False)->None:
     "Run a recorded image by its digest, or ask a running service, and prove that it infers."
@@ -216,16 +220,17 @@ def check(image:Recorded, version:Version=None, device:Asked=None, url:Url=None,
 
 # %% ../nbs/08_cli.ipynb #81a259ad
 Older = Annotated[bool, typer.Option('--allow-older', help='Also to a version older than the one in production.')]
-@app.command()
+@command(app)
 def promote(model:Model, version:Version=None, device:Asked=None, allow_older:Older=False, full:Json=False)->None:
     "Move production to a version whose check passed."
     from mlserve.release.record import promote as run
     from mlserve.release.supply_chain.verify import confirm
     pair = run(model, version, device, warn=warn, allow_older=allow_older, confirm=confirm)
     show(asdict(pair), pair.image, full)
+    next_step(f'mlserve deploy compose {model}', full)
 
 # %% ../nbs/08_cli.ipynb #24d65b03
-@app.command()
+@command(app)
 def verify(image:Image, full:Json=False)->None:
     "Recompute an image's chain, from the notebook to the record."
     from mlserve.release.supply_chain.verify import chain_table, failure, verify as run
@@ -234,7 +239,7 @@ def verify(image:Image, full:Json=False)->None:
     if not result['ok']: raise failure(result)
 
 # %% ../nbs/08_cli.ipynb #fdfc6aae
-@app.command()
+@command(app)
 def diff(a:Annotated[str, typer.Argument(help='REPOSITORY@sha256:…, or the name of a registered model.')],
     b:Annotated[str, typer.Argument(help='The other image; or a version or alias of the model.')],
     c:Annotated[str|None, typer.Argument(help='The other version or alias of the model.')]=None,

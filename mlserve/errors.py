@@ -6,11 +6,11 @@
 __all__ = ['exit_codes', 'gpu_reasons', 'MlserveError', 'InvalidInput', 'NotFound', 'TooLarge', 'UnsupportedMedia', 'Unavailable',
            'DeadlinePassed', 'ModelFailed', 'NotebookFailed', 'Interrupted', 'UsageError', 'CheckFailed', 'Conflict',
            'IntegrityError', 'RemoteUnavailable', 'LocalResource', 'Refused', 'GpuRefused', 'error_body', 'hidden',
-           'after', 'last_line', 'read_last_line', 'by_code']
+           'secrets_in', 'after', 'last_line', 'read_last_line', 'by_code']
 
 # %% ../nbs/01_errors.ipynb #f403a808
-import json, re
-from collections.abc import Iterator
+import json, os, re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from .patch import patch
 
@@ -163,6 +163,14 @@ def hidden(
 )->str: # the same, with `…` for who and by which word
     "A text without the passwords of its addresses"
     return re.sub(r'://[^/@\s]*@', '://…@', text)
+
+# %% ../nbs/01_errors.ipynb #ee731cd0
+_secret = re.compile(r'(?i)token|secret|passw|credential|api_?key|access_?key')
+def secrets_in(
+    env:Mapping[str, str], # variables of a process
+)->dict[str, str]: # those whose values nobody else may read
+    "The variables that hold a secret"
+    return {k: v for k,v in env.items() if _secret.search(k) and len(v) >= 8 and not os.path.exists(v)}
 
 # %% ../nbs/01_errors.ipynb #1de77cf7
 @contextmanager

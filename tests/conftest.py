@@ -18,8 +18,9 @@ SERVING = {"scheduler", "decoding", "gpu", "http_limits", "pipelining", "platfor
 ENDURANCE = {"endurance", "isolation", "proxies"}  # servers that are watched for long, killed and replaced, with a clock
 CLIENTS = {"clients", "tracing"}  # servers with the clients of others and a collector of traces; run by `make clients`
 KUBERNETES = {"kubernetes", "kubernetes_deploy", "nodes"}  # a control plane, and nodes with pods; run by `make kubernetes`
+SWARM = {"swarm"}  # three engines in network namespaces, run by `make swarm`
 BROWSER = {"browser", "lab", "site"}  # pages and JupyterLab in Chromium; run by `make browser`
-LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS, "browser": BROWSER, "kubernetes": KUBERNETES}
+LANES = {"engine": ENGINE, "releases": RELEASES, "images": IMAGES, "servers": SERVERS, "controls": CONTROLS, "serving": SERVING, "endurance": ENDURANCE, "clients": CLIENTS, "browser": BROWSER, "kubernetes": KUBERNETES, "swarm": SWARM}
 
 
 def pytest_addoption(parser):

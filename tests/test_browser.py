@@ -1,9 +1,12 @@
 """The page of a running model in a real browser: asked by a form, drawn on, read by axe, in light and dark, wide and narrow."""
 import json
+from base64 import b64encode
+from io import BytesIO
 
 import numpy as np
 import pytest
 from browser import WIDTHS, serious
+from PIL import Image
 from servers import Server
 
 
@@ -44,6 +47,93 @@ def table(tmp_path_factory):
         yield server
 
 
+HANDLERS = {
+    "text": """
+import numpy as np
+def preprocess(request: list[str]) -> dict: return {'x': np.array([[text.count(c) for c in 'abcd'] for text in request], np.float32)}
+def postprocess(outputs: dict, request) -> list[dict]: return [{'letter': 'abcd'[int(y.argmax())], 'probabilities': y.tolist()} for y in outputs['y']]
+""",
+    "days": """
+import datetime
+import numpy as np
+from pydantic import BaseModel
+class Day(BaseModel):
+    date: datetime.date
+    warm: float = 20
+    open: bool
+    names: list[str]
+    note: str | None = None
+def preprocess(request: list[Day]) -> dict: return {'x': np.array([[d.warm, d.open, d.date.month, len(d.names)] for d in request], np.float32)}
+def postprocess(outputs: dict, request) -> list[str]: return [f'{d.date} {d.warm} {d.open} {d.names} {d.note}' for d in request]
+"""}
+
+
+@pytest.fixture(scope="module", params=HANDLERS)
+def own(request, tmp_path_factory):
+    "A server of a model that has types of its own: which, and the server"
+    import torch
+
+    from mlserve.package import save_package
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "handler.py").write_text(HANDLERS[request.param])
+    save_package(torch.nn.Softmax(1).eval(), folder / "package", request.param, {"x": torch.rand(3, 4)}, ["y"], handler=folder / "handler.py")
+    with Server(folder / "package", folder, real=True, ui=True) as server:
+        yield request.param, server
+
+
+def test_a_model_with_types_of_its_own_is_asked_in_these(own, visit):
+    "A text is typed; a record is filled in, by date, number, choice, lines and a field that may be empty"
+    kind, server = own
+    page = visit(server.url + "/")
+    if kind == "text":
+        page.get_by_label("text", exact=True).fill("cab-bage\nbb")
+        sent, told = ["cab-bage\nbb"], "b"
+    else:
+        for name, value in (("date (date)", "2026-11-29"), ("warm (number)", "7.5"), ("names (one a line)", "Ada\nMax"), ("note (string, may be empty)", "")):
+            page.get_by_label(name, exact=True).fill(value)
+        page.get_by_role("combobox", name="open (boolean)").select_option("true")
+        sent, told = [{"date": "2026-11-29", "warm": 7.5, "open": True, "names": ["Ada", "Max"], "note": None}], "2026-11-29 7.5 True ['Ada', 'Max'] None"
+    page.click("#send")
+    page.wait_for_selector("#answer details", state="attached")
+    assert json.loads(page.input_value("#body")) == sent and "/handle" in page.inner_text("#snippet")
+    assert page.inner_text("#answer p b") == told and page.inner_text("#took").startswith("200 in")
+    assert page.locator(".bar").count() == (4 if kind == "text" else 0)
+    assert not serious(page)
+
+
+def test_its_route_has_an_example_that_is_answered(own, visit):
+    page = visit(own[1].url + "/docs", ready="#routes summary")
+    row = page.locator("#routes details", has_text="/handle").first
+    row.locator("summary").first.click()
+    assert json.loads(row.locator("textarea").input_value())
+    row.get_by_role("button", name="Send").click()
+    row.locator("pre").first.wait_for()
+    assert row.locator("pre").first.inner_text().startswith("200 in")
+
+
+def test_a_dropped_image_is_asked(drawn, visit):
+    "Only its seventh row is bright, and another file says that it is no image"
+    page = visit(drawn.url + "/")
+    drop = """async ([text, type, name]) => {
+        const data = new DataTransfer(), bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0))
+        data.items.add(new File([bytes], name, {type}))
+        document.querySelector('canvas').dispatchEvent(new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true}))}"""
+    with BytesIO() as file:
+        pixels = np.zeros((8, 8), np.uint8)
+        pixels[6] = 255
+        Image.fromarray(pixels).save(file, "PNG")
+        picture = b64encode(file.getvalue()).decode()
+    before = page.input_value("#body")
+    page.evaluate(drop, [picture, "image/png", "seven.png"])
+    page.wait_for_function("before => document.getElementById('body').value !== before", arg=before)
+    page.click("#send")
+    page.wait_for_selector(".bar")
+    assert page.locator(".bar").first.inner_text().split()[0] == "6"
+    page.evaluate(drop, [b64encode(b"no image").decode(), "text/plain", "notes.txt"])
+    page.wait_for_selector("#problem", state="visible")
+    assert "notes.txt is no image" in page.inner_text("#problem")
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_drawing_is_answered_with_bars(drawn, visit, scheme, width):
@@ -57,7 +147,7 @@ def test_a_drawing_is_answered_with_bars(drawn, visit, scheme, width):
     page.mouse.up()
     page.click("#send")
     page.wait_for_selector(".bar")
-    assert page.locator(".bar").first.inner_text().split()[0] == "5" and page.locator(".bar").count() == 8
+    assert page.locator(".bar").first.inner_text().split()[0] == "5" and page.locator(".bar").first.inner_text().endswith("%") and page.locator(".bar").count() == 8
     sent = json.loads(page.input_value("#body"))
     assert np.argmax(drawn.http.post("/predict", json=sent).json()["outputs"][0]) == 5
     assert "200 in" in page.inner_text("#took") and page.inner_text("#state") == "ready" and "version 3" in page.inner_text("header")
@@ -107,6 +197,8 @@ def test_every_route_that_has_an_example_answers_it(drawn, visit, width):
             asked += 1
     assert asked > 25
     assert not serious(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]
+    assert "`" not in page.inner_text("#routes summary:has-text('MLSERVE_UI')")
 
 
 def test_a_token_is_asked_for_and_kept_nowhere(drawn, visit, tmp_path):

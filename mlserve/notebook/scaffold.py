@@ -26,7 +26,7 @@ def _notebook(kind:str, name:str)->str:
     return json.dumps(book, indent=1, ensure_ascii=False) + '\n'
 def _project(kind:str, name:str)->dict[str, str]:
     "The files of a project, by path"
-    def text(file:str)->str: return (templates()/file).read_text().replace('NAME', name)
+    def text(file:str)->str: return re.sub(r'\bNAME\b', name, (templates()/file).read_text())
     return {'model.ipynb': _notebook(kind, name), 'mlserve.toml': text(f'{kind}.toml'), 'README.md': text('README.md'),
         'requirements.txt': text('requirements.txt'), '.gitignore': text('gitignore'),
         '.github/workflows/release.yaml': text('release.yaml')}

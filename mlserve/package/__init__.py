@@ -26,7 +26,7 @@ from .export.recorded import read_golden, write_golden
 from .export.size_proofs import check_padding, prove_recorded
 from .export.sizes import answered_pairs, output_specs, with_sizes
 from .export.example import check_order, first_answer
-from .programs.half import HALVES, check_dtype
+from .programs.half import check_dtype, half_tolerance
 from .holdout import beside, check_beside, discard, live_answers
 from .holdout import move_beside, reference_of, write_holdout
 from .export.invariance import halve, prove_program
@@ -194,12 +194,12 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     copy_code(given.code, temp)
     ours['handler'] = write_handler(given.handler, temp)
     expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite)
-    given = with_sizes(live, given, batch, bool(nonfinite))
+    given = with_sizes(live, given._replace(names=list(expected)), batch, bool(nonfinite))
     pairs = answered_pairs(live, given, expected, bool(nonfinite))
     inputs,outputs,reference,own = given.inputs,output_specs(given, pairs),live,expected
     if padding := check_padding(given, outputs): ours['padding'] = padding.values
     if isinstance(live, TableModel): ours['tolerance'] = table_tolerance(live) | (ours['tolerance'] or {})
-    ours['tolerance'] = ours['tolerance'] or HALVES.get(ours.get('dtype', '')) or default_tolerance(outputs)
+    ours['tolerance'] = ours['tolerance'] or half_tolerance(ours.get('dtype'), live) or default_tolerance(outputs)
     check_width(ours['tolerance'], expected)
     if ours.get('dtype'):
         assert isinstance(origin, TorchProgram) # `check_dtype` allows live modules only
@@ -245,7 +245,7 @@ def save_package(
     path:str|Path, # the folder to make; a package there is replaced
     name:str, # of the model: lower-case letters, digits, `.`, `_` and `-`
     inputs:Any, # one example batch by name, in call order; two, where sizes vary; or the rows of a table
-    outputs:Sequence[str], # names of what the model gives, in its order
+    outputs:Sequence[str]=(), # names of what the model gives, in its order; by default its own
     format:str|None=None, # 'torchscript', 'export', 'onnx', 'safetensors'; by default what the model is
     tolerance:dict[str,float]|None=None, # `rtol` and `atol`; by default those of the output's type
     handler:bool|str|Path|None=None, # True for the exported cells of this notebook, or the path of a .py file

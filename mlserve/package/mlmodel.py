@@ -177,7 +177,7 @@ def check_types(
         if table and what == 'inputs': continue
         if not isinstance(value, kind):
             raise UsageError(f'{what} is of type {type(value).__name__}; {text} is allowed.')
-        if not value and what in ('inputs', 'outputs'): raise UsageError(f'{what} is empty; {text} is allowed.')
+        if not value and what == 'inputs': raise UsageError(f'{what} is empty; {text} is allowed.')
 
 # %% ../../nbs/package/08_mlmodel.ipynb #78e78591
 def check_ways(

@@ -192,7 +192,7 @@ def commands(
     body,rows = Path(folder)/'query.json',slice(1 if package.batch else None)
     first = {name: array[rows] for name,array in golden(package)[0].items()}
     body.write_bytes(encode_predict_request(first, package.inputs))
-    who = f'-e MLSERVE_MODEL_VERSION={version} -e MLSERVE_IMAGE={image} '
+    who = f'-e MLSERVE_UI=true -e MLSERVE_MODEL_VERSION={version} -e MLSERVE_IMAGE={image} '
     host = f"DOCKER_HOST={shlex.quote(os.environ['DOCKER_HOST'])} " if 'DOCKER_HOST' in os.environ else ''
     uri = mlflow_store.tracking_uri()
     ui = f'{Path(sys.executable).parent}/mlflow','ui','--host','127.0.0.1','--port','5000','--backend-store-uri',uri

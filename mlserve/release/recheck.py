@@ -13,7 +13,8 @@ from .gates import told_metrics
 from .record import mlflow_store
 from .record.journal import Journal
 from .record.mlflow_store import environment
-from .run import keep_evidence, read_json, run_folder, run_pipeline, write_json
+from .record.evidence import keep_evidence
+from .run import read_json, run_folder, run_pipeline, say, write_json
 from .record import Pair, read_pair
 from .supply_chain.statement import attest, evidence_of, spec_fields
 
@@ -29,7 +30,7 @@ def released_spec(
 # %% ../../nbs/release/05_recheck.ipynb #4ec4e109
 def _keep(pair, folder):
     "Log what a check left, and state what it found"
-    keep_evidence(pair.run_id, folder, f'evidence/{folder.name}')
+    keep_evidence(pair.run_id, folder, f'evidence/{folder.name}', warn=lambda text: say(f'warning: {text}'))
     found = read_json(folder/'check.json') if (folder/'check.json').exists() else {}
     if found.get('passed'): attest(read_pair(pair.name, pair.version), found['device'], evidence_of(pair))
 def check_again(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pipelines', 'run_pipeline', 'pipeline_kernel', 'write_json', 'read_json', 'say', 'step', 'Run', 'run_folder',
-           'reach_disk', 'absolute', 'under_name', 'open_run', 'keep_evidence', 'books_of', 'fail_run']
+           'reach_disk', 'absolute', 'under_name', 'open_run', 'books_of', 'fail_run']
 
 # %% ../../nbs/release/04_run.ipynb #3d50f4dd
 import ast, json, shlex, shutil, sys, threading, time
@@ -16,12 +16,14 @@ from typing import Any
 from ..errors import (Interrupted, LocalResource, MlserveError, NotebookFailed, RemoteUnavailable,
     UsageError, hidden)
 from ..package.folder import shipped, write_whole
-from ..package.lock import file_hash
 from ..patch import patch
 from .git_source import commit_of
 from .notebook import experiment_of, parameters_of, ran_to_its_end, run_notebook, shared_kernel
 from .record import mlflow_store
+from .record.evidence import keep_evidence
 from .record.journal import Journal, owner_of
+from .record.ledger import user_name
+from .record.logged_package import read_logged
 from .spec import ReleaseSpec, default_name, default_repository
 
 # %% ../../nbs/release/04_run.ipynb #faea271c
@@ -194,6 +196,12 @@ def under_name(
     own = {'repository': default_repository(name)} if spec.repository == default_repository(spec.name) else {}
     return spec.model_copy(update={'name': name, **own})
 
+# %% ../../nbs/release/04_run.ipynb #33c168e1
+def _origin(notebook:Path, commit:str)->dict[str, str]:
+    "Who runs what, as MLflow's pages name it"
+    clean = {} if commit.endswith('-dirty') or not commit else {'mlflow.source.git.commit': commit}
+    return {'mlflow.user': user_name(), 'mlflow.source.name': notebook.name, 'mlflow.source.type': 'NOTEBOOK', **clean}
+
 # %% ../../nbs/release/04_run.ipynb #091cf951
 def open_run(
     spec:ReleaseSpec, # of the release
@@ -202,7 +210,8 @@ def open_run(
     "Make the folder and the MLflow run of a release, and see that the run takes evidence"
     spec = absolute(spec)
     store = mlflow_store.client()
-    tags = {'mlserve.source': commit_of(spec.notebook), 'mlserve.spec': spec.model_dump_json()}
+    commit = commit_of(spec.notebook)
+    tags = {'mlserve.source': commit, 'mlserve.spec': spec.model_dump_json(), **_origin(spec.notebook, commit)}
     experiment = mlflow_store.experiment(store, experiment_of(spec.notebook))
     folder = run_folder(spec.state)
     written,journal = write_json(folder/'spec.json', json.loads(spec.model_dump_json())),Journal(folder)
@@ -220,7 +229,7 @@ def open_run(
 
 # %% ../../nbs/release/04_run.ipynb #0396607c
 @patch
-def log_parameters(self:Run)->None: # as parameters of the MLflow run
+def log_parameters(self:Run)->None: # as parameters of the MLflow run, and of the logged model
     "Log the parameters of the model notebook"
     store,given = mlflow_store.client(),parameters_of(self.spec.notebook)
     known = {'package_dir', *store.get_run(self.id).data.params}
@@ -228,26 +237,19 @@ def log_parameters(self:Run)->None: # as parameters of the MLflow run
         try: value = ast.literal_eval(given[name])
         except (ValueError, SyntaxError): value = given[name] # an expression
         store.log_param(self.id, name, str(value)[:6000]) # as long as MLflow allows
+    if not (logged := read_logged(self.id)): return
+    params,there = store.get_run(self.id).data.params,store.get_logged_model(logged.model_id).params
+    new = {name: value for name,value in params.items() if name not in there}
+    if new: store.log_model_params(logged.model_id, new)
 
 # %% ../../nbs/release/04_run.ipynb #3f3aaa97
-def keep_evidence(
-    run_id:str, # of MLflow
-    folder:Path, # with executed notebooks and what they found
-    place:str='evidence', # folder of the artifacts
-    known:Mapping[str, str]|None=None, # what was logged before: path of an artifact → `sha256:…`
-)->dict[str, str]: # path of each artifact → `sha256:…`
-    "Log notebooks and findings as artifacts of a run, as far as they are new"
-    store,known,kept = mlflow_store.client(),known or {},{}
-    for path in sorted([*folder.glob('*.ipynb'), *folder.glob('*.json')]):
-        name = f'{place}/{path.name}'
-        kept[name] = f'sha256:{file_hash(path)}'
-        if known.get(name) != kept[name]: store.log_artifact(run_id, str(path), place)
-    return kept
 @patch
 def keep(self:Run)->dict[str, str]: # path of each artifact → `sha256:…`
     "Log the evidence that is new since the journal noted some, and note it"
     known = self.journal.last('evidence').get('kept', {})
-    kept = keep_evidence(self.id, self.folder, known=known)
+    home = self.spec.notebook.parent
+    places = {str(home): home.name}
+    kept = keep_evidence(self.id, self.folder, known=known, places=places, warn=lambda text: say(f'warning: {text}'))
     if kept != known: self.journal.note('evidence', kept=kept)
     return kept
 def books_of(

@@ -9,12 +9,13 @@ from sklearn.compose import ColumnTransformer
 from sklearn.ensemble import GradientBoostingClassifier, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier, SGDClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
+from sklearn.svm import SVC, LinearSVC
 from xgboost import XGBClassifier
 
-from mlserve.errors import CheckFailed, InvalidInput, Refused, UsageError
+from mlserve.errors import CheckFailed, InvalidInput, MlserveError, Refused, UsageError
 from mlserve.package import golden, load_package, save_package
 from mlserve.package.convert.columns import table_columns, to_arrays
 from mlserve.serving.model import load_model
@@ -110,6 +111,34 @@ def test_texts_are_split_and_folded_as_in_training(tmp_path):
     greek = make_pipeline(CountVectorizer(), LogisticRegression()).fit(["ΛΌΓΟΣ", "γάτα"], [0, 1])
     with pytest.raises(Refused, match="The step 'countvectorizer › CountVectorizer'.*Greek"):
         save_package(greek, tmp_path / "q", name="words", inputs=pd.Series(["ΛΌΓΟΣ", "γάτα"]), outputs=BOTH)
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], [3, 5], ["a", "b", "c"], [0, 1, 2]])
+@pytest.mark.parametrize("last", [SVC(), SGDClassifier(random_state=0), LinearSVC(), RidgeClassifier()])
+def test_a_classifier_without_probabilities_answers_its_label(last, labels, tmp_path):
+    (frame, _, score), (held, _, other) = TRAIN, HELD
+    known = np.array(labels)
+    y, kept = (known[np.digitize(s, [3.6, 4.2][:len(labels) - 1])] for s in (score, other))
+    model = pipeline(last).fit(frame, y)
+    package = save_package(model, tmp_path / "p", name="table", inputs=frame, holdout=(held, kept))
+    served = load_model(package, Device("cpu")).predict(to_arrays(held, table_columns(frame)))["label"]
+    told = served if served.dtype != object else np.array([v.decode() for v in served])
+    assert (told == model.predict(held)).all() and set(told) == set(labels)
+
+
+def test_a_linear_classifier_of_texts_answers_its_label(tmp_path):
+    texts = pd.Series(["a good film", "schön", "bad", "a bad film", "good", "not good"] * 20, name="text")
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LinearSVC()).fit(texts, ["yes", "yes", "no", "no", "yes", "no"] * 20)
+    package = save_package(model, tmp_path / "p", name="words", inputs=texts)
+    served = load_model(package, Device("cpu")).predict({"text": np.array([[t.encode()] for t in texts], object)})["label"]
+    assert [v.decode() for v in served] == list(model.predict(texts))
+
+
+def test_several_labels_a_row_are_refused(tmp_path):
+    frame, several = TRAIN[0][["visits"]], np.stack([TRAIN[2] > 4, TRAIN[2] > 3]).T.astype(int)
+    with pytest.raises(MlserveError) as e:
+        save_package(RidgeClassifier().fit(frame, several), tmp_path / "p", name="table", inputs=frame)
+    assert "several labels a row" in str(e.value), e.value
 
 
 def test_every_form_of_a_request_means_the_same_rows(tmp_path):

@@ -20,7 +20,8 @@ from mlserve.release.record import logged_package, upload
 from mlserve.release.record.mlflow_store import environment
 from mlserve.release.registry.client import Remote, attach, put_blob, put_manifest, reach_registry, read_reference, stream_blob
 from mlserve.release.registry.image_reader import read_image
-from mlserve.release.run import keep_evidence, open_run
+from mlserve.release.record.evidence import keep_evidence
+from mlserve.release.run import open_run
 from mlserve.release.spec import ReleaseSpec
 
 BUDGET = 2  # seconds

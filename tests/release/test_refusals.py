@@ -111,6 +111,19 @@ def test_what_another_store_has_is_not_in_this_one(environment):
     refused(mlserve("check", "nothing", env=environment), 2, "No model 'nothing' is recorded", "http://")
 
 
+@pytest.mark.parametrize("words, printed, told", [
+    (["status"], "nothing is deployed\n", "next: mlserve deploy compose MODEL\n"),
+    (["status", "digits"], "nothing is deployed\n", "next: mlserve deploy compose digits\n"),
+    (["status", "--json"], "[]\n", ""),
+])
+def test_a_command_says_that_there_is_nothing_and_what_comes_next(monkeypatch, words, printed, told):
+    from mlserve.cli import app
+    from typer.testing import CliRunner
+    monkeypatch.setattr("mlserve.release.deploy.live.status.status", lambda model: [])
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, done.stdout, done.stderr) == (0, printed, told)
+
+
 def test_the_server_takes_an_address_as_it_is_typed():
     done = mlserve("serve", "s3://bucket/x", "--port", "0", env={"MLSERVE_PACKAGE": None, "MLSERVE_PACKAGE_DIGEST": None})
     assert done.returncode == last_json(done.stderr)["code"] == 8, done.stderr

@@ -94,6 +94,25 @@ def test_a_second_check_takes_device_and_delivery_from_the_record(release, envir
     assert left.id not in {box.id for box in engine.containers.list(all=True, ignore_removed=True)}
 
 
+def test_the_doctor_removes_a_container_of_a_killed_command(release, environment, engine, tmp_path):
+    "And leaves alone one whose owner lives"
+    with subprocess.Popen(["sleep", "60"]) as kernel:
+        left = engine.containers.create(release["image"], labels={OWNER: owner_of(kernel.pid)})
+        kernel.kill()
+    mine = engine.containers.create(release["image"], labels={OWNER: owner_of()})
+    try:
+        def examined(*options):
+            done = mlserve("doctor", "--json", *options, env={**environment, "MLSERVE_STATE": str(tmp_path)})
+            return next(f for f in json.loads(done.stdout) if f["what"] == "containers")
+        found = examined()
+        assert left.name in found["told"] and mine.name not in found["told"]
+        assert examined("--fix", "--yes")["mended"] and examined()["state"] == "ok"
+        there = {box.id for box in engine.containers.list(all=True, ignore_removed=True)}
+        assert left.id not in there and mine.id in there
+    finally:
+        mine.remove(force=True)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.matrix)])
 def test_an_interrupted_check_leaves_no_container(release, environment, sign):
     image = release["image"]
@@ -124,6 +143,67 @@ def test_the_executed_check_has_the_curves_and_the_run_has_their_numbers(release
     executed = client.download_artifacts(release["run"], "evidence/check_inference.ipynb", str(tmp_path))
     [outputs] = [outputs for source, outputs in shown(executed).items() if "speed_plot(result.speed)" in source]
     assert "image/png" in outputs
+
+
+def artifacts(client, run, path=None):
+    "Every file of a run"
+    for found in client.list_artifacts(run, path):
+        if found.is_dir:
+            yield from artifacts(client, run, found.path)
+        else:
+            yield found.path
+
+
+def test_every_name_that_a_release_writes_has_its_text(release, tracking, engine):
+    "And no text is about a tag of the version that no release writes"
+    from mlflow import MlflowClient
+
+    from mlserve.release.record import names
+    client = MlflowClient(tracking_uri=tracking)
+    version, run = client.get_model_version("digits", release["version"]), client.get_run(release["run"])
+    written = {"tags of the version": (version.tags, names.tag_names()), "tags of the run": (run.data.tags, names.RUN_TAGS),
+               "metrics": (run.data.metrics, names.METRIC_NAMES), "artifacts": (artifacts(client, release["run"]), names.ARTIFACTS),
+               "labels": (engine.images.get(release["image"]).labels, names.IMAGE_LABELS)}
+    assert not [(what, *missing) for what, (there, table) in written.items() if (missing := names.unexplained(there, table))]
+    asked = {name.replace("{device}", "cpu") for name in names.tag_names()}
+    assert asked == set(version.tags), asked ^ set(version.tags)
+
+
+def test_the_page_of_the_version_has_its_model_with_metrics_and_parameters(release, tracking):
+    from mlflow import MlflowClient
+    client = MlflowClient(tracking_uri=tracking)
+    run = client.get_run(release["run"])
+    [made] = run.outputs.model_outputs
+    model = client.get_logged_model(made.model_id)
+    assert {"name": "digits", "version": release["version"]} in [{**v, "version": str(v["version"])} for v in json.loads(model.tags["mlflow.modelVersions"])]
+    assert {m.key for m in model.metrics} == set(run.data.metrics) and model.params == run.data.params
+    assert run.data.metrics["check.cpu.latency_ms"] == release["check"]["speed"]["cpu"]["p50_ms"][0]
+    shown = client.load_table(run.info.experiment_id, "check_cpu.json", [release["run"]]).set_index("question")
+    assert shown["image"]["verdict"] == "passed" and float(shown["image"]["accuracy"]) == pytest.approx(release["metrics"]["accuracy"]["container"], rel=1e-5)
+
+
+def test_executed_notebooks_are_pages_that_ask_nobody_and_name_no_place_of_this_machine(release, tracking, state, tmp_path):
+    from pathlib import Path
+
+    from mlflow import MlflowClient
+
+    from commands import ROOT
+    from mlserve.release.record import read_pair
+    from mlserve.release.supply_chain.provenance import unseal
+    from mlserve.release.supply_chain.statement import read_statement
+    client = MlflowClient(tracking_uri=tracking)
+    kept = Path(client.download_artifacts(release["run"], "evidence", str(tmp_path)))
+    pages = {page.stem: page.read_text() for page in kept.glob("*.html")}
+    assert set(pages) == {Path(book).stem for book in release["evidence"]} and len(pages) == 4
+    for text in pages.values():
+        assert "default-src 'none'" in text and "<script" not in text
+        assert not [place for place in (str(state), str(ROOT), str(Path.home()) + "/") if place in text]
+    assert "data:image/png" in pages["check_inference"]
+    print({page.name: page.stat().st_size for page in kept.glob("*.html")})
+    pair = read_pair("digits", release["version"], tracking)
+    statement = client.download_artifacts(release["run"], f"statements/{pair.tags['mlserve.statement.cpu'].removeprefix('sha256:')}.json", str(tmp_path))
+    said = read_statement(unseal(Path(statement).read_bytes(), "")[0])
+    assert all(f"evidence/{name}.html" in said.evidence for name in pages)
 
 
 @pytest.fixture

@@ -24,6 +24,13 @@ def test_a_project_is_released_as_it_is(kind, environment, tmp_path):
     assert result["model"] == f"first-{kind}" and result["aliases"] == ["candidate", "production"]
     [metric] = {"classification": ["accuracy"], "regression": ["rmse"]}[kind]
     assert metric in result["metrics"]
+    others = {"classification": {"rmse", "mae", "r2"}, "regression": {"accuracy", "f1_macro", "balanced_accuracy"}}[kind]
+    from mlflow import MlflowClient
+    client = MlflowClient(tracking_uri=environment["MLFLOW_TRACKING_URI"])
+    measured, version = client.get_run(result["run"]).data.metrics, client.get_model_version(result["model"], result["version"])
+    assert {metric, f"check.{metric}"} <= set(measured) and not others & set(measured) and not others & set(result["metrics"])
+    assert f"| {metric}" in version.description and not any(f"| {other}" in version.description for other in others)
+    assert ("Held against the true values" if kind == "regression" else "Held against the labels") in version.description
 
 
 def test_a_cell_releases_the_notebook_that_is_open_once_it_is_saved(environment, tmp_path):

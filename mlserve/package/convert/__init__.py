@@ -38,10 +38,14 @@ def format_of(
     known = [format for format,file in FORMATS.items() if suffix and Path(file).suffix == suffix]
     if not isinstance(inputs, (Mapping, list, tuple)): return 'onnx'
     return known[0] if known else 'torchscript'
-def _check_answers(model:Any, outputs:Sequence[str])->None:
-    "Refuse names for answers that the model does not give"
+
+# %% ../../../nbs/package/convert/07_convert.ipynb #6350d6d4
+def _answers(model:Any, outputs:Sequence[str])->list[str]:
+    "The names of a model's answers; names for answers that it does not give are refused"
     most = 2 if hasattr(model, 'predict_proba') else 1
-    if len(outputs) <= most: return
+    one = 'label' if hasattr(model, 'classes_') else 'prediction'
+    if not outputs: return ['label', 'probabilities'] if most == 2 else [one]
+    if len(outputs) <= most: return list(outputs)
     gives = 'a label and its probabilities' if most == 2 else 'one answer: a label or a number'
     raise UsageError(f"outputs names {', '.join(outputs)}; a {type(model).__name__} gives {gives}.",
         mend='A classifier without probabilities gets them by CalibratedClassifierCV.' if most == 1 else '')
@@ -58,11 +62,11 @@ def _types(graph:Any, names:Sequence[str])->dict[str, np.dtype]:
 def convert_table(
     model:Any, # fitted: of scikit-learn, XGBoost, LightGBM or CatBoost
     frame:'pd.DataFrame|pd.Series', # an example, with the types of training; a few hundred rows are best
-    outputs:Sequence[str], # names of a label and its probabilities, or of one answer
+    outputs:Sequence[str]=(), # names of a label and its probabilities, or of one answer
     optional:Sequence[str]=(), # columns that may miss a value, beside those that do
 )->TableModel: # with its graph, not yet proved
     "Convert a table model to ONNX"
-    _check_answers(model, outputs)
+    outputs = _answers(model, outputs)
     frame = ordered(model, as_frame(frame))
     live = TableModel(model, table_columns(frame, optional), outputs)
     convert = converted_booster if library_of(model) in BOOSTERS else converted_pipeline

@@ -12,7 +12,7 @@ import numpy as np
 from .columns import Column, to_frame
 from .graph import Body, joined
 from .mends import called_with, completed, conversions, estimators, library_of
-from .mends import text_options, with_empty_texts
+from .mends import linear_options, text_options, with_empty_texts
 from ..programs.onnx_program import OnnxProgram
 from ...errors import Refused
 from ...tensors import Arrays
@@ -80,6 +80,10 @@ def _initial_types(model:Any, columns:Sequence[Column])->list[tuple[str, Any]]:
 
 # %% ../../../nbs/package/convert/04_pipeline.ipynb #50a545e3
 _opsets = {'': 18, 'ai.onnx.ml': 3}
+def _only(graph:Any, output:str)->Any:
+    "A graph of what one output needs"
+    from onnx.utils import Extractor
+    return Extractor(graph).extract_model([i.name for i in graph.graph.input], [output])
 def converted_pipeline(
     model:Any, # fitted, of scikit-learn
     columns:Sequence[Column], # of the table
@@ -91,12 +95,13 @@ def converted_pipeline(
     classifier = hasattr(model, 'predict_proba')
     try:
         ours = conversions() | _register_boosters(model)
+        options = text_options(model) | linear_options(model) | ({id(model): {'zipmap': False}} if classifier else {})
         graph = convert_sklearn(model, initial_types=_initial_types(model, columns), target_opset=_opsets,
-            options=text_options(model) | ({id(model): {'zipmap': False}} if classifier else {}),
-            custom_conversion_functions=ours)
+            options=options, custom_conversion_functions=ours)
     except Exception as e:
         raise cannot(_where(e, model), e) from e
     outputs = [o.name for o in graph.graph.output]
+    if hasattr(model, 'classes_') and not classifier: graph = _only(graph, outputs[0]) # its scores would be maps
     return Body(graph, list(zip(outputs, ['flat', 'same'][:answers])))
 
 # %% ../../../nbs/package/convert/04_pipeline.ipynb #6bf73ad8

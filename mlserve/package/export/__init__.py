@@ -41,15 +41,21 @@ def _example(arrays:dict[str,np.ndarray])->tuple:
     import torch
     return tuple(torch.from_numpy(np.concatenate([a, a])[:max(2, len(a))]) for a in arrays.values())
 
-# %% ../../../nbs/package/export/03_export.ipynb #44d5684c
-def _graph(module:'torch.nn.Module', arrays:dict[str,np.ndarray], names:list[str],
-    inputs:Specs=())->'torch.export.ExportedProgram':
-    "The module as an exported program with a variable batch, and other sizes that vary"
+# %% ../../../nbs/package/export/03_export.ipynb #ba51057f
+def _ordered(module:'torch.nn.Module', names:list[str])->'torch.nn.Module':
+    "A module that gives its outputs in the order of their names"
     import torch
     class Ordered(torch.nn.Module):
         def __init__(self): super().__init__(); self.model = module
         def forward(self, *tensors:'torch.Tensor')->'tuple[torch.Tensor, ...]':
             return tuple(named(self.model(*tensors), names).values())
+    return Ordered().eval()
+
+# %% ../../../nbs/package/export/03_export.ipynb #44d5684c
+def _graph(module:'torch.nn.Module', arrays:dict[str,np.ndarray], names:list[str],
+    inputs:Specs=())->'torch.export.ExportedProgram':
+    "The module as an exported program with a variable batch, and other sizes that vary"
+    import torch
     batch = torch.export.Dim('batch')
     free = {s.name: s.free or {} for s in inputs}
     sizes = [size for places in free.values() for size in places.values()]
@@ -58,7 +64,7 @@ def _graph(module:'torch.nn.Module', arrays:dict[str,np.ndarray], names:list[str
     given = at_sizes(arrays, inputs, {name: max(2, n) for name,n in sizes_of(arrays, inputs).items()})
     try:
         with torch.no_grad():
-            program = torch.export.export(Ordered().eval(), _example(given), dynamic_shapes=(tuple(shapes),))
+            program = torch.export.export(_ordered(module, names), _example(given), dynamic_shapes=(tuple(shapes),))
     except torch._dynamo.exc.UserError as e:
         lines = [line.strip(' -').partition('. ')[0] for line in str(e).splitlines()]
         why = next((line for line in lines if any(name in line for name in known) and 'export(' not in line), '')
@@ -82,6 +88,9 @@ def _onnx(module:'torch.nn.Module', file:Path, arrays:dict[str,np.ndarray], name
     inputs:Specs=())->None:
     "Write a module as ONNX"
     import torch
+    if 'bfloat16' in weight_types(module):
+        raise Refused("The model's weights are bfloat16, which onnxruntime does not compute with on a CPU. "
+            'Nothing was saved.', mend="Give format='torchscript' or 'export'; or save model.float().")
     exported = _decided_graph(module, arrays, names, inputs)
     program = torch.onnx.export(exported, dynamo=True, input_names=list(arrays), output_names=list(names),
         verbose=False)
@@ -158,14 +167,20 @@ def _uncalled(module:'torch.nn.Module')->'torch.nn.Module':
     return copy.deepcopy(module, shared)
 
 # %% ../../../nbs/package/export/03_export.ipynb #e83402b0
+def _traced(module:'torch.nn.Module', arrays:dict[str,np.ndarray])->'torch.jit.ScriptModule':
+    "The operations that the example takes"
+    import torch
+    with torch.no_grad(): return torch.jit.trace(module, _example(arrays), check_trace=False, strict=False)
 def _trace(module:'torch.nn.Module', file:Path, arrays:dict[str,np.ndarray], names:list[str],
     inputs:Specs=())->None:
     "Write a module as TorchScript, unless its trace depends on values"
     import torch
     try:
-        places = readings(_uncalled(module), _example(arrays))
+        places = readings(_ordered(_uncalled(module), names), _example(arrays))
         if places: raise _by_values(places, module, arrays, names)
-        with torch.no_grad(): traced = torch.jit.trace(module, _example(arrays), check_trace=False, strict=False)
+        spare = _uncalled(module)
+        try: traced = _traced(module, arrays)
+        except RuntimeError: traced = _traced(_ordered(spare, names), arrays)
     except RuntimeError as e:
         if 'dynamo' not in str(e): raise
         raise Refused('The model uses torch.cond or torch.compile, which a trace cannot record.',

@@ -23,8 +23,9 @@ def _array(name:str, value)->np.ndarray:
     try: array = np.asarray(value.detach().cpu().numpy() if hasattr(value, 'detach') else value)
     except (TypeError, ValueError, RuntimeError) as e:
         kind = getattr(value, 'dtype', None) or type(value).__name__
-        raise UsageError(f"Example '{name}' ({kind}) cannot become an array.",
-            mend='Give numbers of a type that NumPy has, and rows of one length.') from e
+        mend = 'Give numbers of a type that NumPy has, and rows of one length.'
+        if 'bfloat16' in str(kind): mend = f'Give float32, and cast in forward: {name}.to(torch.bfloat16).'
+        raise UsageError(f"Example '{name}' ({kind}) cannot become an array.", mend) from e
     if not array.ndim:
         raise UsageError(f"Example '{name}' is a single value; the first dimension of an input must be the batch.")
     return np.ascontiguousarray(text_bytes(array))
@@ -72,8 +73,9 @@ def _refuse_types(live:Program, arrays:Mapping[str,np.ndarray], error:Exception)
     fractions_first = sorted(arrays.items(), key=lambda pair: pair[1].dtype.kind != 'f')
     for name,array in fractions_first:
         if array.dtype.kind not in 'iuf' or str(array.dtype) in weights: continue
-        raise UsageError(f"Example '{name}' is {array.dtype}, the model's weights are {weights[0]}.",
-            mend=f"Give np.asarray({name}, '{weights[0]}').") from error
+        mend = f"Give np.asarray({name}, '{weights[0]}')."
+        if weights[0] == 'bfloat16': mend = f'Cast in forward: {name}.to(torch.bfloat16).'
+        raise UsageError(f"Example '{name}' is {array.dtype}, the model's weights are {weights[0]}.", mend) from error
 
 # %% ../../../nbs/package/export/02_example.ipynb #e99dee1b
 def table_sizes(

@@ -52,12 +52,13 @@ class OnnxProgram:
     provider: str=CUDA # that must have work, on a GPU
     def run(self,
         arrays:dict[str,np.ndarray], # inputs by name
-        names:list[str], # of the outputs
+        names:list[str], # of the outputs; empty: all that the graph gives
         fresh:bool=False, # as in `TorchProgram.run`; nothing is written to either way
     )->dict[str,np.ndarray]: # outputs by name
         "One run of the graph"
         feeds = {n: _decode(n, a) if a.dtype == object else np.ascontiguousarray(a) for n,a in arrays.items()}
-        outputs = zip(names, self.session.run(list(names), feeds))
+        names = list(names) or [output.name for output in self.session.get_outputs()]
+        outputs = zip(names, self.session.run(names, feeds))
         return {name: _encode(a) if a.dtype == object else a for name,a in outputs}
     def devices(self)->list[str]:
         "Where the session is; it would not exist otherwise"

@@ -29,6 +29,7 @@ from ..gates import Gates, hold, learnt_nothing
 from ..image.engine import engine
 from ..record import Pair, failed_in_production, fetch_holdout, fetch_package, mark
 from ..record.description import describe
+from ..record.table import log_check_table
 from ..spec import checked_device
 from ...settings import remote_seconds
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _once(pair, kind, result):
     "What a check measures once, by the names of metrics that versions are compared by"
     size,memory = float(pair.tags.get('mlserve.image_mb') or 0),round(result.memory / 1e6, 1)
     numbers = {'image_mb': size or None, f'check.{kind}.memory_mb': memory or None}
+    if kind in result.speed: numbers[f'check.{kind}.latency_ms'] = result.speed[kind]['p50_ms'][0]
     numbers |= {f'check.{kind}.{name}_s': seconds for name,seconds in result.times.items()}
     return numbers | {f'check.{name}': told['container'] for name,told in result.metrics.items()}
 
@@ -260,10 +262,11 @@ def check(
         evidence = gather(pair, gates, kind, Path(folder), uri)
         result = _examine(pair, evidence, gates, device, delivery, limits)
     speeds = {kind: Speed(**numbers) for kind,numbers in result.speed.items()}
-    log_measured(pair.run_id, speeds, _once(pair, kind, result), uri)
+    log_measured(pair.run_id, speeds, _once(pair, kind, result), uri, pair.model_id)
     when = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
     now = mark(pair, device, asdict(result) | {'when': when, 'run': pair.run_id}, uri)
     describe(now, uri)
+    log_check_table(now, kind, asdict(result), uri)
     if not result.passed and (loud := failed_in_production(now, uri)):
         result = replace(result, reason=f'{result.reason} {loud}')
     return result

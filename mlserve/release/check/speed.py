@@ -219,10 +219,12 @@ def log_measured(
     speeds:Mapping[str, Speed], # kind of device → its numbers
     once:Mapping[str, float|None], # name of a metric → its one number
     uri:str|None=None, # of the store
+    model_id:str='', # of the logged model that the numbers are about
 )->None: # metrics such as `check.cuda.p50_ms`, with the batch size as step
     "Log what a check measured"
     from mlflow.entities import Metric
     now,points = int(time.time() * 1000),[(name, number, 0) for name,number in once.items() if number is not None]
     for kind,speed in speeds.items():
         points += [(f'check.{kind}.{name}', number, step) for name,number,step in _points(speed)]
-    store(uri).log_batch(run_id, [Metric(name, number, now, step) for name,number,step in points])
+    about = {'model_id': model_id} if model_id else {}
+    store(uri).log_batch(run_id, [Metric(name, number, now, step, **about) for name,number,step in points])

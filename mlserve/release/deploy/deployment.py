@@ -63,10 +63,13 @@ def dns_label(
 # %% ../../../nbs/release/deploy/03_deployment.ipynb #f9f7076e
 def checked_target(
     name:str, # that somebody gave; may be empty
+    engine:str='', # that it is for; any by default
 )->str: # the same
-    "A name of a target that every engine takes, or a refusal"
-    if not name or re.fullmatch('[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?', name): return name
-    raise Refused(f'{name!r} is not a name for a target: up to 63 small letters, digits and dashes, '
+    "A name of a target that its engine takes, or a refusal"
+    most = 56 if engine == 'swarm' else 63
+    if not name or len(name) <= most and re.fullmatch('[a-z0-9]([a-z0-9-]*[a-z0-9])?', name): return name
+    where = ' on swarm' if engine == 'swarm' else ''
+    raise Refused(f'{name!r} is not a name for a target{where}: up to {most} small letters, digits and dashes, '
         'none of them at an end.')
 def target_name(
     engine:str, # one of `ENGINES`
@@ -74,7 +77,7 @@ def target_name(
     named:str='', # what somebody gave
 )->str: # that name, or `ENGINE-MODEL`
     "The name of a target"
-    return checked_target(named) or f'{engine}-{dns_label(model)}'
+    return checked_target(named, engine) or f'{engine}-{dns_label(model)}'
 
 # %% ../../../nbs/release/deploy/03_deployment.ipynb #e72ef9d9
 @dataclass(frozen=True)
@@ -175,4 +178,5 @@ def plan(
     times = allowed_times(measured, spec.delivery, spec.ready_seconds, options.cpus)
     return Deployment(engine, pair.name, pair.version, pair.image, pair.package, spec.device, spec.delivery,
         resources_for(options, measured, spec.device), times, options, measured.together,
-        pair.tags.get('mlserve.place', ''), _proxied(engine, options.proxy or proxy), checked_target(target))
+        pair.tags.get('mlserve.place', ''), _proxied(engine, options.proxy or proxy),
+        checked_target(target, engine))

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 from ... import errors
-from ...errors import LocalResource, Refused
+from ...errors import LocalResource, Refused, secrets_in
 from ...package.folder import write_whole
 from ...package.lock import file_hash
 from . import rootfs
@@ -172,15 +172,13 @@ def created_of(
     return datetime.fromtimestamp(epoch, timezone.utc).strftime('%Y-%m-%dT%H:%M:%SZ')
 
 # %% ../../../nbs/release/image/03_context.ipynb #fb9f8222
-_secret = re.compile(r'(?i)token|secret|passw|credential|api_?key|access_?key')
 def refuse_secrets(
     texts:Mapping[str, str], # what it is → what everybody will read
     env:Mapping[str, str], # variables, whose names say which are secrets
 )->None:
     "Refuse a build that would write a secret into the image"
     for what,text in texts.items():
-        secrets = {k: v for k,v in env.items() if _secret.search(k) and len(v) >= 8 and not os.path.exists(v)}
-        names = sorted(k for k,v in secrets.items() if v in text)
+        names = sorted(k for k,v in secrets_in(env).items() if v in text)
         if not names and not re.search(r'://[^/@\s:]+:[^/@\s]+@', text): continue
         held = f'the value of {names[0]}' if names else 'an address with a password'
         raise Refused(f"The image's {what} would hold {held}.", mend='Take it out: an image is read by everybody '

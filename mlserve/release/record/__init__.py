@@ -16,7 +16,7 @@ from ...settings import remote_seconds
 from .ledger import Move, move, standing
 from .logged_package import (Logged, artifact_hash as artifact_hash,
     fetch_artifact as fetch_artifact, fetch_holdout as fetch_holdout, fetch_package as fetch_package,
-    log_package as log_package, read_logged as read_logged)
+    log_package as log_package, read_logged as read_logged, register)
 from .mlflow_store import client, ensure_reachable, unrecorded
 from ..gates import Gates
 from ..spec import checked_device
@@ -60,7 +60,7 @@ def pair_of(
     start = 'mlserve.check.'
     checks = {key.removeprefix(start): json.loads(text) for key,text in tags.items() if key.startswith(start)}
     return Pair(version.name, str(version.version), tags['mlserve.image'], tags['mlserve.package'],
-        version.run_id or tags.get('mlserve.run', ''), version.model_id or tags.get('mlserve.model_id', ''),
+        version.run_id or '', version.model_id or tags.get('mlserve.model_id', ''),
         tags.get('mlserve.status', 'recorded'), checks, tags)
 
 # %% ../../../nbs/release/record/03_record.ipynb #33a7b9b8
@@ -106,12 +106,13 @@ def record(
     _ensure_model(store, name)
     key = hashlib.sha256(f'{image} {logged.digest} {logged.model_id}'.encode()).hexdigest()
     own = {'mlserve.image': image, 'mlserve.package': logged.digest, 'mlserve.model_id': logged.model_id,
-        'mlserve.run': logged.run_id, 'mlserve.contract': logged.contract, 'mlserve.status': 'recorded', _key: key}
+        'mlserve.contract': logged.contract, 'mlserve.status': 'recorded', _key: key}
     more = {'mlserve.reference': logged.reference, 'mlserve.holdout': logged.holdout}
     own |= {tag: text for tag,text in more.items() if text}
     made = _create(store, name, key, {'source': f'models:/{logged.model_id}', 'run_id': logged.run_id,
         'model_id': logged.model_id, 'tags': own | dict(tags or {})})
     with after(f'{name} version {made.version} is recorded.'):
+        register(store, logged.model_id, name, str(made.version))
         return pair_of(store.get_model_version(name, made.version))
 
 # %% ../../../nbs/release/record/03_record.ipynb #0ba71f67

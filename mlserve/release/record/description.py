@@ -6,7 +6,7 @@
 __all__ = ['description', 'describe']
 
 # %% ../../../nbs/release/record/06_description.ipynb #6e89c52a
-import json
+import json, re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from ..gates import metrics_table
@@ -25,7 +25,9 @@ def _metrics(checks:Iterable[Mapping[str, Any]])->list[str]:
     "How good the version is, by the check that measured it"
     found = next((check for check in checks if check.get('metrics')), None)
     if not found: return []
-    return ['## How good', metrics_table(found['metrics']), f"Held against the labels: {found.get('reading', '')}."]
+    reading = found.get('reading', '')
+    truth = 'true values' if reading.endswith('numbers') else 'labels' # of a regression, or of classes
+    return ['## How good', metrics_table(found['metrics']), f'Held against the {truth}: {reading}.']
 
 # %% ../../../nbs/release/record/06_description.ipynb #626a20a6
 def _speeds(kind:str, found:Mapping[str, Any])->Iterator[str]:
@@ -45,15 +47,18 @@ def _fast(checks:Mapping[str, Mapping[str, Any]])->list[str]:
     return ['## How fast', '\n'.join([head, '|---' * 6 + '|', *rows])]
 
 # %% ../../../nbs/release/record/06_description.ipynb #db347fae
+def _short(name:str)->str:
+    "A digest by its first twelve digits; the whole one stands in a tag"
+    return re.sub(r'(sha256:[0-9a-f]{12})[0-9a-f]{52}', r'\1…', name)
 def _parts(pair:Pair)->Iterator[tuple[str, str]]:
     "What a version is made of"
     tags = pair.tags
     size = f", {float(tags['mlserve.image_mb']):.0f} MB" if tags.get('mlserve.image_mb') else ''
-    yield 'image',f'`{pair.image}`{size}'
-    yield 'package',f"`{pair.package}`, delivery `{pair.delivery}`"
+    yield 'image',f'`{_short(pair.image)}`{size}'
+    yield 'package',f"`{_short(pair.package)}`, delivery `{pair.delivery}`"
     yield 'inputs → outputs',f"`{tags.get('mlserve.contract', '')}`"
     for name,tag in {'commit': 'source', 'executed notebook': 'notebook', 'base': 'base'}.items():
-        if tags.get(f'mlserve.{tag}'): yield name,f"`{tags[f'mlserve.{tag}']}`"
+        if tags.get(f'mlserve.{tag}'): yield name,f"`{_short(tags[f'mlserve.{tag}'])}`"
     gates = json.loads(tags.get('mlserve.gates') or '{}')
     if gates: yield 'gates',f'`{json.dumps(gates)}`'
 def _commands(pair:Pair)->str:
@@ -61,6 +66,11 @@ def _commands(pair:Pair)->str:
     verbs = ['check'] + ['promote','deploy compose'] * (pair.status == 'checked')
     lines = [f'mlserve {verb} {pair.name} --version {pair.version}' for verb in verbs] + [f'docker pull {pair.image}']
     return '```bash\n' + '\n'.join(lines) + '\n```'
+
+# %% ../../../nbs/release/record/06_description.ipynb #812c9905
+def _spaced(text:str)->str:
+    "A table whose cells keep apart"
+    return text.replace(' |', '&emsp;|') if text.startswith('|') else text
 
 # %% ../../../nbs/release/record/06_description.ipynb #9910f1a8
 def description(
@@ -70,8 +80,8 @@ def description(
     verdicts = [_verdict(kind, found) for kind,found in pair.checks.items()] or ['**Recorded, not checked yet.**']
     warnings = [f'Warning: {text}' for found in pair.checks.values() for text in found.get('warnings') or ()]
     parts = '\n'.join(f'- {name}: {value}' for name,value in _parts(pair))
-    return '\n\n'.join([*verdicts, *warnings, *_metrics(pair.checks.values()), *_fast(pair.checks),
-        '## What it is', parts, '## What next', _commands(pair)])
+    tables = [_spaced(text) for text in (*_metrics(pair.checks.values()), *_fast(pair.checks))]
+    return '\n\n'.join([*verdicts, *warnings, *tables, '## What it is', parts, '## What next', _commands(pair)])
 
 # %% ../../../nbs/release/record/06_description.ipynb #24041a5f
 _letters = 5000

@@ -7,7 +7,7 @@ __all__ = ['state_folder', 'tracking_uri', 'unrecorded', 'ensure_reachable', 'ma
            'client', 'experiment', 'reach_record']
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #b5e1dad5
-import fcntl, functools, importlib.util, inspect, logging, os, time
+import fcntl, functools, importlib.util, inspect, logging, os, time, warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -194,7 +194,9 @@ def _told(method, uri):
 
 # %% ../../../nbs/release/record/00_mlflow_store.ipynb #fd0b2959
 def _opened(uri, ask=True): # a client; a database is asked once, which makes its tables
-    import mlflow
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='IProgress not found') # in a notebook; nothing of ours draws a bar
+        import mlflow
     try:
         store = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
         if ask: store.search_experiments(max_results=1)
@@ -237,6 +239,7 @@ def _living(found, uri):
     if found.lifecycle_stage == 'active': return found.experiment_id
     raise UsageError(f'The experiment {found.name!r} in {hidden(uri)} was deleted.',
         mend=f'mlflow experiments restore --experiment-id {found.experiment_id}')
+_kind = {'mlflow.experimentKind': 'custom_model_development'} # which of its two faces MLflow shows
 def experiment(
     store:'MlflowClient', # of `client`
     name:str='', # of the experiment; `MLFLOW_EXPERIMENT_NAME`, or mlserve, by default
@@ -248,7 +251,7 @@ def experiment(
     if found := store.get_experiment_by_name(name): return _living(found, store.tracking_uri)
     path = store.tracking_uri.removeprefix('sqlite:///')
     place = (Path(path).absolute().parent/'artifacts').as_uri() if path != store.tracking_uri else None
-    try: return store.create_experiment(name, artifact_location=place, tags=dict(tags or {}))
+    try: return store.create_experiment(name, artifact_location=place, tags={**_kind, **(tags or {})})
     except MlflowException as e: # another release made it meanwhile
         if e.error_code != 'RESOURCE_ALREADY_EXISTS': raise
         made = store.get_experiment_by_name(name)

@@ -122,7 +122,8 @@ def verify(
     "Recompute the chain of an image"
     reference = read_reference(image)
     if not reference.which.startswith('sha256:'):
-        raise UsageError(f'{image!r} names no digest; verify asks for repository@sha256:….', mend='A tag may move.')
+        raise UsageError(f'{image!r} names no digest; verify asks for repository@sha256:….',
+            mend='A tag may move; `mlserve releases MODEL` lists the images of a model by digest.')
     remote,pair = Remote(reference),pair or _pair(reference.which, uri)
     try: found = read_image(reference, remote)
     except (IntegrityError, NotFound) as e:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A kubectl with a small cluster behind it, in one file: objects as they were applied, a controller of Deployments that takes a step at each call, a node.
 
 Only what `mlserve deploy kubernetes` asks is here. That it answers as a real one does is shown by the same tests on a real control plane, in `make kubernetes`."""
@@ -7,23 +6,23 @@ import fcntl
 import hashlib
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from kubelet import page_of, status_of  # noqa: E402
+from kubelet import page_of, status_of
 
 SENT = "kubectl.kubernetes.io/last-applied-configuration"
 KINDS = {"deployments": "Deployment", "services": "Service", "serviceaccounts": "ServiceAccount", "networkpolicies": "NetworkPolicy", "namespaces": "Namespace", "pods": "Pod",
          "poddisruptionbudgets": "PodDisruptionBudget", "horizontalpodautoscalers": "HorizontalPodAutoscaler", "events": "Event", "namespace": "Namespace", "deployment": "Deployment"}
 
 
+class Failed(Exception):
+    "What is printed on stderr, with exit code 1"
+
+
 def fail(text):
-    sys.stderr.write(text + "\n")
-    sys.exit(1)
+    raise Failed(text)
 
 
 def key(item):
@@ -101,15 +100,16 @@ def option(words, *names):
     return ""
 
 
-def get(state, words, namespace):
+def get(state, words, namespace, given):
+    "What is printed"
     if raw := option(words, "--raw"):
         if raw == "/version":
-            return print(json.dumps({"major": "1", "minor": "20", "gitVersion": "v1.20.2"}))
+            return json.dumps({"major": "1", "minor": "20", "gitVersion": "v1.20.2"})
         pod = state["objects"].get(f"{namespace}/Pod/{raw.split('/http:')[1].split(':')[0]}") or fail("Error from server (NotFound): the server could not find the requested resource")
-        return print(page_of(pod, state["images"].get(pod["spec"]["containers"][0]["image"].split("@")[1], "good")))
+        return page_of(pod, state["images"].get(pod["spec"]["containers"][0]["image"].split("@")[1], "good"))
     everywhere, chosen = "--all-namespaces" in words, dict(pair.split("=") for pair in option(words, "--selector", "-l").split(",") if pair)
     if option(words, "--filename", "-f"):
-        keys = [key(d) for d in yaml.safe_load_all(sys.stdin.read())]
+        keys = [key(d) for d in yaml.safe_load_all(given)]
         items = [state["objects"][k] for k in keys if k in state["objects"]]
     else:
         kinds = [KINDS[k.split(".")[0]] for k in words[1].split(",") if k.split(".")[0] in KINDS]
@@ -117,11 +117,38 @@ def get(state, words, namespace):
         names = [w for w in words[2:] if not w.startswith("-") and w not in ("json", option(words, "--output", "-o"), option(words, "--selector", "-l"), option(words, "--field-selector"))]
         items = [o for o in items if not names or o["metadata"]["name"] in names]
     items = [o for o in items if chosen.items() <= o["metadata"].get("labels", {}).items()]
-    print(json.dumps(items[0] if not option(words, "--selector", "-l") and len(items) == 1 and not everywhere else {"kind": "List", "items": items}) if items or not "--ignore-not-found" in words else "")
+    if not items and "--ignore-not-found" in words:
+        return ""
+    alone = not option(words, "--selector", "-l") and len(items) == 1 and not everywhere
+    return json.dumps(items[0] if alone else {"kind": "List", "items": items})
 
 
-def main(words):
+def answer(state, rest, namespace, given):
+    "What is printed on stdout"
+    if rest[0] == "get":
+        reconcile(state)
+        return get(state, rest, namespace, given)
+    if rest[0] == "apply":
+        return "\n".join([apply(state, document, "--dry-run=server" in rest) for document in yaml.safe_load_all(given)])
+    if rest[0] == "replace":
+        item = json.loads(given)
+        item["metadata"]["generation"] += 1
+        item["metadata"]["annotations"][SENT] = json.dumps(item | {"metadata": item["metadata"] | {"annotations": {k: v for k, v in item["metadata"]["annotations"].items() if k != SENT}}})
+        state["objects"][key(item)] = item
+    elif rest[0] == "delete":
+        kind, name = rest[-1].split("/")
+        state["objects"].pop(f"{namespace}/{kind.split('.')[0]}/{name}", None)
+    elif rest[0] == "logs":
+        return state.get("log", "")
+    else:
+        fail(f'error: unknown command "{rest[0]}" for "kubectl"')
+    return ""
+
+
+def main(words, given):
+    "What is printed on stdout; or Failed"
     flags, rest = {}, []
+    words = list(words)
     while words:
         word = words.pop(0)
         if word in ("--context", "--namespace", "-n"):
@@ -129,39 +156,15 @@ def main(words):
         elif not word.startswith("--request-timeout"):
             rest.append(word)
     if rest[:2] == ["config", "get-contexts"] or rest[:2] == ["config", "current-context"]:
-        return print("test")
-    namespace, home = flags.get("n", "default"), Path(os.environ["FAKE_CLUSTER"])
+        return "test\n"
+    home = Path(os.environ["FAKE_CLUSTER"])
     with open(home / "lock", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         state = json.loads((home / "state").read_text())
         if state.get("away", 0) > time.time():
             fail("The connection to the server 127.0.0.1:6443 was refused - did you specify the right host or port?")
-        with open(home / "calls", "a") as calls:
-            calls.write(json.dumps(rest) + "\n")
         try:
-            if rest[0] == "get":
-                reconcile(state)
-                get(state, rest, namespace)
-            elif rest[0] == "apply":
-                if state.get("refuses"):
-                    fail(state["refuses"])
-                for document in yaml.safe_load_all(sys.stdin.read()):
-                    print(apply(state, document, "--dry-run=server" in rest))
-            elif rest[0] == "replace":
-                item = json.loads(sys.stdin.read())
-                item["metadata"]["generation"] += 1
-                state["objects"][key(item)] = item
-            elif rest[0] == "delete":
-                kind, name = rest[-1].split("/")
-                state["objects"].pop(f"{namespace}/{kind.split('.')[0]}/{name}", None)
-            elif rest[0] == "logs":
-                print(state.get("log", ""))
-            else:
-                fail(f'error: unknown command "{rest[0]}" for "kubectl"')
+            return answer(state, rest, flags.get("n", "default"), given)
         finally:
             (home / "new").write_text(json.dumps(state))
             (home / "new").rename(home / "state")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

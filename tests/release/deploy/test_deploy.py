@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -35,7 +36,13 @@ TARGET = "compose-double"
 
 
 @pytest.fixture(scope="module")
-def record(environment, doubles, double):
+def options():
+    "What the versions decide of `[deploy]`, beside a port"
+    return {"memory": "1g"}
+
+
+@pytest.fixture(scope="module")
+def record(environment, doubles, double, options):
     "Versions of `double` on a real tracking server, by name, with a port of their own"
     from mlserve.release.record import log_package, mark, record
     from mlserve.release.record.mlflow_store import client
@@ -51,7 +58,7 @@ def record(environment, doubles, double):
         logged = {}
         for device in ("cpu", "cuda"):
             logged[device] = log_package(double)
-            spec = ReleaseSpec(name="double", notebook="double.ipynb", device=device, deploy={"port": port, "memory": "1g"})
+            spec = ReleaseSpec(name="double", notebook="double.ipynb", device=device, deploy={"port": port, **options})
             client().set_tag(logged[device].run_id, "mlserve.spec", spec.model_dump_json())
 
         def made(name, image, finding=GOOD, model="double", package="", device="cpu"):
@@ -62,7 +69,7 @@ def record(environment, doubles, double):
         repository = images["one"].split("@")[0]
         for name, image, more in (("one", images["one"], {}), ("two", images["two"], {}), ("wrong", images["wrong"], dict(package=WRONG)), ("other", images["other"], {}),
                                   ("hangs", images["hangs"], dict(finding=BAD)), ("gone", repository + GONE, {}), ("unchecked", AWAY + "2", dict(finding=None)),
-                                  ("away", AWAY + "1", {}), ("gpu", images["one"], dict(device="cuda")), ("sums", images["one"], dict(model="sums"))):
+                                  ("away", AWAY + "1", {}), ("small", AWAY + "3", dict(finding=GOOD | {"memory": 2 * 2**30})), ("gpu", images["one"], dict(device="cuda")), ("sums", images["one"], dict(model="sums"))):
             made(name, image, **more)
         yield versions, port
         for container in docker.from_env().containers.list(all=True, filters={"label": "io.mlserve.target"}):
@@ -71,10 +78,10 @@ def record(environment, doubles, double):
             network.remove()
 
 
-def answered(port):
+def answered(port, host="127.0.0.1"):
     "The version that answers"
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 0]}]}
-    return httpx.post(f"http://127.0.0.1:{port}/v2/models/double/infer", json=body, trust_env=False, timeout=30).json()["model_version"]
+    return httpx.post(f"http://{host}:{port}/v2/models/double/infer", json=body, trust_env=False, timeout=30).json()["model_version"]
 
 
 def deploy(version, *more, model="double", engine="compose"):
@@ -88,13 +95,13 @@ def deploy(version, *more, model="double", engine="compose"):
 class Counted:
     "What the servers ran, read from their own metrics while they are there"
 
-    def __init__(self):
-        self.counts, self.going, self.thread = {}, True, threading.Thread(target=self._watch)
+    def __init__(self, target=TARGET):
+        self.target, self.counts, self.going, self.thread = target, {}, True, threading.Thread(target=self._watch)
 
     def _watch(self):
         client = docker.from_env()
         while self.going:
-            for container in client.containers.list(filters={"label": [f"io.mlserve.target={TARGET}", "com.docker.compose.service=model"]}, ignore_removed=True):
+            for container in client.containers.list(filters={"label": [f"io.mlserve.target={self.target}", "com.docker.compose.service=model"]}, ignore_removed=True):
                 with contextlib.suppress(Exception):  # not there yet, or no more
                     text = httpx.get(f"http://127.0.0.1:{container.ports['8080/tcp'][0]['HostPort']}/metrics", trust_env=False, timeout=5).text
                     self.counts[container.id] = float(re.search(r"^mlserve_request_seconds_count (\S+)", text, re.M)[1])
@@ -153,40 +160,117 @@ def test_L6_R9_versions_replace_each_other_bad_ones_are_taken_back_and_no_reques
                        versions["gone"]: ("failed", 5), versions["other"]: ("failed", 5), versions["away"]: ("failed", 6)}
 
 
-def cut(version, after):
-    "Run the command in a process of its own, and kill it when it has told of a step"
+def cut(version, after, *more, delay=0.0):
+    "Run the command in a process of its own, and kill it when it has told of a step, or somewhat later"
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(into, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(run_command(["deploy", "compose", "double", "--version", version]))
+        os._exit(run_command(["deploy", "compose", "double", "--version", version, *more]))
     os.close(into)
     with open(out) as lines:
         for line in lines:
             if line.startswith(after):
+                time.sleep(delay)
                 os.kill(child, signal.SIGKILL)
                 break
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+
+MOMENTS = ("pull", "start", "healthy", "identity", "switch", "drain")  # in the start, before it is healthy, before it is asked who it is, at the switch, in the drain, in the stop
+
+
+def killed_once(versions, port, current, after, target=TARGET, delay=0.0):
+    "Kill a replacement; one version serves, and the same command ends well. Which serves now, and whether the command lived when it was killed"
+    wanted, more = versions["one"] if current == versions["two"] else versions["two"], ("--target", target)
+    killed = cut(wanted, after, *more, delay=delay)
+    time.sleep(1)  # what the proxy was told before it is done by it
+    serving = {answered(port) for _ in range(8)}
+    assert len(serving) == 1 and serving <= {current, wanted}, (after, serving)  # which of the two: the kill comes when this process gets its turn
+    code, result, told = deploy(wanted, *more)
+    assert code == 0, (after, told)
+    clean(port, wanted, target)
+    return wanted, killed
 
 
 def test_R9_a_command_that_is_killed_leaves_one_version_and_the_same_command_ends_well(record):
-    "At six moments: in the start, before it is healthy, before it is asked who it is, at the switch, in the drain, in the stop"
+    "At six moments"
     versions, port = record
     current = versions["two"]
     assert deploy(current)[0] == 0
     with Load(port, 2, pause=0.05) as load:
-        for after in ("pull", "start", "healthy", "identity", "switch", "drain"):
-            wanted = versions["one"] if current == versions["two"] else versions["two"]
-            cut(wanted, after)
-            time.sleep(1)  # what the proxy was told before it is done by it
-            serving = {answered(port) for _ in range(8)}
-            assert len(serving) == 1 and serving <= {current, wanted}, (after, serving)  # which of the two: the kill comes when this process gets its turn
-            code, result, told = deploy(wanted)
-            assert code == 0, (after, told)
-            clean(port, wanted)
-            current = wanted
+        for after in MOMENTS:
+            current, _ = killed_once(versions, port, current, after)
     assert not load.failures, load.failures[:3]
+
+
+def replace_often(versions, port, target, count, note):
+    "Replace one version by the other under load; after each step of this, what it came to is noted"
+    assert deploy(versions["one"], "--target", target, "--port", str(port))[0] == 0
+    still = []  # when nothing was replaced, and which version served
+    with Counted(target) as counted, Load(port, 2, pause=0.05) as load:
+        for number in range(count):
+            wanted = versions["one" if number % 2 else "two"]
+            code, result, told = deploy(wanted, "--target", target)
+            note(code=code, told=told if code else "", steps={s["name"]: s["seconds"] for s in result.get("steps", ())})
+            assert code == 0, told
+            ended = time.monotonic()
+            clean(port, wanted, target)
+            time.sleep(0.3)
+            still.append((ended, time.monotonic(), wanted))
+            note(asked=len(load.answers), ran=sum(counted.counts.values()), failures=load.failures[:3])
+    wrong = [(n, v) for begin, end, version in still for n, (v, sent) in load.answers.items() if begin < sent < end and v != version]
+    note(replaced=count, asked=len(load.answers), failures=load.failures[:3], ran=sum(counted.counts.values()) - count, wrong=wrong[:3])
+
+
+def kill_often(versions, port, target, count, note):
+    "Kill replacements at each of the moments in turn, and up to two seconds later"
+    current, dead = versions["one"], []
+    assert deploy(current, "--target", target, "--port", str(port))[0] == 0
+    with Load(port, 2, pause=0.05) as load:
+        for number in range(count):
+            after, delay = MOMENTS[number % len(MOMENTS)], number * 0.37 % 2
+            current, killed = killed_once(versions, port, current, after, target, delay)
+            dead.append(after if killed else "")
+            note(after=after, delay=round(delay, 2), killed=killed, failures=load.failures[:3])
+    note(killed=sum(map(bool, dead)), asked=len(load.answers), failures=load.failures[:3])
+
+
+def at_once(what, versions, count, tmp_path, targets=4):
+    "The same on several targets of one engine, each in a process of its own; the last note of each, and all of them"
+    def act(number, share):
+        with open(tmp_path / f"{number}.jsonl", "w", buffering=1) as file, open(tmp_path / f"{number}.log", "w") as log:
+            os.dup2(log.fileno(), 2)
+            what(versions, free_port(), f"{what.__name__.partition('_')[0]}-{number}", share, lambda **told: print(json.dumps({"target": number, "at": time.time(), **told}), file=file))
+    shares = [count // targets + (number < count % targets) for number in range(targets)]
+    children = [multiprocessing.get_context("fork").Process(target=act, args=each) for each in enumerate(shares)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * targets, [(tmp_path / f"{n}.log").read_text()[-2000:] for n in range(targets)]
+    noted = [[json.loads(line) for line in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in range(targets)]
+    return [notes[-1] for notes in noted], [note for notes in noted for note in notes]
+
+
+@pytest.mark.soak
+def test_L6_R9_200_replacements_lose_nothing_and_nothing_is_run_twice(record, tmp_path):
+    last, noted = at_once(replace_often, record[0], 200, tmp_path)
+    steps = [note["steps"] for note in noted if "steps" in note]
+    middle = {name: sorted(step[name] for step in steps)[len(steps) // 2] for name in steps[0]}
+    print(f"{sum(told['replaced'] for told in last)} replacements, {sum(told['asked'] for told in last)} requests, steps in the middle: {middle}")
+    assert sum(told["replaced"] for told in last) == len(steps) == 200
+    assert not any(told["failures"] or told["wrong"] for told in last), last
+    assert all(told["ran"] <= told["asked"] <= told["ran"] + told["replaced"] for told in last), last  # a look at a server may come too late for its last ones
+
+
+@pytest.mark.soak
+def test_R9_36_commands_that_are_killed_leave_one_version_and_the_same_command_ends_well(record, tmp_path):
+    last, noted = at_once(kill_often, record[0], 36, tmp_path, targets=3)
+    print(f"{sum(told['killed'] for told in last)} killed, {sum(told['asked'] for told in last)} requests")
+    assert sum(told["killed"] for told in last) >= 30 and not any(told["failures"] for told in last), last
 
 
 def test_a_canary_gets_its_share_and_goes_back_or_takes_all_and_no_request_is_lost(record, capsys):
@@ -246,6 +330,7 @@ def test_what_cannot_be_deployed_is_refused_before_anything_is_touched(record, m
     refused("sums", 4, "The target compose-double runs the model double, not sums", "--target", TARGET, model="sums")
     refused("sums", 7, f"port {port} is taken by the target {TARGET}", model="sums")
     refused("gpu", 9, "The engine cannot give a GPU")
+    refused("small", 7, "The limit of memory is 1g; the check measured 2048 MiB in use under load")
     refused("one", 8, "is not a name for a target", "--target", "$(touch x)")
     refused("one", 8, "is not a name for a model", model="dou{{ble")
     with monkeypatch.context() as m:
@@ -361,6 +446,32 @@ def test_L6_R9_on_a_swarm_versions_replace_each_other_and_a_bad_one_is_taken_bac
     assert code == 4 and f"The target {target} is on swarm, not on compose" in told["error"], told
     code, _, told = deploy(one, "--target", "beside", "--port", str(port), engine="swarm")
     assert code == 7 and f"port {port} is taken by the target {target}" in told["error"], told
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        refusals = (("one", 7, "is taken: address already in use", "beside", taken.getsockname()[1]), ("unchecked", 3, "its check has not passed on cpu", target, port),
+                    ("sums", 4, f"The target {target} runs the model double, not sums", target, port), ("gpu", 9, "The engine cannot give a GPU", target, port),
+                    ("small", 7, "The limit of memory is 1g; the check measured 2048 MiB in use under load", target, port),
+                    ("one", 8, "is not a name for a target on swarm: up to 56", "b" * 57, port))
+        for version, expected, sentence, where, asked in refusals:
+            code, _, told = deploy(versions[version], "--target", where, "--port", str(asked), engine="swarm", model="sums" if version == "sums" else "double")
+            assert code == expected and sentence in told["error"], told
+            clean(port, one, target)
+    assert not any(seen.labels["io.mlserve.target"] == "beside" for seen in find_engine().containers())
+
+
+def test_a_target_on_a_swarm_has_a_name_that_swarm_takes_with_what_is_put_behind_it(engine, swarm):
+    from mlserve.errors import Refused
+    from mlserve.release.deploy.deployment import checked_target
+    longest = checked_target("b" * 56, "swarm")
+
+    def make(name):
+        engine.services.create("none.test/none@sha256:" + "0" * 64, name=name, mode={"Replicated": {"Replicas": 0}})
+    for behind in ("_model9", "_proxy"):
+        make(longest + behind)
+    engine.networks.create(longest + "_inside", "overlay").remove()
+    with pytest.raises(docker.errors.APIError, match="63"):
+        make(longest + "b_model9")
+    with pytest.raises(Refused, match="up to 56"):
+        checked_target(longest + "b", "swarm")
 
 
 def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(record, monkeypatch):

@@ -46,6 +46,18 @@ def test_what_kubectl_says_becomes_the_failure_that_it_means(code, said):
     assert error.code == code and said.rstrip(". ") in error.message and "cluster prod" in error.message and "Warning" not in error.message, error
 
 
+def test_of_a_patch_that_was_refused_the_reason_is_told_and_not_the_patch():
+    said = """Error from server (Conflict): error when applying patch:
+{"metadata":{"annotations":{"kubectl.kubernetes.io/last-applied-configuration":"{}"}},"status":{"conditions":[]}}
+to:
+Resource: "apps/v1, Resource=deployments", GroupVersionKind: "apps/v1, Kind=Deployment"
+Name: "double", Namespace: "mlserve-test"
+for: "STDIN": Operation cannot be fulfilled on deployments.apps "double": the object has been modified; please apply your changes to the latest version and try again
+"""
+    error = kubectl_failure(said, "prod")
+    assert error.code == 4 and "the object has been modified" in error.message and "annotations" not in error.message and "Resource:" not in error.message
+
+
 def test_words_that_nobody_knows_are_told_as_they_are():
     error = kubectl_failure("panic: runtime error", "prod")
     assert error.code == 7 and "panic: runtime error" in error.message

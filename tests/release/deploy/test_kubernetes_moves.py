@@ -1,9 +1,6 @@
 """`mlserve deploy kubernetes` with a stand-in for kubectl and its cluster, twenty times as fast; `make kubernetes` asks the same of a real control plane."""
-import contextlib
-import io
 import json
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -29,17 +26,10 @@ FAST = 20
 
 def in_this_process(command, given="", seconds=60, holds=()):
     "In place of a process with kubectl"
-    out, err, before = io.StringIO(), io.StringIO(), sys.stdin
-    sys.stdin = io.StringIO(given)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            fake_kubectl.main(list(command[1:]))
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    finally:
-        sys.stdin = before
-    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+        return subprocess.CompletedProcess(command, 0, fake_kubectl.main(command[1:], given), "")
+    except fake_kubectl.Failed as e:
+        return subprocess.CompletedProcess(command, 1, "", f"{e}\n")
 
 
 class Standin(World):

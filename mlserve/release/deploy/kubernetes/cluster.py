@@ -99,11 +99,18 @@ _SENT = 'kubectl.kubernetes.io/last-applied-configuration'
 def _objects(self:Cluster):
     "All objects of a target, but pods"
     return self.kubectl.read('get', ','.join(_KINDS), '--selector', self.labels)
+_GIVEN = ('resourceVersion','uid','creationTimestamp','generation','managedFields','selfLink') # by the server
+def _as_sent(text):
+    "An object without what a server adds, which `kubectl replace` and its kin send back with it"
+    item = json.loads(text)
+    item.pop('status', None)
+    for name in _GIVEN: item['metadata'].pop(name, None)
+    return item
 @patch
 def sent(self:Cluster)->list[dict[str, Any]]: # empty where it is not known
     "The objects of a target as they were applied the last time"
     texts = [item['metadata'].get('annotations', {}).get(_SENT, '') for item in self._objects()]
-    return [json.loads(text) for text in texts] if all(texts) else []
+    return [_as_sent(text) for text in texts] if all(texts) else []
 @patch
 def port(self:Cluster)->int: # 0 where it has none yet
     "The port of a target's Service"

@@ -13,8 +13,9 @@ from ..deployment import Deployment
 from .cluster import Cluster
 from .kubectl import find_kubectl
 from .rolling import look_around
-from .watching import carry_out
+from .watching import Watched
 from ..live.history import read_places
+from ..live.replacement import follow
 from ..live.target import alone, with_port
 from ..recorded import planned
 from ..render.pod import object_name
@@ -33,8 +34,10 @@ def _refuse_moved(deployment, guard):
     for place in known:
         if place.engine == 'kubernetes' and place.namespace != deployment.options.namespace:
             there = Cluster(find_kubectl(place.context, place.namespace, guard), deployment.target).look()
-            if there.work: raise Conflict(f'The target {deployment.target} is in the namespace {place.namespace}; version '
-                f'{deployment.version} asks for {deployment.options.namespace}.', mend='Give another name with --target.')
+            if not there.work: continue
+            raise Conflict(f'The target {deployment.target} is in the namespace {place.namespace}; version '
+                f'{deployment.version} asks for {deployment.options.namespace}.',
+                mend='Give another name with --target.')
 def deploy_to_kubernetes(
     model:str, # its registered name
     version:str|int='production', # a version, or an alias
@@ -50,7 +53,8 @@ def deploy_to_kubernetes(
         _refuse_moved(plan, guard)
         plan = with_port(plan, port or cluster.port())
         tell(f'to {plan.options.namespace} in {cluster.kubectl.context or "this cluster"}')
-        rolling = look_around(cluster, plan, share, tell)
-        carry_out(rolling)
-    return {'target': plan.target, 'url': f'http://{object_name(plan)}.{plan.options.namespace}.svc:{plan.options.port}',
-        'version': plan.version, 'image': plan.image, 'package': plan.package, 'steps': rolling.steps}
+        rolling = Watched(**vars(look_around(cluster, plan, share, tell)))
+        follow(rolling, tell)
+    url = f'http://{object_name(plan)}.{plan.options.namespace}.svc:{plan.options.port}'
+    return {'target': plan.target, 'url': url, 'version': plan.version, 'image': plan.image, 'package': plan.package,
+        'steps': rolling.steps}

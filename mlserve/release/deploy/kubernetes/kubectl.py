@@ -35,13 +35,14 @@ _meanings: Sequence[tuple[str, type[MlserveError], str]] = (
         RemoteUnavailable, _lost),
     (r'\(NotFound\)|not found', NotFound, ''),
     (r'is invalid|error validating|no matches for kind|\(BadRequest\)|unable to recognize', UsageError, ''))
+_NOISE = ('Warning:','W0','I0','{','to:','Resource:','Name:','Object:') # a refused patch is printed whole
 def kubectl_failure(
     text:str, # that kubectl printed on stderr
     cluster:str='', # its context
 )->MlserveError: # to be raised
     "The failure that the words of kubectl amount to"
-    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(('Warning','W0','I0'))]
-    said = ' '.join(lines)[-600:].rstrip('. ') or 'it printed nothing'
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(_NOISE)]
+    said = ' '.join(lines)[:600].rstrip('. ') or 'it printed nothing'
     for words,kind,mend in _meanings:
         if re.search(words, said): break
     else: kind,mend = LocalResource,''
@@ -79,8 +80,10 @@ def call(self:Kubectl,
 )->str: # what it printed on stdout
     "Run a command of kubectl, or raise what its failure amounts to"
     where = ['--context', self.context] if self.context else []
-    limit = [] if '--raw' in words else [f'--request-timeout={max(5, remote_seconds())}s'] # a raw request would carry it
-    done = run_kubectl([self.program, *where, '--namespace', self.namespace, *limit, *words], given, seconds, self.holds)
+    raw = '--raw' in words # such a request would carry the limit to where it goes
+    limit = [] if raw else [f'--request-timeout={max(5, remote_seconds())}s']
+    command = [self.program, *where, '--namespace', self.namespace, *limit, *words]
+    done = run_kubectl(command, given, seconds, self.holds)
     if done.returncode == 0: return done.stdout
     if done.returncode < 0: raise LocalResource(f'kubectl was killed by signal {-done.returncode}.')
     raise kubectl_failure(done.stderr or done.stdout, self.context)

@@ -32,7 +32,8 @@ def view_finding(
     work,serving = view.work,serving_in(view)
     model = work.model if work else view.running[0].model
     again = f'Repeat it, or run mlserve deploy kubernetes {model}.'
-    stuck = [seen for seen in map(seen_of, (pod for pod in view.pods if part_of(pod) == 'model')) if seen.state in _STUCK]
+    ours = [seen_of(pod) for pod in view.pods if part_of(pod) == 'model']
+    stuck = [seen for seen in ours if seen.state in _STUCK]
     why = f' A pod {_STUCK[stuck[0].state]}: {stuck[0].said or stuck[0].state}.' if stuck else ''
     if not work: return f'Its Deployment is gone, and nothing replaces its pods. {again}'
     if not serving: return f'No pod gets requests.{why} {again}'
@@ -72,13 +73,15 @@ def cluster_status(
     new,old = serving_in(view, 'canary'),serving_in(view)
     if not new or not old: return [main]
     told = new[-1]
-    beside = {'target': place.target, 'version': told.version, 'image': told.image, 'package': told.package,
-        'healthy': bool(view.canary and view.canary.done), 'since': told.since,
+    beside:dict[str, Any] = {'target': place.target, 'version': told.version, 'image': told.image,
+        'package': told.package, 'healthy': bool(view.canary and view.canary.done), 'since': told.since,
         'finding': shared_finding([*old, *new])}
     for row,those in ((main, old), (beside, new)):
         pages = [cluster.metrics_of(seen.id) for seen in those]
         row |= {'share': round(share_at([*old, *new], row['version']), 1), **counted(pages)}
     return [main, beside]
+
+# %% ../../../../nbs/release/deploy/kubernetes/07_report.ipynb #392bd0ea
 def cluster_logs(
     place:Place, # of a target
     lines:int=200, # of each pod

@@ -16,10 +16,11 @@ from ....errors import (CheckFailed, IntegrityError, LocalResource, RemoteUnavai
 from ....patch import patch
 from ...check.container import exit_error, healthy
 from ..deployment import Deployment
-from .proxy import slots_of
+from .proxy import page_through, slots_of
 from .rollout import Running
 from ..start.with_compose import Starter, WithCompose, find_compose
-from ..start.with_swarm import SERVICE, end_service, find_swarm
+from ..start.tasks import SERVICE, Elsewhere, nodes_of, tasks_of, with_others
+from ..start.with_swarm import end_service, find_swarm
 from ...image.engine import engine, remote, start_engine
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -31,6 +32,7 @@ class Engine:
     "A Docker Engine, and what starts containers on it"
     client: 'DockerClient' # of the SDK
     starter: Starter|None = None # nothing where nothing is started
+    node: str = '' # its id in a Swarm of several nodes that it manages
 def find_engine(
     kind:str='', # of what shall be started on it: `compose` or `swarm`
     guard:int|None=None, # descriptor that holds the lock of a target
@@ -39,9 +41,10 @@ def find_engine(
     try: client = engine()
     except LocalResource as e: raise RemoteUnavailable(e.message, mend=start_engine) from None
     holds = () if guard is None else (guard,)
-    if not kind: return Engine(client)
-    if kind == 'compose': return Engine(client, WithCompose(find_compose(os.environ), holds))
-    return Engine(client, replace(find_swarm(client), holds=holds))
+    with remote('Asking the engine for its Swarm', start_engine): node = nodes_of(client)
+    if not kind: return Engine(client, node=node)
+    if kind == 'compose': return Engine(client, WithCompose(find_compose(os.environ), holds), node)
+    return Engine(client, replace(find_swarm(client), holds=holds), node)
 
 # %% ../../../../nbs/release/deploy/live/02_engines.ipynb #f84881c3
 TARGET = 'io.mlserve.target'
@@ -61,6 +64,8 @@ def containers(self:Engine,
     asked = f'{TARGET}={target}' if target else TARGET
     with remote('Asking the engine what runs', start_engine):
         found = self.client.containers.list(all=True, filters={'label': asked}, ignore_removed=True)
+        if self.node and service == 'model':
+            found = with_others(self.client, found, tasks_of(self.client, TARGET, target))
     found = [container for container in found if ('io.mlserve.model' in container.labels) == (service == 'model')]
     return _current(sorted(found, key=lambda container: container.attrs['Created']))
 @patch
@@ -109,8 +114,24 @@ def ready(self:Engine,
     container:'Container', # that runs
 )->bool: # its own health check passes now
     "Ask a container whether it is ready, without waiting for the engine to ask"
+    if isinstance(container, Elsewhere): return health_of(container) == 'healthy' # as its node found
     try: return container.status == 'running' and healthy(container)
     except Exception: return False # it ended meanwhile
+
+# %% ../../../../nbs/release/deploy/live/02_engines.ipynb #51c120a3
+@patch
+def proxy_elsewhere(self:Engine,
+    target:str, # its name
+)->str: # name of the node; empty where it runs here, or nowhere
+    "The other node of the Swarm on which the proxy of a target runs"
+    if not self.node: return ''
+    with remote('Asking the engine what runs', start_engine):
+        tasks = tasks_of(self.client, TARGET, target)
+        names = {node['ID']: node['Description']['Hostname'] for node in self.client.api.nodes()
+            if node['Status']['State'] == 'ready' and node['ID'] != self.node}
+    fronts = [task for task in tasks if 'io.mlserve.model' not in task['Spec']['ContainerSpec']['Labels']]
+    return next((names[front['NodeID']] for front in fronts
+        if front['Status']['State'] == 'running' and front['NodeID'] in names), '')
 
 # %% ../../../../nbs/release/deploy/live/02_engines.ipynb #782710f9
 def image_gone(
@@ -206,6 +227,9 @@ def metrics_of(self:Engine,
 )->str: # text; without metrics where it does not answer
     "The page of metrics of the server in a container"
     with remote('Asking a container for its metrics', start_engine):
+        if isinstance(container, Elsewhere):
+            front = self.proxy(container.labels[TARGET])
+            return page_through(front, address_of(container), '/metrics') if front else ''
         return container.exec_run(['/opt/venv/bin/python', '-c', QUESTION]).output.decode(errors='replace')
 @patch
 def identify(self:Engine,
@@ -223,8 +247,10 @@ def withdraw(self:Engine,
 )->None: # they are gone
     "Stop containers, and remove them"
     import docker
+    others: dict[str, str] = {} # by the id of a task: its service
     def away(id:str)->Any:
         try:
+            if id in others: return end_service(self.client, others[id], seconds)
             container = self.client.containers.get(id)
             if SERVICE in container.labels: return end_service(self.client, container.labels[SERVICE], seconds)
             if seconds: container.stop(timeout=seconds)
@@ -232,4 +258,6 @@ def withdraw(self:Engine,
         except docker.errors.NotFound: pass
         except docker.errors.APIError as e:
             if 'already in progress' not in str(e): raise
-    with remote('Removing a container', start_engine), ThreadPoolExecutor(8) as pool: list(pool.map(away, ids))
+    with remote('Removing a container', start_engine), ThreadPoolExecutor(8) as pool:
+        if self.node and ids: others |= {task['ID']: task['ServiceID'] for task in self.client.api.tasks()}
+        list(pool.map(away, ids))

@@ -18,7 +18,7 @@ from .history import Place, entry_for, write_entry, write_outcome, write_place
 from .proxy import reopen, set_routes, slots_for, slots_of, wait_idle, wait_up, weights_for
 from .rollout import SHARED, STEPS, Rollout, Scene, advance, sort_out
 from .target import (
-    alone, port_of, refuse_other, refuse_share, refuse_taken, with_port)
+    alone, port_of, refuse_elsewhere, refuse_other, refuse_share, refuse_taken, with_port)
 from ..recorded import planned
 if TYPE_CHECKING: from docker.models.containers import Container
 
@@ -48,6 +48,7 @@ def look_first(
     "Look at a target, and refuse what cannot go well"
     found = engine.running(deployment.target)
     refuse_other(found, deployment)
+    refuse_elsewhere(engine, deployment)
     refuse_taken(engine, deployment)
     scene = sort_out(found, deployment.version, deployment.image)
     whole = len(scene.kept) == deployment.options.replicas
@@ -56,6 +57,23 @@ def look_first(
     kept = {seen.id for seen in scene.kept}
     new = [container for container in engine.containers(deployment.target) if container.id in kept]
     return Replacement(engine, deployment, scene, new, share)
+
+# %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #3897c287
+@patch
+def _addresses(self:Replacement, those):
+    "Where some of the containers are now, as the proxy knows them"
+    ids = {seen.id for seen in those}
+    found = self.engine.containers(self.deployment.target)
+    return {address_of(container) for container in found if container.id in ids} - {''}
+@patch
+def _front(self:Replacement):
+    "The proxy, started where there is none"
+    if front := self.engine.proxy(self.deployment.target): return front
+    self.engine.apply_proxy(self.deployment)
+    front = self.engine.proxy(self.deployment.target)
+    if not front: raise LocalResource('The proxy of the target ended.', mend='Look at its log: docker logs.')
+    self.mine.append(front.id)
+    return front
 
 # %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #dc042253
 @patch
@@ -68,8 +86,9 @@ def do_start(self:Replacement)->None: # new containers, without requests
     scene,times = self.scene,self.deployment.times
     self.engine.withdraw([seen.id for seen in scene.unproven])
     self.engine.withdraw([seen.id for seen in scene.drained], times.stop)
-    if front := self.engine.proxy(self.deployment.target):
-        serving = {address_of(self.engine.client.containers.get(seen.id)) for seen in scene.old} - {''}
+    several = self.engine.node and self.deployment.engine == 'swarm'
+    if front := self._front() if several else self.engine.proxy(self.deployment.target):
+        serving = self._addresses(scene.old)
         set_routes(front, {slot.name: 'maint' for slot in slots_of(front) if slot.address not in serving})
     before = {container.id for container in self.engine.containers(self.deployment.target)}
     try: self.engine.apply(self.deployment, beside=len(before))
@@ -89,7 +108,7 @@ def do_identity(self:Replacement)->None: # or IntegrityError
 @patch
 def _routed(self:Replacement, front, new, old):
     "Give every slot of the new and of the old ones a state, at once"
-    addresses = {address_of(self.engine.client.containers.get(seen.id)) for seen in self.scene.old} - {''}
+    addresses = self._addresses(self.scene.old)
     ours = slots_for(front, [address_of(container) for container in self.new])
     slots = slots_of(front)
     theirs = [slot.name for slot in slots if slot.address and slot.address in addresses]
@@ -101,12 +120,7 @@ def _routed(self:Replacement, front, new, old):
 def do_switch(self:Replacement)->None: # from here on the new ones answer
     "Move the requests"
     for container in self.new: container.reload()
-    front = self.engine.proxy(self.deployment.target)
-    if not front:
-        self.engine.apply_proxy(self.deployment)
-        front = self.engine.proxy(self.deployment.target)
-        if not front: raise LocalResource('The proxy of the target ended.', mend='Look at its log: docker logs.')
-        self.mine.append(front.id)
+    front = self._front()
     wait_up(front, self._routed(front, 'ready', 'ready' if self.share else 'drain'))
     if self.share: # nothing is stopped later, so what a cut command left goes now
         self.engine.withdraw([seen.id for seen in self.scene.unproven])
@@ -161,13 +175,14 @@ class Steps(Protocol):
 
 # %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #7ca9e0c4
 _SERVES = ('drain','stop','record') # after the switch
-def _kept_back(replacement, error, rollout):
+def _kept_back(replacement, error, rollout, left):
     "Say with a failure what serves now, and write it down"
     deployment = replacement.deployment
     error.step = rollout.broken
     if rollout.broken in _SERVES:
         error.mend = f'Version {deployment.version} serves already; the same command finishes what is left.'
         return
+    if left: error.mend = f'It could not be taken back whole: {left} {error.mend}'.strip()
     if replacement.replaced: error.mend = f'Version {replacement.replaced} keeps serving. {error.mend}'.strip()
     entry = entry_for(deployment.version, 'failed', replacement.replaced, error.code)
     try:
@@ -180,18 +195,19 @@ def follow(
     "Do every step of a replacement"
     rollout = replacement.begin()
     failure: BaseException|None = None
+    left = '' # why the way back failed
     while not rollout.over:
-        step,begun = rollout.step,time.monotonic()
+        step,begun,error = rollout.step,time.monotonic(),None
         try: getattr(replacement, f'do_{step}')()
-        except BaseException as e:
-            failure = failure or e
-            rollout = advance(rollout, False)
-        else: rollout = advance(rollout, True)
+        except BaseException as e: error = e
+        rollout = advance(rollout, error is None)
+        failure = failure or error
         seconds = round(time.monotonic() - begun, 2)
         replacement.steps.append({'name': step, 'seconds': seconds})
-        tell(f'{step:<10} {seconds:.1f} s{" failed" if rollout.broken == step else ""}')
+        tell(f'{step:<10} {seconds:.1f} s{" failed" if error else ""}')
+        if error and error is not failure: left = str(error) # on the way back
     if failure is None: return
-    if isinstance(failure, MlserveError): _kept_back(replacement, failure, rollout)
+    if isinstance(failure, MlserveError): _kept_back(replacement, failure, rollout, left)
     raise failure
 
 # %% ../../../../nbs/release/deploy/live/05_replacement.ipynb #fd0a5827

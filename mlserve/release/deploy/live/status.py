@@ -37,12 +37,14 @@ def shared_finding(
 def finding_of(
     found:Sequence[Running], # the containers of one target
     wish:str='', # version of the alias `production`, where there is one
+    elsewhere:str='', # name of another node on which its proxy runs
 )->str: # a sentence; empty where all is well
     "Say what is wrong with a target, and what mends it"
     serving = [seen for seen in found if seen.route == 'open']
     model,versions = found[0].model,sorted({seen.version for seen in serving})
     engine = found[0].engine
     again = f'Repeat it, or run mlserve deploy {engine} {model}.'
+    if elsewhere: return f'Its proxy runs on the node {elsewhere}. Ask there, by DOCKER_HOST.'
     if not any(seen.route for seen in found): return f'No proxy runs, so nothing is reached. {again}'
     if not serving: return f'No container gets requests. {again}'
     sick = [seen for seen in serving if seen.health != 'healthy']
@@ -102,7 +104,7 @@ def docker_status(
         found = engine.running(target)
         if not found or model and found[0].model != model: continue
         told = next((seen for seen in reversed(found) if seen.route == 'open'), found[-1])
-        finding = finding_of(found, wish_of(told.model))
+        finding = finding_of(found, wish_of(told.model), engine.proxy_elsewhere(target))
         shared = [seen for seen in found if seen.route == 'open' and seen.weight > 1]
         for version in sorted({seen.version for seen in shared} - {told.version}): # the other one, first
             rows.append(_row(target, [seen for seen in shared if seen.version == version], ''))

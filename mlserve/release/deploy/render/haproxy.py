@@ -12,9 +12,10 @@ from ..deployment import Deployment
 def _backend(deployment, name):
     "Where requests go"
     places = max(8, 2 * deployment.options.replicas)
+    lost = ' tcp-ut 5s' if deployment.engine == 'swarm' else ''
     return ['backend model', '  balance roundrobin', '  option httpchk',
         '  http-check send meth GET uri /v2/health/ready ver HTTP/1.1 hdr Host proxy',
-        '  default-server check inter 1s fall 2 rise 1 resolvers docker resolve-prefer ipv4 init-addr none',
+        f'  default-server check inter 1s fall 2 rise 1{lost} resolvers docker resolve-prefer ipv4 init-addr none',
         f'  server-template s {places} {name}:8080']
 
 # %% ../../../../nbs/release/deploy/render/01_haproxy.ipynb #e4f3c765
@@ -24,11 +25,13 @@ def haproxy_config(
 )->str: # `haproxy.cfg`
     "The configuration of a proxy in front of a deployment"
     times = deployment.times
+    lost = ['  option http-server-close', '  option srvtcpka', '  srvtcpka-idle 5s', '  srvtcpka-intvl 1s',
+        '  srvtcpka-cnt 3'] if deployment.engine == 'swarm' else []
     parts = [['global', '  log stdout format raw local0 notice', '  maxconn 4096',
             '  stats socket /tmp/haproxy.sock mode 600 level admin', f'  hard-stop-after {times.stop}s'],
         ['defaults', '  mode http', '  log global', '  timeout connect 2s', '  timeout http-request 10s',
             '  timeout client 60s', f'  timeout server {times.answer}s', f'  timeout queue {times.answer}s',
-            '  retries 2', '  retry-on conn-failure', '  option redispatch 1'],
+            '  retries 2', '  retry-on conn-failure', '  option redispatch 1', *lost],
         ['resolvers docker', '  nameserver dns 127.0.0.11:53', '  timeout resolve 1s', '  timeout retry 1s',
             '  hold valid 1s', f'  hold obsolete {times.stop}s'],
         ['frontend clients', '  bind :8080', '  default_backend model'], _backend(deployment, name)]

@@ -80,7 +80,7 @@ def proxy_service(
     name:str, # by which the containers of the model resolve
 )->dict[str, Any]: # keys of a service
     "The service that owns the port"
-    started = {'test': ['CMD','test','-S','/tmp/haproxy.sock'], 'interval': '2s', 'timeout': '2s', 'retries': 3}
+    started = {'test': ['CMD','test','-S','/tmp/haproxy.sock'], 'interval': '2s', 'timeout': '10s', 'retries': 3}
     return hardened(deployment.proxy, deployment.times.stop) | {'entrypoint': ['sh','-c',_start],
         'environment': {'HAPROXY_CONFIG': haproxy_config(deployment, name)}, 'healthcheck': started,
         'stop_signal': 'SIGUSR1',
