@@ -58,9 +58,9 @@ browser: setup test-tools docs ## the page of a running model, and the site, in 
 matrix: setup engine-start test-tools ## the formats, deliveries, builders and devices that `make test` leaves out
 	@$(WITH_ENGINE) pytest -q -m matrix
 
-kubernetes: setup ## what is rendered for Kubernetes, given to a real control plane, which is built once: half an hour of two cores
+kubernetes: setup engine-start test-tools ## a real Kubernetes, built once in half an hour of two cores: what is rendered and deployed, and two nodes with pods under load
 	@bash .ci/kubernetes state/kubernetes
-	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -s -m kubernetes
+	@$(WITH_ENGINE) pytest -q -s -m kubernetes
 
 swarm: setup engine-start ## a Swarm of three engines in network namespaces: updates, bad images, a drained node, a cut link, under load; needs root
 	@$(WITH_ENGINE) pytest -q -s -m swarm

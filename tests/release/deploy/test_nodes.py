@@ -47,7 +47,7 @@ def versions(cluster, environment, release, doubles, double):
         finding, made = {name: found[name] for name in ("passed", "times")}, {}  # not the speed: the autoscaler's target is the default, which few clients exceed
         gone = doubles["one"].split("@")[0] + "@sha256:" + "1" * 64
         for name, image, package, more in (("one", doubles["one"], "", {}), ("two", doubles["two"], "", {}), ("wrong", doubles["wrong"], WRONG, {}), ("hangs", doubles["hangs"], "", {}),
-                                           ("gone", gone, "", {}), ("scaled", doubles["one"], "", {"replicas": 1, "max_replicas": 3})):
+                                           ("gone", gone, "", {}), ("scaled", doubles["one"], "", {"replicas": 1, "max_replicas": 3, "cpus": 0.1})):  # so slow that ten clients wait for it
             logged = log_package(double)
             spec = ReleaseSpec(name="double", notebook="double.ipynb", deploy=OPTIONS | more)
             client().set_tag(logged.run_id, "mlserve.spec", spec.model_dump_json())
@@ -120,7 +120,7 @@ def test_versions_replace_each_other_bad_ones_are_taken_back_and_no_request_is_l
             code, told = timed("the canary taken back", command, "rollback", "double", "--target", "kubernetes-double", "--json")
             assert code == 0, told
             settled(cluster, two, two)
-            code, told = timed("back to one", command, "rollback", "double", "--target", "kubernetes-double", "--json")
+            code, told = timed("back to one", command, "rollback", "double", "--target", "kubernetes-double", "--to", one, "--json")
             assert code == 0 and told["version"] == one, told
             settled(cluster, one, one)
             last = time.monotonic()
@@ -137,6 +137,26 @@ def test_versions_replace_each_other_bad_ones_are_taken_back_and_no_request_is_l
     print(f"the canary got {share[one]} of {share.total()} requests")
     assert 0.2 < share[one] / share.total() < 0.47
     assert len(load.answers) == watch.answered(), "answered twice, or without an answer"
+
+
+@pytest.mark.timeout(3600)
+def test_control_pods_that_end_at_once_lose_requests(cluster, versions):
+    "A server that does not serve on after SIGTERM is still asked, until every node knows that it is gone"
+    code, told = deploy(versions["one"])
+    assert code == 0, told
+    work = cluster.got("deployment", "double", "-n", "mlserve")
+    for variable in work["spec"]["template"]["spec"]["containers"][0]["env"]:
+        if variable["name"] == "MLSERVE_DRAIN_DELAY":
+            variable["value"] = "0"
+    assert cluster.kubectl("replace", "-f", "-", given=json.dumps(work))[0] == 0
+    words = ("rollout", "status", "deployment/double", "-n", "mlserve", "--timeout=240s")
+    assert cluster.kubectl(*words)[0] == 0
+    with Load(8080, 8, host=service(cluster), enter=cluster.nodes[0].enter, life=1) as load:
+        for _ in range(3):
+            assert cluster.kubectl("rollout", "restart", "deployment/double", "-n", "mlserve")[0] == 0
+            assert cluster.kubectl(*words)[0] == 0
+    print(f"without the delay {len(load.failures)} of {len(load.answers) + len(load.failures)} requests failed")
+    assert load.failures
 
 
 @pytest.mark.timeout(3600)
@@ -182,7 +202,7 @@ FOLDER = [  # what an administrator makes: a folder of each node, which every po
 
 @pytest.fixture(scope="module")
 def large(cluster, environment, tmp_path_factory):
-    "The rendered files of a release whose 200 MB of weights are in a store, and what the store was asked for"
+    "The rendered files of a release whose 64 MB of weights are in a store, and what the store was asked for"
     folder = tmp_path_factory.mktemp("large")
     shutil.copy(ROOT / "tests/notebooks/large.ipynb", folder)
     (folder / "mlserve.toml").write_text(PLAN)
@@ -224,7 +244,7 @@ def test_the_pods_of_a_node_fetch_the_weights_once_and_without_a_shared_cache_ea
     print(f"one cache a node: {seconds:.0f} s until {dict(pods)} are ready; the store was asked by {fetches}")
     assert pods == {"node-1": 3, "node-2": 3}
     assert sorted(node for node, _, _ in fetches) == ["node-1", "node-2"], "one fetch for three pods"
-    assert all(200_000_000 < size < 201_000_000 for _, _, size in fetches)
+    assert all(64_000_000 < size < 65_000_000 for _, _, size in fetches)
     again, fetches, _ = started(cluster, documents, asked)
     print(f"filled: {again:.0f} s, {fetches}")
     assert not fetches
