@@ -83,7 +83,8 @@ def page_of(
     return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><style>{_style}{_colours()}</style></head>\n<body><main>{body}</main></body></html>\n')
+        f'<title>{escape(title)}</title><style>{_style}{_colours()}</style></head>\n'
+        f'<body><main>{body}</main></body></html>\n')
 
 # %% ../../../nbs/release/record/07_evidence.ipynb #fcae0ca8
 def _make(book:Path, page:Path, places:Mapping[str, str])->Path:
