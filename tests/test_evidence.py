@@ -129,8 +129,8 @@ def test_mlflow_shows_a_version_with_its_verdict_tables_and_next_steps(mlflow_pa
     page.get_by_text("Passed on cpu").wait_for()
     for text in ("0.9944", "690", "registry.test/sums@sha256:aaaaaaaaaaaa…", "mlserve promote sums --version 1"):
         assert page.get_by_text(text).count(), text
-    assert page.locator("table:has-text('baseline')").last.locator("td").count() == 5
-    cells = page.locator("table:has-text('median, 1 row')").last.locator("th").all()
+    assert page.locator("table:has-text('baseline')").first.locator("td").count() == 5
+    cells = page.locator("table:has-text('median, 1 row')").first.locator("th").all()
     left = [cell.bounding_box() for cell in cells]
     assert len(left) == 6 and page.evaluate("document.documentElement.scrollWidth") <= 1500
     keep_picture(page, "version")
