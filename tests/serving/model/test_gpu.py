@@ -12,6 +12,7 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from commands import TESTS, last_json
 from fake_server import OOM, STICKY, WAIT
@@ -231,7 +232,9 @@ def test_E14_nodes_of_onnxruntime_that_fell_back_are_named(tmp_path, ran, fell_b
         (tmp_path / "run" / "profile.json").write_text(json.dumps([{"cat": "Session", "args": {}}, *events]))
         return str(tmp_path / "run" / "profile.json")
     (tmp_path / "run").mkdir()
-    session = SimpleNamespace(run=lambda names, feeds: [], end_profiling=end, get_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    outputs = [SimpleNamespace(name="y")]
+    session = SimpleNamespace(get_outputs=lambda: outputs, run=lambda names, feeds: [np.zeros(1) for _ in names], end_profiling=end,
+                              get_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     if reason:
         with pytest.raises(GpuRefused, match="every node") as e:
             OnnxProgram(session, "cuda:0").placement({}, [])
