@@ -7,11 +7,11 @@ __all__ = ['Store', 'TimeBudget', 'status_of', 'is_final', 'unavailable', 'retri
            'split_gaps', 'fetch', 'run_coroutine']
 
 # %% ../../../nbs/serving/delivery/01_download.ipynb #a646527c
-import asyncio, random, time
+import asyncio, errno, os, random, time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
-from ...errors import IntegrityError, MlserveError, Refused, RemoteUnavailable
+from ...errors import IntegrityError, LocalResource, MlserveError, Refused, RemoteUnavailable
 from .cache import Partial
 
 # %% ../../../nbs/serving/delivery/01_download.ipynb #f99fbcf1
@@ -58,6 +58,7 @@ def _answered(error:BaseException)->int|None:
     else: status = getattr(response, 'status_code', None)
     for code in (status, *(getattr(error, k, None) for k in ('status', 'status_code', 'code'))):
         if isinstance(code, int) and 100 <= code < 600: return code
+    if isinstance(error, OSError) and error.errno: return None # of this machine
     if isinstance(error, FileNotFoundError): return 404
     if isinstance(error, PermissionError) or str(error).startswith('Forbidden'): return 403
     return None
@@ -78,20 +79,29 @@ _hopeless = (ValueError, TypeError, LookupError, ImportError, NotImplementedErro
 def _mangled(error:BaseException)->bool:
     "Whether the client library itself found that the bytes are not the store's"
     return any('Checksum' in type(c).__name__ for c in _chain(error))
+def _local(error:BaseException)->bool:
+    "Whether a file of this machine could not be read"
+    return any(isinstance(c, OSError) and c.errno in (errno.ENOENT, errno.EACCES) for c in _chain(error))
 def is_final(
     error:BaseException, # from any client library
 )->bool: # another try cannot help
-    "Whether the store, or the lack of credentials, has decided"
+    "Whether the store, the lack of credentials, or this machine has decided"
     status = status_of(error)
     if _mangled(error): return True
     if status: return 300 <= status < 500 and status not in (408, 425, 429)
-    return isinstance(error, _hopeless) or any('Credential' in type(e).__name__ for e in _chain(error))
+    return _local(error) or isinstance(error, _hopeless) or any('Credential' in type(e).__name__ for e in _chain(error))
 
 # %% ../../../nbs/serving/delivery/01_download.ipynb #2c7e167a
 _variables = {'botocore': 'AWS_ACCESS_KEY_ID', 'google': 'GOOGLE_APPLICATION_CREDENTIALS',
     'azure': 'AZURE_STORAGE_CONNECTION_STRING'}
 _meaning = {401: 'the credentials are not known there', 403: 'these credentials may not read it',
     404: 'it is not there'}
+_files = ('AWS_CA_BUNDLE', 'REQUESTS_CA_BUNDLE', 'SSL_CERT_FILE', 'AWS_WEB_IDENTITY_TOKEN_FILE',
+    'GOOGLE_APPLICATION_CREDENTIALS', 'AZURE_FEDERATED_TOKEN_FILE')
+def _unreadable()->str:
+    "The variables that name a file which cannot be read"
+    named = [name for name in _files if (value := os.environ.get(name)) and not os.access(value, os.R_OK)]
+    return ', '.join(named) or 'the variables of its client'
 def _why(error:BaseException, status:int|None)->str:
     "The kind of error in words, without its text"
     lacking = [type(e) for e in _chain(error) if 'Credential' in type(e).__name__]
@@ -114,6 +124,9 @@ def unavailable(
     if status and status < 400: return Refused(
         f"'{what}' could not be read: the store answered {status}, a redirect; redirects are not followed.",
         mend='Set the endpoint to the address that the store really has.')
+    if not status and _local(error): return LocalResource(
+        f"'{what}' could not be read: a file that the environment names for the store cannot be read here.",
+        mend=f'Correct or unset {_unreadable()}.')
     within = f' within {seconds:g} s' if seconds else ''
     return RemoteUnavailable(f"'{what}' could not be read{within}; {_why(error, status)}.",
         mend='Look at the address, the credentials in the environment, and the store.')

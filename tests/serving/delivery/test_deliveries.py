@@ -328,6 +328,14 @@ def test_a_remote_package_without_a_digest_is_refused(settings, uri):
         open_package(settings(uri, digest=None))
 
 
+def test_a_file_that_the_environment_names_in_vain_is_this_machines_fault_and_no_404(s3, stored_package, settings, monkeypatch):
+    asked = settings(s3.upload("told", stored_package.path))
+    use(monkeypatch, s3)
+    monkeypatch.setenv("AWS_CA_BUNDLE", "company.pem")
+    with pytest.raises(LocalResource, match="names for the store .* unset AWS_CA_BUNDLE"):
+        open_package(asked)
+
+
 # W9: requests to where nobody meant to send them
 
 class Metadata:
