@@ -71,7 +71,8 @@ def reason(
     return known[0].lower() if known else 'the connection failed'
 
 # %% ../../../nbs/release/image/06_engine.ipynb #0b00eaa9
-start_engine = 'Start one with `make engine-start` and `export $(make -s engine-env)`, or set DOCKER_HOST.'
+start_engine = ('Start Docker (in a clone of mlserve: `make engine-start` and `export $(make -s engine-env)`), '
+    'or set DOCKER_HOST.')
 def _told(client, host):
     "A client whose broken connections are failures of ours"
     import requests

@@ -218,7 +218,8 @@ def reach_registry(
             mend='Make it there, or name another in mlserve.toml.') from None
     except RemoteUnavailable as e:
         if 'did not answer' not in e.message: raise
-        raise RemoteUnavailable(e.message, mend='Start it (make engine-start), or set MLSERVE_REGISTRY.') from None
+        mend = 'Start it (in a clone of mlserve: make engine-start), or set MLSERVE_REGISTRY.'
+        raise RemoteUnavailable(e.message, mend=mend) from None
     where = str(httpx.URL(remote.url + '/').join(place))
     try: remote.http.request('DELETE', where, timeout=5)
     except httpx.HTTPError: pass # it forgets the place by itself

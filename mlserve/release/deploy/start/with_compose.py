@@ -45,7 +45,7 @@ def find_compose(
         if (versions[' '.join(command)] or (0, 0)) >= _OLDEST: return command
     told = ', '.join(f'{name} {".".join(map(str, v)) if v else "is missing"}' for name,v in versions.items())
     raise LocalResource(f'Docker Compose from version 2.20 on is needed here; found: {told}.',
-        mend='Install its plugin, or run `make engine-start` and `export $(make -s engine-env)`.')
+        mend='Install its plugin (in a clone of mlserve: `make engine-start` and `export $(make -s engine-env)`).')
 
 # %% ../../../../nbs/release/deploy/start/00_with_compose.ipynb #b24192ca
 def starting_failure(
