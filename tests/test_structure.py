@@ -43,7 +43,7 @@ FOLDERS = {p.parent for p in ROOMS.values()}
 def wing(name):
     "Which part of the house a room belongs to"
     first = name.split(".")[0]
-    return "door" if first in ("cli", "operations", "monitoring", "doctor", "mends") else first if first in ("serving", "release") else "ground"
+    return "door" if first in ("command", "cli", "operations", "monitoring", "doctor", "mends") else first if first in ("serving", "release") else "ground"
 
 
 def node(name):

@@ -37,6 +37,12 @@ def installed(wheel, tmp_path_factory):
     return folder
 
 
+def test_without_the_extra_the_command_says_which_one_it_needs(wheel, tmp_path):
+    assert run("bash", ROOT / ".ci/install", tmp_path / "environment", "--no-deps", wheel).returncode == 0
+    done = run(tmp_path / "environment/bin/mlserve", "--version", cwd=tmp_path, env={"PYTHONPATH": None})
+    assert (done.returncode, done.stdout) == (7, "") and done.stderr.endswith("not installed here. pip install 'mlserve[release]'\n"), done.stderr
+
+
 def test_the_wheel_holds_rooms_pipelines_and_scaffolds_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     rooms = {str(p.relative_to(ROOT)) for p in (ROOT / "mlserve").rglob("*.py")} | {"mlserve/py.typed", "mlserve/serving/docs/page.html"}
