@@ -4,11 +4,13 @@
 
 The largest difference is from the model that was trained, in its own library, over 320 rows that it has never seen, one in ten of which has a gap
 in a column. A kind fails where a difference is above 1e-6 (1e-5 of a regression, whose numbers reach 10), or a label differs that is no tie. CatBoost
-brings what the project does not need and lies in `state/tools/catboost`, where `make models` puts it.
+and statsmodels bring what the project does not need and lie in `state/tools`, where `make models` puts them. The kinds *in Python* are classes of
+`bench/python_models.py` on the libraries' own files, served with `format="python"`.
 """
 import argparse
 import io
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -36,7 +38,10 @@ from mlserve.serving.server import serve_local
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests/package"), str(ROOT / "tests")]
-sys.path.append(str(ROOT / "state/tools/catboost"))
+TOOLS = [str(ROOT / "state/tools" / name) for name in ("catboost", "statsmodels")]
+sys.path += TOOLS
+os.environ["PYTHONPATH"] = os.pathsep.join(TOOLS)  # for the processes of `serve_local`
+import python_models  # noqa: E402
 from test_tables import BOTH, HELD, MODELS, NUMBERS, TRAIN, categories, pipeline  # noqa: E402
 
 from mlserve.package.convert.columns import to_arrays  # noqa: E402
@@ -59,6 +64,26 @@ def kinds():
     quiet = {"iterations": 20, "verbose": 0, "thread_count": 1, "allow_writing_files": False}
     yield "catboost, columns of numbers", CatBoostClassifier(**quiet), "labels", lambda frame: frame[NUMBERS].astype(float)
     yield "catboost, regression", CatBoostRegressor(**quiet), "numbers", lambda frame: frame[NUMBERS].astype(float)
+
+
+def in_python(folder):
+    "Classes of Python: name, class, its file in a folder, kind of answer, columns, and what the library answers to held-back rows"
+    import statsmodels.api as sm
+    from catboost import CatBoostClassifier
+    from xgboost import DMatrix, train
+    (frame, texts, score), (held, _, _) = TRAIN, HELD
+    filled, rest = [f.fillna(dict.fromkeys(python_models.TEXTS, "")) for f in (frame, held)], list(frame)
+    model = CatBoostClassifier(iterations=40, cat_features=python_models.TEXTS, verbose=0, thread_count=1, allow_writing_files=False).fit(filled[0], texts)
+    model.save_model(str(folder / "boosted.cbm"))
+    yield "catboost with categories, in Python", python_models.Boosted, "boosted.cbm", "labels", rest, model.predict_proba(filled[1]), model.predict(filled[1])
+    columns = ["age", "income", "visits"]
+    trees = train({"objective": "binary:logistic", "nthread": 1}, DMatrix(frame[columns].to_numpy(), texts == "yes"), 20)
+    trees.save_model(folder / "trees.ubj")
+    yes = trees.predict(DMatrix(held[columns].to_numpy()))
+    yield "xgboost, in Python", python_models.Trees, "trees.ubj", "labels", columns, np.stack([1 - yes, yes], 1), np.where(yes > 0.5, "yes", "no")
+    result = sm.OLS(score, python_models.design(frame)).fit()
+    (folder / "regression.json").write_text(result.params.to_json(double_precision=15))
+    yield "statsmodels, in Python", python_models.Regression, "regression.json", "numbers", rest, result.predict(python_models.design(held)).to_numpy(), None
 
 
 def answers(url, frame, outputs):
@@ -101,34 +126,52 @@ def measure(name, model, kind, framed):
     frame, held = framed(frame), framed(held)
     target = {"codes": (texts == "yes").astype(int), "labels": texts, "numbers": score}[kind]
     model.fit(frame, target)
+    expected = np.asarray(model.predict(held) if kind == "numbers" else model.predict_proba(held))
+    return asked(name, model, kind, frame, held, expected, None if kind == "numbers" else model.predict(held))
+
+
+def asked(name, model, kind, frame, held, expected, labels, **more):
+    "One row of the table, of a model and what its library answers"
     outputs = ["value"] if kind == "numbers" else BOTH
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        package = save_package(model, Path(folder) / "p", name="table", inputs=frame, outputs=outputs)
+        package = save_package(model, Path(folder) / "p", name="table", inputs=frame, outputs=outputs, **more)
         saved = time.perf_counter() - start
         size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
-        expected = np.asarray(model.predict(held) if kind == "numbers" else model.predict_proba(held))
         with serve_local(package.path) as url:
-            found = {wire: difference(told, expected, None if kind == "numbers" else model.predict(held)) for wire, told in answers(url, held, outputs)}
+            found = {wire: difference(told, expected, labels) for wire, told in answers(url, held, outputs)}
     assert all(worst < (1e-6 if kind != "numbers" else 1e-5) and not wrong for worst, wrong in found.values()), (name, found)
     gaps = sum(spec.optional for spec in package.inputs)
     return [name, f"{len(package.inputs)} ({gaps} with gaps)", f"{saved:.1f}", f"{size / 1000:.0f}", *(f"{worst:.1g}" for worst, _ in found.values())]
 
 
+def measure_python(folder, name, cls, file, kind, columns, expected, labels):
+    "One row of the table, of a class of Python"
+    model = cls()
+    model.load(folder)
+    return asked(name, model, kind, TRAIN[0][columns], HELD[0][columns], expected, labels, format="python",
+                 handler=python_models.__file__, files=[folder / file])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--only", default="", help="kinds with this in their name")
+    given = parser.parse_args()
+    out, folder = given.out, Path(tempfile.mkdtemp())
     table, code = [], 0
-    for name, *rest in kinds():
+    every = [(measure, *kind) for kind in kinds()] + [(lambda *row: measure_python(folder, *row), *kind) for kind in in_python(folder)]
+    for measured, name, *rest in every:
+        if given.only not in name:
+            continue
         print(name, "…", file=sys.stderr, flush=True)
         try:
-            table.append(measure(name, *rest))
+            table.append(measured(name, *rest))
         except Exception as e:  # the other kinds are measured all the same
             code, table = 1, [*table, [name, f"**failed**: {type(e).__name__}: {e}", *[""] * 6]]
     head = ["kind", "columns", "saved and proved in s", "package kB", "JSON", "CSV", "V2", "V2 binary"]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---", "---", *["--:"] * 6], *table)]
-    versions = ", ".join(f"{p} {version(p)}" for p in ("scikit-learn", "xgboost-cpu", "lightgbm", "skl2onnx", "onnxmltools", "onnxruntime", "pandas"))
+    versions = ", ".join(f"{p} {version(p)}" for p in ("scikit-learn", "xgboost-cpu", "lightgbm", "catboost", "statsmodels", "skl2onnx", "onnxmltools", "onnxruntime", "pandas"))
     text = "\n".join([f"# Kinds of models, {time.strftime('%Y-%m-%d')}", "", f"`make models` on Python {platform.python_version()}: {versions}.", "",
                       " ".join(__doc__.split("\n\n")[2].split()), "", *lines, ""])
     print(text)

@@ -190,7 +190,7 @@ def doctor(notebook:Annotated[Path|None,
 
 # %% ../nbs/07_operations.ipynb #e39a0243
 @command(app)
-def init(kind:Annotated[str, typer.Argument(help='classification or regression.')],
+def init(kind:Annotated[str, typer.Argument(help='classification, regression, table, text or any-python.')],
     folder:Annotated[Path, typer.Argument(help='New or empty; the model is named after it.')], full:Json=False)->None:
     "Write a small project that releases as it is: a model notebook, gates, a workflow, a README."
     from mlserve.notebook.scaffold import after_scaffold, scaffold

@@ -982,6 +982,24 @@ def modules_are_not_held_against_the_lock(put):
     put("package.handler.locked_code", now("package.code.modules.code_in"))
 
 
+@plant
+def gaps_in_text_are_texts(put):
+    good = now("package.code.python_program._texts")
+    put("package.code.python_program._texts", lambda name, array, gap: good(name, array, ""))
+
+
+@plant
+def python_works_on_what_came_in(put):
+    def given(arrays, specs):
+        return {name: array.ravel() for name, array in arrays.items()}
+    put("package.code.python_program._given", given)
+
+
+@plant
+def python_is_taken_at_its_word(put):
+    put("package.prove_program", never)
+
+
 # ---- R: releases and deployments
 
 

@@ -29,6 +29,7 @@ import test_local_code
 import test_pipelining
 import test_platforms
 import test_protocols
+import test_python
 import test_reference
 import test_server
 import test_sizes
@@ -55,6 +56,10 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A5", test_local_code.test_A5_two_packages_of_one_process_have_each_their_own_code, {}, "the_first_module_of_a_name_is_everybodys", r"they answered"),
     ("A5", test_local_code.test_A5_a_module_that_is_imported_late_is_the_locked_one, {}, "modules_are_read_when_they_are_imported", "it took 9"),
     ("A5", test_local_code.test_A5_a_module_that_is_not_as_it_was_locked_never_runs, {}, "modules_are_not_held_against_the_lock", "DID NOT RAISE|never ran"),
+    ("A1", test_python.test_A1_files_that_answer_otherwise_are_refused, {}, "python_is_taken_at_its_word", "DID NOT RAISE"),
+    ("A2", test_python.test_A2_what_is_asked_before_or_beside_changes_no_answer, {"name": "Beside", "words": "beside it"}, "python_is_taken_at_its_word", "DID NOT RAISE"),
+    ("A3", test_python.test_A3_a_class_may_write_to_what_it_is_given, {}, "python_works_on_what_came_in", "assert|bytes|otherwise|differ"),
+    ("A3", test_python.test_A3_a_gap_in_text_is_none_and_no_text, {}, "gaps_in_text_are_texts", r"\[False, True\]"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
     ("N1", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N1 a head that drips", "room": True, "clients": 25, "duration": 3}, "no_deadline_for_a_head", "ended by the server"),
@@ -219,6 +224,7 @@ def failure(test, stack, double, tmp_path, monkeypatch, given):
     "Run a test with what its fixtures would give it: how it failed, and the lines of the test that did"
     ready = {"double": lambda: double, "tmp_path": lambda: tmp_path, "monkeypatch": lambda: monkeypatch,
              "project": lambda: stack.enter_context(test_local_code.project_in(tmp_path, monkeypatch)),
+             "place": lambda: test_python.place_in(tmp_path),
              "pool": lambda: stack.enter_context(concurrent.futures.ThreadPoolExecutor(64)),
              "server": lambda: stack.enter_context(servers.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
              "http": lambda: stack.enter_context(httpx.Client(base_url=ready["conformance"]().url, timeout=30, trust_env=False)),

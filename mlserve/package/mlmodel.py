@@ -12,7 +12,7 @@ import json, os, platform, re
 from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 import numpy as np
 from ..errors import IntegrityError, MlserveError, Refused, UsageError
-from .programs import FORMATS
+from .programs import MODEL_FILES
 from ..tensors import DATATYPES, TensorSpec
 
 # %% ../../nbs/package/08_mlmodel.ipynb #b7994e32
@@ -123,8 +123,9 @@ def _suits_tensorrt(ours:dict[str,Any])->bool:
     return fixed and ours['format'] == 'onnx' and ours.get('batch', True)
 
 # %% ../../nbs/package/08_mlmodel.ipynb #4886ac71
+_classes = {'safetensors': 'holds weights only', 'python': 'is a class of yours'}
 _required:dict[str,Callable[[Any], bool]] = {'name': is_name, 'file': lambda v: isinstance(v, str),
-    'format': lambda v: isinstance(v, str) and v in FORMATS, 'tolerance': _is_tolerance,
+    'format': lambda v: isinstance(v, str) and v in MODEL_FILES, 'tolerance': _is_tolerance,
     'inputs': _are_specs, 'outputs': _are_specs}
 _optional:dict[str,Callable[[Any], bool]] = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module,
     'batch': lambda v: type(v) is bool, 'nonfinite': lambda v: v in (None, 'strings'),
@@ -151,10 +152,10 @@ def parse_mlmodel(
     for key in strange: _refuse(f"the field '{key[:60]}' is missing or unknown")
     for key,value in ours.items():
         if not _holds(checks[key], value): _refuse(f"the field '{key}' is {repr(value)[:120]}")
-    if ours['file'] != FORMATS[ours['format']]:
+    if ours['file'] != MODEL_FILES[ours['format']]:
         _refuse(f"the field 'file' is {ours['file'][:60]!r}, for the format {ours['format']}")
-    if (ours['format'] == 'safetensors') != bool(ours.get('module')):
-        _refuse("the field 'module' is for weights without a program")
+    if (ours['format'] in _classes) != bool(ours.get('module')):
+        _refuse("the field 'module' is for weights without a program, and for Python")
     if 'tensorrt' in ours.get('providers', ()) and not _suits_tensorrt(ours):
         _refuse("the field 'providers' asks for TensorRT, which takes ONNX, rows of one shape, and any batch of them")
     return ours
@@ -202,7 +203,7 @@ def check_outputs(
 # %% ../../nbs/package/08_mlmodel.ipynb #c31d0e04
 def check_providers(
     providers:Any, # ('cuda',), or ('tensorrt', 'cuda')
-    format:str, # a key of `programs.FORMATS`
+    format:str, # a key of `programs.MODEL_FILES`
     batch:bool, # False where rows belong together
 )->None: # or UsageError
     "Refuse execution providers that cannot be meant"
@@ -247,7 +248,7 @@ def plain_arguments(
 # %% ../../nbs/package/08_mlmodel.ipynb #5b1c9a02
 def description(
     model:Any, # as `save_package` has it
-    format:str, # a key of `programs.FORMATS`
+    format:str, # a key of `programs.MODEL_FILES`
     handler:Any, # as `write_handler` takes it
     code:Sequence[Any], # local modules that it imports
     arguments:dict[str,Any]|None, # of the module's class
@@ -256,12 +257,13 @@ def description(
     "What `MLmodel` will say of a package"
     if code and not handler:
         raise UsageError('code is given without a handler, and nothing else imports it.', mend='Say handler=True.')
-    ours = {'format': format, 'file': FORMATS[format]}
+    ours = {'format': format, 'file': MODEL_FILES[format]}
     ours |= {key: v for key,v in given.items() if v not in (None, True, PROVIDERS[0])}
-    if format != 'safetensors': return ours
+    if format not in _classes: return ours
     if not handler:
-        raise UsageError("The format 'safetensors' holds weights only: give a handler with the module's class.")
-    return ours | {'module': {'class': type(model).__name__, 'arguments': plain_arguments(arguments or {})}}
+        raise UsageError(f"The format '{format}' {_classes[format]}: give a handler with the model's class.")
+    cls = type(model.model if format == 'python' else model)
+    return ours | {'module': {'class': cls.__name__, 'arguments': plain_arguments(arguments or {})}}
 
 # %% ../../nbs/package/08_mlmodel.ipynb #1485ad58
 _tolerances = {'FP16': (1e-2, 1e-3), 'FP32': (1e-4, 1e-5), 'FP64': (1e-7, 1e-9)}

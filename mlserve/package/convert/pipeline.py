@@ -53,8 +53,8 @@ def _where(error:BaseException, model:Any)->str:
             place = names.get(id(getattr(value, 'raw_operator', value)), place)
         frame = frame.tb_next
     return place
-WAYS = ('Use another encoder or transformer in that step; or do its work before inputs; or save an nn.Module '
-    "in exported cells with format='safetensors', which stays Python.")
+WAYS = ('Use another encoder or transformer in that step; or do its work before inputs; or save a class '
+    "with predict in exported cells, format='python', which stays Python.")
 def cannot(
     step:str, # of the pipeline
     error:Exception, # of the converter

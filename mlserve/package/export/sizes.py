@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from ...errors import Refused, UsageError
 from ..arrays import at_sizes, tile
-from ..convert.original import TableModel
 from .example import example_specs, first_answer
 from .given import Given, vary
 from ..programs.torch_program import Program
@@ -131,7 +130,7 @@ def with_sizes(
 )->Given: # with the dimensions that vary, and the example at other sizes
     "Find what varies, and within which bounds; a fixed model stays as it is"
     if given.dynamic is None and not given.others: return given
-    if isinstance(given.model, TableModel):
+    if given.inputs[0].optional is not None:
         raise UsageError('dynamic is for tensors; the columns of a table are fixed.')
     found = found_sizes(given)
     wide = _unbounded(given.arrays, found)

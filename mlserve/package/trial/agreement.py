@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 import numpy as np
+from ..code.python_program import PythonProgram
 from ..convert.columns import as_frame, table_columns
 from ..convert.original import TableModel, ordered
 from ..export import live_program
@@ -48,7 +49,8 @@ def model_answers(
     live: Program
     names = [spec.name for spec in terms.outputs]
     with tempfile.TemporaryDirectory() as folder:
-        if hasattr(inputs, 'iloc'):
+        if terms.format == 'python': live = PythonProgram(model, terms.inputs)
+        elif hasattr(inputs, 'iloc'):
             table = TableModel(model, table_columns(ordered(model, as_frame(inputs))), names)
             table.types = {spec.name: dtype_of(spec.datatype) for spec in terms.outputs}
             live = table

@@ -34,6 +34,9 @@ def requirements_of(
 )->list[str]: # sorted requirement lines
     "What has to be installed to serve a package"
     scheme = place.partition(':')[0] if ':' in place else ''
+    if package.format == 'python' and device != 'cpu':
+        raise Refused(f"A package of format 'python' computes on the CPU; the image is asked for {device}.",
+            mend="Say device = 'cpu' in mlserve.toml; or save a module of torch.")
     wings = {'', 'serving', _frameworks.get(package.format, ''), {'models':'registry'}.get(scheme, scheme)}
     found = set(map(str, map(Requirement, extra)))
     for line in metadata.requires('mlserve') or ():

@@ -9,7 +9,7 @@ __all__ = ['framework_of', 'built_for', 'check_driver', 'check_architecture', 'f
 import importlib.util, re
 from collections.abc import Sequence
 from pathlib import Path
-from ...errors import GpuRefused
+from ...errors import GpuRefused, Refused
 from .device import Device, torch_name
 from .failures import in_short, reason_of
 
@@ -100,6 +100,8 @@ def check_framework(
 )->None: # or a refusal
     "Refuse a framework that cannot compute on the claimed GPU"
     if device.kind == 'cpu': return
+    if format == 'python': raise Refused("A package of format 'python' computes on the CPU; the server is asked for "
+        f'{torch_name(device)}.', mend="Build the image with device = 'cpu'; or save a module of torch.")
     name = framework_of(format)
     check_driver(name, built_for(name), device)
     if name == 'onnxruntime': return
