@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "torch", "onnx", "s3", "gs", "az", "registry", "tables", "otel", "release", "dev")}
+wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "torch", "onnx", "s3", "gs", "az", "hf", "registry", "tables", "otel", "release", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -32,11 +32,12 @@ setup(
         "s3": wings["s3"],
         "gs": wings["gs"],
         "az": wings["az"],
+        "hf": wings["hf"],
         "registry": wings["registry"],
         "tables": wings["tables"],
         "otel": wings["otel"],
         "release": wings["release"],
-        "dev": wings["serving"] + wings["torch"] + wings["onnx"] + wings["s3"] + wings["gs"] + wings["az"] + wings["tables"] + wings["otel"] + wings["release"] + wings["dev"],
+        "dev": wings["serving"] + wings["torch"] + wings["onnx"] + wings["s3"] + wings["gs"] + wings["az"] + wings["hf"] + wings["tables"] + wings["otel"] + wings["release"] + wings["dev"],
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

@@ -48,7 +48,7 @@ def test_the_wheel_holds_rooms_pipelines_and_scaffolds_and_nothing_else(wheel):
     rooms = {str(p.relative_to(ROOT)) for p in (ROOT / "mlserve").rglob("*.py")} | {"mlserve/py.typed", "mlserve/serving/docs/page.html"}
     pipelines = {f"mlserve/pipelines/{p.name}" for p in (ROOT / "nbs/pipelines").glob("*.ipynb")}
     scaffolds = {f"mlserve/scaffolds/{name}" for name in ("README.md", "gitignore", "release.yaml", "requirements.txt", *(f"{kind}.{end}" for kind in KINDS for end in ("ipynb", "toml")))}
-    assert {n for n in names if ".dist-info/" not in n} == rooms | pipelines | scaffolds and len(pipelines) == 3
+    assert {n for n in names if ".dist-info/" not in n} == rooms | pipelines | scaffolds and len(pipelines) == 4
 
 
 def test_an_environment_of_its_own_has_the_command_and_what_it_needs(installed, tmp_path):
@@ -64,7 +64,7 @@ def test_an_environment_of_its_own_has_the_command_and_what_it_needs(installed, 
     found = run(python, "-c", program, cwd=tmp_path, env=outside)
     assert found.returncode == 0, found.stderr
     home, *books = found.stdout.split()
-    assert Path(home).is_relative_to(installed) and books == ["build_image.ipynb", "check_inference.ipynb", "record_release.ipynb"]
+    assert Path(home).is_relative_to(installed) and books == ["build_image.ipynb", "check_inference.ipynb", "fetch_package.ipynb", "record_release.ipynb"]
     assert run(mlserve, "init", "regression", tmp_path / "prices", cwd=tmp_path, env=outside).stdout.startswith(f"cd {tmp_path}/prices\n")
     assert run(BIN / "uv", "pip", "check", "--python", python).returncode == 0
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Host', 'Delivery', 'default_repository', 'ReleaseSpec', 'checked_device', 'checked_reference', 'checked_address',
            'checked_requirement', 'checked_store', 'baked_warning', 'check_keys', 'read_file', 'default_name',
-           'told_error', 'read_spec']
+           'told_error', 'declared_spec', 'read_spec']
 
 # %% ../../nbs/release/01_spec.ipynb #5bdd3257
 import difflib, os, re, tomllib
@@ -38,6 +38,7 @@ class ReleaseSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra='forbid', validate_default=True, allow_inf_nan=False)
     name: str = Field(pattern=r'^[a-z0-9]+([._-][a-z0-9]+)*$', max_length=63, description='the model, in lower case')
     notebook: Path = Field(description='the model notebook')
+    source: str|None = Field(None, description='where the package is, if fetched: a folder, `hf://…` or `dvc:…`')
     repository: str = Field(default_factory=_repository, description='where images go: `MLSERVE_REGISTRY`/name')
     base: str = Field(default_factory=_base,
         description='image to build on: `MLSERVE_BASE`, or python:3.11-slim-bookworm; resolved to a digest')
@@ -45,8 +46,7 @@ class ReleaseSpec(BaseModel):
         description='registries elsewhere that speak plain HTTP, as `host:port`: `MLSERVE_INSECURE`')
     device: Literal['cpu','cuda'] = Field('cpu', description='what the image serves on')
     delivery: Delivery = Field('baked', description='how the weights reach the server')
-    store: str|None = Field(None,
-        description='where `store` keeps packages: `s3://bucket/prefix`, `gs://…` or `az://…`')
+    store: str|None = Field(None, description='where `store` keeps packages: `s3://bucket/prefix`, `gs://…`, `az://…`')
     builder: Literal['docker','buildah'] = Field('docker', description='what builds the image')
     index: str|None = Field(None, description='package index to take wheels from, '
         "such as `https://pypi.example/simple`; pip's own configuration by default")
@@ -210,6 +210,19 @@ def _refusal(error):
     named = error['type'] in ('string_pattern_mismatch','string_too_long')
     sentence = f"{where} is {error['input']!r}; {text}." if where else f'The spec is not complete: {text}.'
     return (Refused if named else UsageError)(sentence, mend='Correct it in mlserve.toml or on the command line.')
+def declared_spec(
+    said:Mapping[str, Any], # by `mlserve.toml`
+    folder:Path, # in which it lies
+    notebook:Path, # that makes the package
+    overrides:Mapping[str, Any], # fields that win over the file; None = not given
+)->ReleaseSpec: # validated and frozen
+    "The spec of a file and a command"
+    given = {key: value for key,value in overrides.items() if value is not None}
+    check_keys(given, 'The command')
+    paths = {key: folder/said[key] for key in ('ca','state') if isinstance(said.get(key), str)}
+    values = {'name': default_name(notebook)} | dict(said) | paths | given
+    try: return ReleaseSpec(**values | {'notebook': notebook})
+    except ValidationError as e: raise _refusal(e.errors()[0]) from None
 def read_spec(
     notebook:str|Path, # path of the model notebook
     **overrides:Any, # fields that win over the file; None = not given
@@ -219,11 +232,9 @@ def read_spec(
     if not notebook.is_file(): raise UsageError(f'There is no notebook at {notebook}.', mend=mend)
     if notebook.suffix != '.ipynb':
         raise UsageError(f'{notebook} is not a notebook: its name does not end with .ipynb.', mend=mend)
-    given = {key: value for key,value in overrides.items() if value is not None}
-    check_keys(given, 'The command')
     said = read_file(notebook.parent/'mlserve.toml')
     _same_notebook(said.get('notebook'), notebook)
-    paths = {key: notebook.parent/said[key] for key in ('ca','state') if isinstance(said.get(key), str)}
-    values = {'name': default_name(notebook)} | said | paths | given
-    try: return ReleaseSpec(**values | {'notebook': notebook})
-    except ValidationError as e: raise _refusal(e.errors()[0]) from None
+    if 'source' in said:
+        raise UsageError(f"mlserve.toml has source = {said['source']!r}; the command was given {notebook.name}.",
+            mend='A package is trained or fetched: take the key out of the file, or give no notebook.')
+    return declared_spec(said, notebook.parent, notebook, overrides)
