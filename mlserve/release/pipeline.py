@@ -21,7 +21,6 @@ from . import record
 from .check.assessment import foresee_run
 from .check.container import credentials
 from .gates import Gates, told_metrics
-from .git_source import commit_of
 from .image.engine import engine, reach_base
 from .notebook import check_parameters, experiment_of, let_go, shared_kernel
 from .record import mlflow_store
@@ -30,6 +29,7 @@ from .registry.client import reach_registry
 from .run import (Run, books_of, fail_run, open_run, pipeline_kernel, pipelines,
     reach_disk, say, step, under_name, write_json)
 from .spec import ReleaseSpec, checked_device, default_name, default_repository
+from .source.fetched import first_step, hold_logged, pinned_spec, told_first, trained_at
 from .supply_chain.provenance import confirm_attached
 from .supply_chain.statement import attest, before_check, check_findings
 from .supply_chain.verify import confirm
@@ -45,8 +45,8 @@ def reach(
     spec:ReleaseSpec, # of the release
 )->None: # or a refusal
     "Ask whether all that a release needs is there, and lets it in, before the notebook is run"
-    check_parameters(spec.notebook, {'package_dir': 'package'})
-    commit_of(spec.notebook)
+    check_parameters(spec.notebook, {'package_dir': 'package', **told_first(spec)})
+    trained_at(spec)
     reach_disk(spec.state)
     engine(seconds=10).close()
     _reach_registry(spec)
@@ -61,7 +61,7 @@ def reach(
 def _package_of(run, place):
     "The package that the model notebook saved, logged to the run"
     book = run.spec.notebook
-    if not run.trained(): run.notebook(book, package_dir=str(place))
+    if not run.trained(): run.notebook(book, package_dir=str(place), **told_first(run.spec))
     if not place.exists():
         raise UsageError(f'{book.name} saved no package in its package_dir.',
             mend='Let it call save_package(model, package_dir, ...).')
@@ -117,8 +117,7 @@ def is_checked(
 
 # %% ../../nbs/release/08_pipeline.ipynb #577b399b
 def _build(run, package_dir):
-    logged = record.read_logged(run.id)
-    assert logged # `train_model` logged it, where the notebook did not
+    logged = hold_logged(load_package(package_dir).digest, record.read_logged(run.id))
     run.notebook(pipelines()/'build_image.ipynb', run_dir=str(run.folder), package_dir=str(package_dir),
         model_id=logged.model_id)
 def _record(run):
@@ -210,7 +209,7 @@ def go_on(
     "Take every step of a release that is not done"
     try:
         with shared_kernel(run.folder) as theirs, pipeline_kernel(run.folder) as ours:
-            with mlflow_store.environment(MLFLOW_RUN_ID=run.id), step('train', run.did, progress):
+            with mlflow_store.environment(MLFLOW_RUN_ID=run.id), step(first_step(run.spec), run.did, progress):
                 run,place = train_model(replace(run, kernel=theirs))
             let_go(theirs)
             built,pair,checked = build_record_check(replace(run, kernel=ours), place, progress)
@@ -246,7 +245,7 @@ def release(
 )->dict[str, Any]: # the content of `state/release.json`
     "From a model notebook to a checked pair of version and image"
     with within_reach(spec, progress) as steps:
-        run = open_run(spec, promote)
+        run = open_run(pinned_spec(spec), promote)
         for done in steps: run.did(done)
         return go_on(run, promote, progress)
 
@@ -266,7 +265,7 @@ def write_result(
         'gates': spec.gates.model_dump(exclude_defaults=True), 'image_mb': built['size_mb'],
         **{key: built[key] for key in ('layers_mb','package_mb','place','warnings')},
         'aliases': record.aliases(now), 'steps': run.steps(), 'run': run.id, 'evidence': books_of(run),
-        'check': {key: checked[key] or None for key in _checked},
+        'check': {key: checked[key] or None for key in _checked}, 'source': spec.source,
         'commands': commands(now.image, now.version, package, run.folder, spec.delivery, spec.device)}
     write_json(spec.state/'release.json', result)
     return result

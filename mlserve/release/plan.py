@@ -53,6 +53,7 @@ class BuildPlan:
     builder: str # 'docker' or 'buildah'
     notebook: str # file name of the model notebook
     executed: str = '' # `sha256:…` of its executed copy; '' where none was run
+    fetched: str = '' # pinned address of a package that no notebook trained
     ca: Path|None = None # file of the registry's authorities
     max_mb: float|None = None # megabytes that the image may have
     warnings: tuple[str, ...] = () # sentences for the result
@@ -86,15 +87,15 @@ def prepare(
     lock,wheels = _dependencies(spec, package, target, place, model_id)
     recipe = ImageSpec(base, spec.device, spec.delivery)
     dockerfile = render(recipe)
-    inputs = read_inputs(spec.notebook, package, lock, wheels, dockerfile)
+    inputs = read_inputs(None if spec.source else spec.notebook, package, lock, wheels, dockerfile)
     labels = inputs.labels(spec.name, package.digest, lock, base)
     package_mb = sum(file.stat().st_size for file in Path(package.path).rglob('*')) / 1e6
     warning = baked_warning(spec, package_mb)
     return BuildPlan(spec.name, package.digest, package.path if spec.delivery == 'baked' else None,
         round(package_mb, 1), base, target, lock, wheels, recipe, dockerfile, place, inputs, labels, spec.repository,
         spec.state, spec.builder, Path(spec.notebook).name,
-        executed='sha256:' + file_hash(executed) if executed and executed.exists() else '', ca=spec.ca,
-        max_mb=spec.max_image_mb, warnings=(warning,) if warning else ())
+        executed='sha256:' + file_hash(executed) if executed and executed.exists() else '', fetched=spec.source or '',
+        ca=spec.ca, max_mb=spec.max_image_mb, warnings=(warning,) if warning else ())
 
 # %% ../../nbs/release/06_plan.ipynb #75dc207b
 def stage_plan(
@@ -149,7 +150,8 @@ def documents_of(
     files = inputs.files if plan.recipe.delivery == 'baked' else {}
     bill = Bill(reference, plan.name, plan.package, wheels, dict(debian), files, inputs.code, plan.version)
     origin = provenance.Origin(reference, plan.package, plan.base, wheels, inputs.digests['code'],
-        inputs.digests['dockerfile'], asdict(plan.recipe), plan.notebook, plan.executed, inputs.source)
+        inputs.digests['dockerfile'], asdict(plan.recipe), plan.notebook, plan.executed, inputs.source,
+        fetched=plan.fetched)
     return bill,origin
 
 # %% ../../nbs/release/06_plan.ipynb #589143cc

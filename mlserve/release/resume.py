@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from ..errors import Conflict, UsageError, hidden
 from .check.container import remove_orphans
-from .git_source import commit_of
 from .image.engine import engine
 from .pipeline import go_on, release, within_reach
 from .record import mlflow_store
 from .record.journal import Journal, journals, orphaned, owner_of
 from .run import Run, read_json, say
+from .source.fetched import trained_at
 from .spec import ReleaseSpec
 
 # %% ../../nbs/release/09_resume.ipynb #7a1d0007
@@ -56,10 +56,14 @@ def sweep(
 def _run_of(journal):
     "The run that a journal is of"
     return Run(ReleaseSpec(**read_json(journal.folder/'spec.json')), journal.folder, journal.last('run').get('id', ''))
+def _what(journal):
+    "What a journal's run was to release"
+    spec = read_json(journal.folder/'spec.json')
+    return spec['notebook'],(spec.get('source') or '').rpartition('@')[0]
 def _left(state):
     "The releases that have not ended well, but for those that were begun anew before they had trained; oldest first"
     runs = [journal for journal in journals(state) if journal.last('opened').get('command') == 'release']
-    newest = {read_json(journal.folder/'spec.json')['notebook']: journal for journal in runs}
+    newest = {_what(journal): journal for journal in runs}
     unfinished = [journal for journal in runs if journal.last('ended').get('status') != 'FINISHED']
     return [journal for journal in unfinished if journal in newest.values() or _run_of(journal).trained()]
 def find_run(
@@ -78,7 +82,7 @@ def find_run(
 # %% ../../nbs/release/09_resume.ipynb #7a1d0019
 def _hold_origin(spec, run, store):
     "Refuse to go on from other sources than those that were trained"
-    trained,now = store.get_run(run).data.tags.get('mlserve.source', ''),commit_of(spec.notebook)
+    trained,now = store.get_run(run).data.tags.get('mlserve.source', ''),trained_at(spec)
     if trained == now: return
     raise Conflict(f'{spec.notebook.name} was trained at {trained or "no commit"}; its sources are at {now or "none"}.',
         mend='Check that commit out, or release again.')

@@ -17,13 +17,13 @@ from ..errors import (Interrupted, LocalResource, MlserveError, NotebookFailed, 
     UsageError, hidden)
 from ..package.folder import shipped, write_whole
 from ..patch import patch
-from .git_source import commit_of
 from .notebook import experiment_of, parameters_of, ran_to_its_end, run_notebook, shared_kernel
 from .record import mlflow_store
 from .record.evidence import keep_evidence
 from .record.journal import Journal, owner_of
 from .record.ledger import user_name
 from .record.logged_package import read_logged
+from .source.fetched import named_origin, pinned_parameter, trained_at
 from .spec import ReleaseSpec, default_name, default_repository
 
 # %% ../../nbs/release/04_run.ipynb #faea271c
@@ -197,10 +197,10 @@ def under_name(
     return spec.model_copy(update={'name': name, **own})
 
 # %% ../../nbs/release/04_run.ipynb #33c168e1
-def _origin(notebook:Path, commit:str)->dict[str, str]:
+def _origin(spec:ReleaseSpec, commit:str)->dict[str, str]:
     "Who runs what, as MLflow's pages name it"
     clean = {} if commit.endswith('-dirty') or not commit else {'mlflow.source.git.commit': commit}
-    return {'mlflow.user': user_name(), 'mlflow.source.name': notebook.name, 'mlflow.source.type': 'NOTEBOOK', **clean}
+    return {'mlflow.user': user_name(), 'mlflow.source.type': 'NOTEBOOK', **clean, **named_origin(spec)}
 
 # %% ../../nbs/release/04_run.ipynb #091cf951
 def open_run(
@@ -210,8 +210,8 @@ def open_run(
     "Make the folder and the MLflow run of a release, and see that the run takes evidence"
     spec = absolute(spec)
     store = mlflow_store.client()
-    commit = commit_of(spec.notebook)
-    tags = {'mlserve.source': commit, 'mlserve.spec': spec.model_dump_json(), **_origin(spec.notebook, commit)}
+    commit = trained_at(spec)
+    tags = {'mlserve.source': commit, 'mlserve.spec': spec.model_dump_json(), **_origin(spec, commit)}
     experiment = mlflow_store.experiment(store, experiment_of(spec.notebook))
     folder = run_folder(spec.state)
     written,journal = write_json(folder/'spec.json', json.loads(spec.model_dump_json())),Journal(folder)
@@ -231,7 +231,7 @@ def open_run(
 @patch
 def log_parameters(self:Run)->None: # as parameters of the MLflow run, and of the logged model
     "Log the parameters of the model notebook"
-    store,given = mlflow_store.client(),parameters_of(self.spec.notebook)
+    store,given = mlflow_store.client(),pinned_parameter(self.spec) or parameters_of(self.spec.notebook)
     known = {'package_dir', *store.get_run(self.id).data.params}
     for name in sorted(given.keys() - known):
         try: value = ast.literal_eval(given[name])

@@ -200,6 +200,8 @@ class Evidence:
     warnings: list[str] # sentences
 _from_itself = ('The saved program answered the held-back rows in the notebook, not the live model: '
     'give holdout to save_package.')
+_alone = ('No held-back rows came with the package: only its own golden rows were compared, '
+    'so the saved program is its own reference.')
 
 # %% ../../../nbs/release/check/04_check.ipynb #461af048
 def _readable(folder):
@@ -215,10 +217,10 @@ def gather(
     package = fetch_package(pair, folder/'package', uri)
     _readable(folder)
     file = fetch_holdout(pair.run_id, folder, pair.tags.get('mlserve.holdout', ''), uri)
-    held,reference = read_holdout(file, package.digest) if file else (None, '')
+    held,reference = read_holdout(file, package.digest) if file else (None, SAVED * ('mlserve.from' in pair.tags))
     production = in_production(pair.name, kind, pair.version, uri)
     reading,unmeasured = foresee(held, gates, production)
-    warnings = [unmeasured] * bool(unmeasured) + [_from_itself] * (reference == SAVED)
+    warnings = [unmeasured] * bool(unmeasured) + [_from_itself if held else _alone] * (reference == SAVED)
     return Evidence(package, held, reference, production, reading, warnings)
 
 # %% ../../../nbs/release/check/04_check.ipynb #25fb8d8e

@@ -57,7 +57,8 @@ def _parts(pair:Pair)->Iterator[tuple[str, str]]:
     yield 'image',f'`{_short(pair.image)}`{size}'
     yield 'package',f"`{_short(pair.package)}`, delivery `{pair.delivery}`"
     yield 'inputs → outputs',f"`{tags.get('mlserve.contract', '')}`"
-    for name,tag in {'commit': 'source', 'executed notebook': 'notebook', 'base': 'base'}.items():
+    made = {'commit': 'source', 'fetched from': 'from', 'executed notebook': 'notebook', 'base': 'base'}
+    for name,tag in made.items():
         if tags.get(f'mlserve.{tag}'): yield name,f"`{_short(tags[f'mlserve.{tag}'])}`"
     gates = json.loads(tags.get('mlserve.gates') or '{}')
     if gates: yield 'gates',f'`{json.dumps(gates)}`'

@@ -19,6 +19,7 @@ VERSION_TAGS = {
         'holdout': 'hash of the file with the held-back rows and their answers',
         'reference': 'who answered the held-back rows in the notebook: live model, or saved program'},
     'what it is made of': {'source': 'commit of the notebook; ends in -dirty where its tree was changed',
+        'from': 'where the package was fetched, by an address that does not move',
         'notebook': 'hash of the executed notebook among the evidence', 'base': 'the base image by its digest',
         'lock': 'hash of the lock of all dependencies', 'sbom': 'digest of the bill of materials beside the image',
         'provenance': 'digest of the statement about the inputs of the build',
@@ -32,6 +33,7 @@ VERSION_TAGS = {
 # %% ../../../nbs/release/record/09_names.ipynb #8178717f
 RUN_TAGS = {
     'mlserve.source': 'commit of the notebook', 'mlserve.spec': 'every field that the release had decided, as JSON',
+    'mlserve.from': 'where the package was fetched, where no notebook trained it',
     'mlserve.owner': 'the process that has the run, until it is closed',
     'mlserve.package': 'digest of the package that was logged', 'mlserve.model_id': 'the logged model',
     'mlserve.contract': 'what goes in and what comes out', 'mlserve.reference': 'who answered the held-back rows',

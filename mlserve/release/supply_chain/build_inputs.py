@@ -39,7 +39,7 @@ class Inputs:
 
 # %% ../../../nbs/release/supply_chain/02_build_inputs.ipynb #d2f4510b
 def read_inputs(
-    notebook:str|Path, # path of the model notebook
+    notebook:str|Path|None, # path of the model notebook; None where the package was fetched
     package:'Package', # verified
     lock:Lock, # the dependencies
     wheels:str|Path, # folder of the lock's wheels
@@ -49,4 +49,5 @@ def read_inputs(
     said = read_wheels(lock, wheels, kept=Path(wheels).with_suffix('.said.json'))
     files,code = parse_lock((Path(package.path)/'package.lock').read_bytes()),code_of()
     digests = {'dockerfile': digest_of(dockerfile.encode()), 'code': tree_digest(code)}
-    return Inputs(said, files, code, digests, repository_of(notebook), epoch_of(notebook))
+    repository = repository_of(notebook) if notebook else {}
+    return Inputs(said, files, code, digests, repository, epoch_of(notebook))

@@ -231,7 +231,7 @@ def _record(seen, pair, uri):
     expected = {'package': package or seen.env.get('MLSERVE_PACKAGE_DIGEST','')}
     expected |= {name: doc.digest for name,doc in seen.docs.items()}
     if origin: expected |= {'lock': lock_of(origin.wheels).digest, 'base': origin.base, 'notebook': origin.executed,
-        'source': origin.source.get('revision',''), 'device': origin.recipe.get('device',''),
+        'source': origin.source.get('revision',''), 'from': origin.fetched, 'device': origin.recipe.get('device',''),
         'delivery': origin.recipe.get('delivery','')}
     tags = [(f'tag mlserve.{k}', v or absent, pair.tags.get(f'mlserve.{k}', absent)) for k,v in expected.items()]
     return [('tag mlserve.image', seen.image.digest, pair.image.partition('@')[2])] + tags

@@ -34,6 +34,7 @@ class Origin:
     executed: str = '' # `sha256:…` of its executed copy; '' when none was run
     source: dict[str, str] = field(default_factory=dict) # `revision`, `source`, `version` of the repository
     lock: str = '' # `sha256:…` of the lock
+    fetched: str = '' # pinned address of a package that no notebook trained
 
 # %% ../../../nbs/release/supply_chain/01_provenance.ipynb #0313dc28
 def lock_of(
@@ -79,6 +80,7 @@ def write_provenance(
     "The provenance of an image"
     internal = {'dockerfile': _hash(origin.dockerfile), 'lock': _hash(lock_of(origin.wheels).digest)}
     external = {'notebook': origin.notebook, 'recipe': origin.recipe}
+    if origin.fetched: external['from'] = origin.fetched
     definition = {'buildType': f'{_ours}/build/v1', 'externalParameters': external, 'internalParameters': internal,
         'resolvedDependencies': _inputs(origin)}
     run = {'builder': {'id': f'{_ours}/builders/unhosted', 'version': {'mlserve': version}}}
@@ -101,7 +103,8 @@ def _origin(statement):
         f"{named['base']['uri']}@{_sha(named['base'])}", tuple(wheels), _sha(named['server']),
         'sha256:' + internal['dockerfile']['sha256'], external['recipe'], external['notebook'],
         executed=_sha(named['executed']) if 'executed' in named else '',
-        source=named.get('notebook', {}).get('annotations', {}), lock='sha256:' + internal['lock']['sha256'])
+        source=named.get('notebook', {}).get('annotations', {}), lock='sha256:' + internal['lock']['sha256'],
+        fetched=external.get('from', ''))
 
 # %% ../../../nbs/release/supply_chain/01_provenance.ipynb #648813ce
 def read_provenance(
