@@ -1054,3 +1054,51 @@ def whoever_applied_last_has_the_target(put):
 @plant
 def old_pods_that_end_are_not_waited_for(put):
     put("release.deploy.kubernetes.watching.Watched.do_rollout", never)
+
+
+@plant
+def the_hub_is_asked_by_name(put):
+    from mlserve.release.source.hugging_face import HubHome
+    put("release.source.places.find_hub", HubHome)
+
+
+@plant
+def git_is_asked_for_what_is_there_now(put):
+    good = now("release.git_source.commit_at")
+    put("release.source.tracked.commit_at", lambda folder, revision: good(folder, "HEAD"))
+
+
+@plant
+def a_folder_is_whatever_it_holds(put):
+    good = now("release.source.folder.find_folder")
+    put("release.source.places.find_folder", lambda address: good(dataclasses.replace(address, revision="")))
+
+
+@plant
+def what_was_fetched_is_believed(put):
+    put("package.verify_lock", never)
+    put("release.source.dvc.hashlib.file_digest", lambda f, kind: types.SimpleNamespace(hexdigest=lambda: f.name))
+
+
+@plant
+def an_object_is_believed_by_its_name(put):
+    from mlserve.release.source import dvc
+
+    def take(place, tracked, target):
+        dvc._copy(place, dvc.object_path(tracked), target)
+    put("release.source.dvc.take_tracked", take)
+
+
+@plant
+def a_cut_download_is_left_in_place(put):
+    put("release.source.bring.discard", never)
+
+
+@plant
+def the_commit_is_a_label_of_a_fetched_package(put):
+    put("release.supply_chain.build_inputs.epoch_of", lambda notebook: int(time.time() * 1e6) % 10**9)
+
+
+@plant
+def what_was_changed_in_the_run_is_built(put):
+    put("release.pipeline.hold_logged", lambda digest, logged: logged)
