@@ -71,8 +71,8 @@ def release(notebook:Annotated[Path|None, typer.Argument(help='The model noteboo
     builder:Built=None, full:Json=False)->None:
     "Train or fetch, build, record and check; then move the aliases."
     from mlserve.release.pipeline import release as run
-    from mlserve.release.source.fetched import spec_of
-    spec = spec_of(notebook, source, name=name, device=device, delivery=delivery, store=store, state=state,
+    from mlserve.release.source.fetched import asked_spec
+    spec = asked_spec(notebook, source, name=name, device=device, delivery=delivery, store=store, state=state,
         builder=builder)
     _show_release(run(spec, promote=promote), full)
 
