@@ -9,6 +9,7 @@ import zlib
 import mutations
 import pytest
 
+from commands import mlserve
 from emulators import use
 from mlserve.errors import IntegrityError, NotFound, RemoteUnavailable, UsageError
 from mlserve.package import load_package
@@ -141,6 +142,22 @@ def test_the_same_package_of_three_homes_makes_the_same_context_and_labels(doubl
         made.append((package.digest, inputs.labels("double", package.digest, read_lock(""), "base@sha256:" + "0" * 64), hashes(context)))
     assert made[0] == made[1] == made[2] and made[0][0] == load_package(double).digest
     assert "org.opencontainers.image.revision" not in made[0][1]
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(2400)
+def test_releases_from_three_homes_have_one_image(double, hub, team, environment):
+    "The same, by the command and on an engine; the record says of each where it came from"
+    made = []
+    for text in (str(double), "hf://org/double@v1", "dvc:models/double@v1"):
+        done = mlserve("release", "--from", text, "--name", "double", "--json", env=environment, cwd=team.folder, timeout=1200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        result = json.loads(done.stdout)
+        found = mlserve("verify", result["image"], "--json", env=environment)
+        assert found.returncode == 0, found.stderr[-3000:]
+        made.append((result["image"], found.stdout))
+    print(*made, sep="\n")
+    assert len({image for image, _ in made}) == 1
 
 
 def test_a_tag_of_the_hub_that_moves_changes_nothing_that_was_pinned(double, hub, tmp_path):
