@@ -400,7 +400,7 @@ def test_the_metadata_service_of_the_tests_would_be_reached(s3, stored_package, 
     with Metadata() as metadata:
         s3.proxy.answers = [metadata.redirect()] * 30
         with pytest.raises(MlserveError):
-            open_package(settings(s3.upload("followed", stored_package.path), MLSERVE_FETCH_SECONDS=3))
+            open_package(settings(s3.upload("followed", stored_package.path), MLSERVE_FETCH_SECONDS=15))
         assert metadata.hits > 0
 
 
