@@ -66,8 +66,8 @@ def _check_texts(model:Any, arrays:Mapping[str,Any])->None:
 # %% ../../../nbs/package/export/05_given.ipynb #9bb23205
 def _of_frame(given:Given, optional:Sequence[str])->Given:
     "A data frame that is an example for Python: its columns, and a few rows that show gaps and categories"
-    frame = as_frame(given.arrays).head(1024)
-    columns = table_columns(as_frame(given.arrays), optional)
+    whole = as_frame(given.arrays)
+    frame,columns = whole.head(1024),table_columns(whole, optional)
     arrays = to_arrays(frame, columns)
     program = PythonProgram(given.model.model, [column.spec for column in columns])
     return given._replace(model=program, arrays=take(arrays, golden_places(arrays, np.ones(len(frame), bool))))

@@ -7,6 +7,7 @@ __all__ = ['Home', 'bring']
 
 # %% ../../../nbs/release/source/01_bring.ipynb #b072e668
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 from ...errors import IntegrityError, LocalResource, NotFound
@@ -72,4 +73,4 @@ def bring(
         move_beside(part, folder)
         part.rename(folder)
     finally: discard(part)
-    return load_package(folder, digest=package.digest)
+    return replace(package, path=folder)

@@ -27,6 +27,9 @@ def _hub()->Any:
             mend="pip install 'mlserve[hf]'") from None
     logging.getLogger('huggingface_hub').setLevel(logging.CRITICAL)
     return huggingface_hub
+def _access()->dict[str, str|None]:
+    "Which Hub is asked, and as whom"
+    return {'endpoint': os.environ.get('HF_ENDPOINT') or None, 'token': os.environ.get('HF_TOKEN') or None}
 def _token()->str:
     "Whether a token is sent, in words"
     return 'with the token of HF_TOKEN' if os.environ.get('HF_TOKEN') else 'without HF_TOKEN'
@@ -87,8 +90,7 @@ class HubHome:
     def _download(self, path:str, target:Path, size:int)->bool:
         hub,asked = _hub(),f'{self.pinned}, file {path}'
         place = target.with_name(f'.hub-{target.name}')
-        given = {'revision': self.address.revision, 'token': os.environ.get('HF_TOKEN') or None,
-            'endpoint': os.environ.get('HF_ENDPOINT') or None, 'local_dir': place}
+        given = {**_access(), 'revision': self.address.revision, 'local_dir': place}
         with _asking(asked):
             try:
                 found = hub.hf_hub_download(self.repository, path, dry_run=True, **given)
@@ -104,9 +106,8 @@ def find_hub(
     address:Address, # of the Hub, with a branch, a tag, a commit, or nothing for `main`
 )->HubHome: # at the commit that it is now
     "The package in a repository, by its commit"
-    repository = '/'.join(address.place.split('/')[:2])
-    client = _hub().HfApi(endpoint=os.environ.get('HF_ENDPOINT') or None, token=os.environ.get('HF_TOKEN') or None)
+    client = _hub().HfApi(**_access())
     with _asking(str(address)):
-        commit = client.model_info(repository, revision=address.revision or 'main', timeout=30).sha
+        commit = client.model_info(HubHome(address).repository, revision=address.revision or 'main', timeout=30).sha
     if re.fullmatch(r'[0-9a-f]{40}', str(commit)): return HubHome(address.pinned(commit))
     raise IntegrityError(f'{address}: the Hub names no commit of it.', mend='HF_ENDPOINT has to be a hub of models.')
