@@ -21,6 +21,7 @@ class Proxy:
         self.every = None  # bytes of answers after which a connection ends, each time
         self.spare = 0  # pieces of answers that pass before any of the next four begins
         self.reset = False  # every connection is reset at once
+        self.lost = 0  # connections to come of which nobody answers, as behind a NAT that forgot them
         self.frozen = False  # answers stop coming, connections stay
         self.delay = 0  # seconds before each piece of an answer
         self.rate = None  # bytes a second for each connection
@@ -56,6 +57,11 @@ class Proxy:
         try:
             if self.reset and not self.spare:
                 return self._reset(writer)
+            if self.lost:
+                self.lost -= 1
+                while await reader.read(65536):
+                    pass
+                return
             if self.answers:
                 await reader.readuntil(b"\r\n\r\n")
                 writer.write(self.answers.pop(0))

@@ -35,6 +35,8 @@ class TimeBudget:
     ):
         self.seconds,self.end,self.new = seconds,time.monotonic() + seconds,0
         self.waits:set[asyncio.Timeout] = set() # of the reads under way
+    @property
+    def silence(self)->float: return min(60., self.seconds / 4) # of one connection, before another is tried
     def left(self)->float: return self.end - time.monotonic()
     def add(self,
         n:int, # bytes

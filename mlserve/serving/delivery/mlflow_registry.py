@@ -35,6 +35,7 @@ class Registry:
     root: str # the folder of the files, once it is known
     def __init__(self,
         env:Mapping[str, str], # `MLFLOW_TRACKING_URI` and its credentials
+        silence:float=60, # seconds without a byte, after which a read is given up
         transport:'httpx.AsyncBaseTransport|None'=None, # another way to reach the server, for tests
     ):
         url = env.get('MLFLOW_TRACKING_URI', '')
@@ -42,7 +43,7 @@ class Registry:
             'A package from a registry needs MLFLOW_TRACKING_URI; an http:// or https:// address is allowed.')
         user,token = env.get('MLFLOW_TRACKING_USERNAME'),env.get('MLFLOW_TRACKING_TOKEN')
         import httpx # only now: a start from a folder has no use for it
-        self.http = httpx.AsyncClient(base_url=url.rstrip('/') + '/', timeout=60, transport=transport,
+        self.http = httpx.AsyncClient(base_url=url.rstrip('/') + '/', timeout=silence, transport=transport,
             auth=(user, env.get('MLFLOW_TRACKING_PASSWORD', '')) if user else None,
             headers={'Authorization': f'Bearer {token}'} if token and not user else {},
             verify=env.get('MLFLOW_TRACKING_SERVER_CERT_PATH') or True)

@@ -131,8 +131,9 @@ class ObjectStore:
     part = 8 * 2**20
     def __init__(self,
         uri:str, # such as `s3://bucket/folder`
+        silence:float=60, # seconds that one read may take
     ):
-        self.kind,self.place = parse_store(uri)
+        (self.kind,self.place),self.silence = parse_store(uri),silence
         try: self.fs = _open[self.kind]()
         except (ValueError, TypeError, OSError):
             raise LocalResource(f'{self.kind}:// cannot be opened: '
@@ -158,7 +159,7 @@ async def read(self:ObjectStore,
         if room < 0: _too_much(end - start)
         chunks.append(chunk)
     call = asyncio.run_coroutine_threadsafe(_read[self.kind](self.fs, bucket, key, start, end, keep), self.fs.loop)
-    try: await asyncio.wait_for(asyncio.wrap_future(call), 60)
+    try: await asyncio.wait_for(asyncio.wrap_future(call), self.silence)
     except MlserveError: raise
     except Exception:
         if chunks: yield b''.join(chunks)

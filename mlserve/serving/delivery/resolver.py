@@ -63,11 +63,11 @@ def read_lock(
 # %% ../../../nbs/serving/delivery/04_resolver.ipynb #14cd5db8
 async def _open_store(settings:Settings, budget:TimeBudget)->ObjectStore|Registry:
     "The place as something that can be read"
-    if check_place(settings.package) == 'store': return ObjectStore(settings.package)
-    registry = Registry(os.environ)
+    if check_place(settings.package) == 'store': return ObjectStore(settings.package, budget.silence)
+    registry = Registry(os.environ, budget.silence)
     root = await registry.locate(settings.package, budget)
     path = proxied(root)
-    if path is None: return ObjectStore(root)
+    if path is None: return ObjectStore(root, budget.silence)
     registry.root,registry.place = path,settings.package
     return registry
 

@@ -95,6 +95,12 @@ def test_a_store_that_falls_silent_ends_with_the_budget(store, uri, settings):
         open_package(settings(uri, MLSERVE_FETCH_SECONDS=1.5))
 
 
+def test_a_connection_that_nobody_answers_costs_a_try_and_not_the_delivery(store, uri, stored_package, settings):
+    store.proxy.lost = 1
+    assert open_package(settings(uri, MLSERVE_FETCH_SECONDS=20)).digest == stored_package.digest
+    assert not store.proxy.lost
+
+
 def test_slow_down_is_tried_again(store, uri, stored_package, settings):
     busy = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     store.proxy.answers = [busy, busy]
