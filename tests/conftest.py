@@ -1,4 +1,5 @@
 """What the tests share: their lanes, a tracking server, and one real release that many of them read."""
+import gc
 import json
 import os
 
@@ -45,6 +46,13 @@ def pytest_collection_modifyitems(items):
         item.add_marker(lane_of(item.path))
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(4 * 3600))
+
+
+def pytest_collection_finish():
+    "What is imported by now stays, and garbage is looked for seldom: half a million objects cost a full collection half a second, of which there were hundreds"
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -267,7 +267,7 @@ def store(request, monkeypatch):
 def settings(stored_package, tmp_path):
     "Settings for a place, with a cache of the test's own"
     def make(uri, digest=stored_package.digest, **more):
-        values = {"MLSERVE_PACKAGE": uri, "MLSERVE_PACKAGE_DIGEST": digest, "MLSERVE_CACHE": tmp_path / "cache", "MLSERVE_FETCH_SECONDS": 20, **more}
+        values = {"MLSERVE_PACKAGE": uri, "MLSERVE_PACKAGE_DIGEST": digest, "MLSERVE_CACHE": tmp_path / "cache", "MLSERVE_FETCH_SECONDS": 60, **more}
         return read_settings({k: str(v) for k, v in values.items() if v is not None})
     return make
 

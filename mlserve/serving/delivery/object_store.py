@@ -90,7 +90,6 @@ def _gs()->Any:
 # %% ../../../nbs/serving/delivery/02_object_store.ipynb #473b1396
 async def _read_gs(fs:Any, bucket:str, key:str, start:int, end:int, keep:Callable[[bytes], None])->None:
     "A range of an object of Google Cloud Storage"
-    await fs._set_session()
     headers = fs._get_headers({'Range': f'bytes={start}-{end - 1}'})
     url,params = fs.url(f'{bucket}/{key}'), fs._get_params({})
     async with fs.session.get(url, headers=headers, params=params, timeout=fs.requests_timeout) as reply:
@@ -143,6 +142,8 @@ class ObjectStore:
     async def __aexit__(self, *error:object)->None: pass
 
 # %% ../../../nbs/serving/delivery/02_object_store.ipynb #0f4b8052
+async def _no_client(fs:Any)->None: pass # Azure's is made when it is opened
+_connect = {'s3': lambda fs: fs.set_session(), 'gs': lambda fs: fs._set_session(), 'az': _no_client}
 @patch
 async def read(self:ObjectStore,
     name:str, # of an object in the folder
@@ -158,8 +159,9 @@ async def read(self:ObjectStore,
         room -= len(chunk)
         if room < 0: _too_much(end - start)
         chunks.append(chunk)
-    call = asyncio.run_coroutine_threadsafe(_read[self.kind](self.fs, bucket, key, start, end, keep), self.fs.loop)
-    try: await asyncio.wait_for(asyncio.wrap_future(call), self.silence)
+    def call(it:Any)->asyncio.Future: return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(it, self.fs.loop))
+    await call(_connect[self.kind](self.fs))
+    try: await asyncio.wait_for(call(_read[self.kind](self.fs, bucket, key, start, end, keep)), self.silence)
     except MlserveError: raise
     except Exception:
         if chunks: yield b''.join(chunks)
