@@ -37,6 +37,7 @@ def installed(wheel, tmp_path_factory):
     return folder
 
 
+@pytest.mark.matrix
 def test_without_the_extra_the_command_says_which_one_it_needs(wheel, tmp_path):
     assert run("bash", ROOT / ".ci/install", tmp_path / "environment", "--no-deps", wheel).returncode == 0
     done = run(tmp_path / "environment/bin/mlserve", "--version", cwd=tmp_path, env={"PYTHONPATH": None})

@@ -262,6 +262,7 @@ def test_two_first_commands_share_a_new_store(tmp_path):
     assert len({done.stdout for done in said}) == 1 and said[0].stdout.strip(), said
 
 
+@pytest.mark.matrix
 def test_a_regression_on_a_table_is_measured_by_its_errors(environment, tracking, tmp_path):
     "An accuracy that is asked of it is refused before anything is built; the image has onnxruntime, and nothing of what trained"
     done = mlserve("release", NOTEBOOKS / "price.ipynb", "--json", env=environment)

@@ -456,6 +456,7 @@ def test_the_debug_image_has_the_layers_of_the_release_and_a_shell(release, engi
             engine.images.remove(built.id, force=True)
 
 
+@pytest.mark.matrix
 def test_a_package_on_a_volume_releases_without_weights_in_the_image(environment, release, start):
     "The same notebook delivered by volume: the check mounts the recorded package, the image holds none"
     done = mlserve("release", EXAMPLE.parent.parent.parent / "tests/notebooks/good.ipynb", "--delivery", "volume", "--json", env=environment)

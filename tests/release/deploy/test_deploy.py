@@ -485,6 +485,7 @@ def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(
     assert load.failures
 
 
+@pytest.mark.matrix
 def test_R9_control_a_new_one_that_nobody_asks_takes_over(record, monkeypatch):
     "An image that is ready, and says that it is another version than the one that was recorded"
     versions, port = record
