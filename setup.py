@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "torch", "onnx", "s3", "gs", "az", "hf", "registry", "tables", "otel", "release", "dev")}
+wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "uploads", "torch", "onnx", "s3", "gs", "az", "hf", "registry", "tables", "otel", "release", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -27,6 +27,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "serving": wings["serving"],
+        "uploads": wings["uploads"],
         "torch": wings["torch"],
         "onnx": wings["onnx"],
         "s3": wings["s3"],
@@ -37,7 +38,7 @@ setup(
         "tables": wings["tables"],
         "otel": wings["otel"],
         "release": wings["release"],
-        "dev": wings["serving"] + wings["torch"] + wings["onnx"] + wings["s3"] + wings["gs"] + wings["az"] + wings["hf"] + wings["tables"] + wings["otel"] + wings["release"] + wings["dev"],
+        "dev": wings["serving"] + wings["uploads"] + wings["torch"] + wings["onnx"] + wings["s3"] + wings["gs"] + wings["az"] + wings["hf"] + wings["tables"] + wings["otel"] + wings["release"] + wings["dev"],
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

@@ -6,10 +6,12 @@
 __all__ = ['failure', 'Client']
 
 # %% ../nbs/04_client.ipynb #878f5e33
-import time, httpx
+import json, time, httpx
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 import numpy as np
@@ -199,6 +201,22 @@ def predict(
     given = {name: text_bytes(np.asarray(array)) for name,array in inputs.items()}
     response = self.ask('POST', '/predict', content=encode_predict_request(given), headers=_json)
     return decode_predict_response(response.content, specs)
+
+# %% ../nbs/04_client.ipynb #7ce65861
+@patch
+def handle(
+    self:Client,
+    request:Any=None, # as JSON has it; with files, an object
+    files:Mapping[str, bytes|Path]|None=None, # name in the request → what it holds, or where it lies
+)->Any: # the answer, as JSON has it
+    "An answer in the model's own types"
+    if not files: return self.ask('POST', '/handle', content=json.dumps(request).encode(), headers=_json).json()
+    given = {name: value for name,value in (request or {}).items() if value is not None}
+    values = {name: value if isinstance(value, str) else json.dumps(value) for name,value in given.items()}
+    with ExitStack() as opened:
+        parts = {name: (Path(file).name, opened.enter_context(open(file, 'rb'))) if not isinstance(file, bytes)
+            else (name, file) for name,file in files.items()}
+        return self.ask('POST', '/handle', data=values, files=parts).json()
 
 # %% ../nbs/04_client.ipynb #7b40af74
 @patch

@@ -306,6 +306,28 @@ def what_is_decoded_is_not_counted(put):
 
 
 @plant
+def parts_of_a_form_are_not_counted(put):
+    good = now("serving.http.inference._handle")
+
+    def handle(*args, **kw):
+        handled = good(*args, **kw)
+        handled.size = 0
+        return handled
+    put("serving.http.inference._handle", handle)
+    put("serving.http.inference.is_text", lambda route, headers: True)
+
+
+@plant
+def a_form_has_any_number_of_parts(put):
+    put("wire.form._most", 10**9)
+
+
+@plant
+def the_last_of_two_parts_wins(put):
+    put("wire.form.Form._admit", lambda self, name, media, before: self.parts[name])
+
+
+@plant
 def two_waiting_requests_stop_the_reading(put):
     def advance(self):
         if self.current is not None or self.transport.is_closing() or self.flow.write_paused:

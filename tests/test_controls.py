@@ -33,13 +33,14 @@ import test_python
 import test_reference
 import test_server
 import test_sizes
+import test_uploads
 import torch
 
 from commands import TESTS
 
 H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocols, test_scheduler, test_server, test_endurance, test_invariance
 T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
-Y, K, G = test_decoding, test_pipelining, test_gpu
+Y, K, G, U = test_decoding, test_pipelining, test_gpu, test_uploads
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "otherwise than the live model"),
@@ -95,6 +96,9 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N11", Y.test_N11_no_socket_is_read_twice_in_a_turn_of_the_loop, {}, "bodies_are_read_as_fast_as_they_come", "a socket was read on"),
     ("N11", Y.test_N11_a_long_body_is_kept_as_it_came, {}, "a_long_body_is_one_array", "no attribute 'pieces'"),
     ("N11", Y.test_N11_all_requests_share_one_budget, {}, "what_is_decoded_is_not_counted", r"\{200\} == \{200, 503\}|\[200"),
+    ("N11", U.test_N11_the_parts_of_a_form_are_counted_beside_it, {}, "parts_of_a_form_are_not_counted", "200 == 503"),
+    ("N11", U.test_N11_a_list_of_files_has_its_bound, {}, "a_form_has_any_number_of_parts", "DID NOT RAISE"),
+    ("V1", U.test_V1_a_form_that_is_wrong_has_its_status_and_its_sentence, {"name": "doubled"}, "the_last_of_two_parts_wins", "200 == 400"),
     ("N12", K.test_N12_whatever_comes_in_whatever_pieces_each_is_answered_in_order, {}, "two_waiting_requests_stop_the_reading", "never goes on|nothing is read"),
     ("N12", K.test_N12_a_client_that_leaves_at_any_point_leaves_nothing, {}, "what_waits_outlives_its_client", "waiting|receiving|answer to nobody"),
     ("N12", K.test_N12_thousands_behind_a_slow_one_wait_as_they_came, {}, "a_read_is_parsed_to_its_end", "wait parsed"),

@@ -18,6 +18,7 @@ from .code.modules import Code, code_in, locked_code, offer
 from .notebook_export import notebook_cells, self_contained, unresolved
 from ..errors import IntegrityError, InvalidInput, MlserveError, ModelFailed, TooLarge, UsageError
 from ..patch import patch
+from ..wire.form import Form, form_of
 from ..tensors import TensorSpec, check_tensors
 
 # %% ../../nbs/package/06_handler.ipynb #97f397fd
@@ -82,6 +83,7 @@ class Handler:
     preprocess: Callable[[Any], dict[str,np.ndarray]]|None # the notebook's function: request → arrays
     postprocess: Callable[[dict[str,np.ndarray], Any], Any]|None # the notebook's function: arrays, request → response
     module: types.ModuleType|None # `handler.py` itself, for the classes in it
+    form: Form|None = None # what carries a request with files in it
     @property
     def typed(self)->bool:
         "Whether there is a typed route"
@@ -122,13 +124,15 @@ def _refuse_word(word:str)->None:
 # %% ../../nbs/package/06_handler.ipynb #bab23d56
 @patch
 def decode(self:Handler,
-    body:bytes, # of a request, as JSON
+    body:bytes, # of a request
+    media:str='', # the header `Content-Type`, where the body is a form or a file
 )->Any: # of the handler's request type
-    "A request from JSON"
+    "A request from JSON, a form or a file"
     adapter = self.request
     assert adapter is not None # a typed route has one
-    _check_size(body)
     try:
+        if media and self.form: return adapter.validate_python(self.form.values(body, media))
+        _check_size(body)
         request = adapter.validate_json(body)
         if b'NaN' in body or b'Infinity' in body: json.loads(body, parse_constant=_refuse_word)
         return request
@@ -200,12 +204,13 @@ def encode(self:Handler,
 
 # %% ../../nbs/package/06_handler.ipynb #48fbc5d0
 @patch
-def openapi(self:Handler)->dict[str,Any]: # {'request', 'response', 'schemas'}, for `/openapi.json`
+def openapi(self:Handler)->dict[str,Any]: # {'request', 'response', 'schemas', 'content'}, for `/openapi.json`
     "How both types are described in OpenAPI"
     assert self.request and self.response # a typed route has both
     shapes,shared = TypeAdapter.json_schemas([('request', 'validation', self.request),
         ('response', 'serialization', self.response)], ref_template='#/components/schemas/{model}')
     described = {name: shape for (name,_),shape in shapes.items()}
+    if self.form: described['content'] = self.form.content(described['request'])
     return described | {'schemas': shared.get('$defs', {})}
 
 # %% ../../nbs/package/06_handler.ipynb #7b37f6f2
@@ -218,7 +223,9 @@ def _handler(module:types.ModuleType)->Handler:
         raise ModelFailed(f'handler.py has only {only}; a typed route needs both.')
     first = _parameters(pre, ('preprocess', 'request'))
     _parameters(post, ('postprocess', 'outputs', 'request'))
-    return Handler(_annotated(pre, first), _annotated(post, 'return'), pre, post, module)
+    request = _annotated(pre, first)
+    form = form_of(request.json_schema(), first)
+    return Handler(request, _annotated(post, 'return'), pre, post, module, form)
 
 # %% ../../nbs/package/06_handler.ipynb #ff413668
 def read_handler(

@@ -24,6 +24,10 @@ from .cuda_variants import check_build, named_for, pinned, required_for, same_ve
 from .cuda_variants import tensorrt_for
 
 # %% ../../../nbs/release/lock/02_dependencies.ipynb #982b249d
+def _takes_files(package:Package)->bool:
+    "Whether a package's own steps speak of bytes, and may so take a file"
+    modules = [package.path/'handler.py', *(package.path/'code').rglob('*.py')]
+    return any(re.search(rb'\bbytes\b', module.read_bytes()) for module in modules if module.is_file())
 # format of a package → extra
 _frameworks = {'torchscript':'torch', 'export':'torch', 'safetensors':'torch', 'onnx':'onnx'}
 def requirements_of(
@@ -38,6 +42,7 @@ def requirements_of(
         raise Refused(f"A package of format 'python' computes on the CPU; the image is asked for {device}.",
             mend="Say device = 'cpu' in mlserve.toml; or save a module of torch.")
     wings = {'', 'serving', _frameworks.get(package.format, ''), {'models':'registry'}.get(scheme, scheme)}
+    if _takes_files(package): wings.add('uploads')
     found = set(map(str, map(Requirement, extra)))
     for line in metadata.requires('mlserve') or ():
         r = Requirement(line)

@@ -132,7 +132,7 @@ def with_model(
 # %% ../../../nbs/serving/docs/00_openapi.ipynb #ebacdbdd
 def with_own_types(
     api:dict[str, Any], # the whole document
-    types:Mapping[str, Any]|None, # `request`, `response` and `schemas` of the model's own steps; None where it has none
+    types:Mapping[str, Any]|None, # of the model's own steps, as a handler describes them; None where it has none
 )->dict[str, Any]: # the document, changed
     "Add the types of the model's own steps to OpenAPI, or take their path out"
     if types is None:
@@ -141,6 +141,6 @@ def with_own_types(
     post = api['paths']['/handle']['post']
     api.setdefault('components', {}).setdefault('schemas', {}).update(types['schemas'])
     asked,given = ({_json: {'schema': types[side]}} for side in ('request', 'response'))
-    post['requestBody'] = {'required': True, 'content': asked}
+    post['requestBody'] = {'required': True, 'content': asked | types.get('content', {})}
     post['responses']['200'] = {'description': "The answer of the model's own steps", 'content': given}
     return api

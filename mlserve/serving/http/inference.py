@@ -16,9 +16,10 @@ from ...errors import MlserveError, ModelFailed
 from ...wire.predict import InferRequest
 from ..observability.logging import Sparingly, log, log_refused, trace
 from ..observability.metrics import Numbers
+from .budget import borrowed
 from .exchange import Answer, refusal
 from .intake import BINARY, CSV, FORM, JSON, LINES, NEAR, SLOW
-from .intake import Body, Headers, Intake, Route, check_media, compressed
+from .intake import Body, Headers, Intake, Pieces, Route, check_media, compressed, is_text, media_of
 from .protocols import Written
 from ...tensors import Arrays
 from .protocols import read_infer, read_instances, read_invocations, read_plain
@@ -55,11 +56,13 @@ def paths(
 class _Handled(InferRequest):
     "Arrays, and the request of the handler that they came from"
     asked: Any # what the handler read
+    size: int # bytes of files in it
 def _handle(body:bytes, headers:Headers, package:'Package', limit:int, handler:'Handler')->_Handled:
     "A request of the model's own type"
-    asked = handler.decode(body.removeprefix(b'\xef\xbb\xbf')) # a byte-order mark
+    if media_of(headers) == JSON: asked,size = handler.decode(body.removeprefix(b'\xef\xbb\xbf')),0 # a byte-order mark
+    else: asked,size = handler.decode(body, headers[b'content-type'].decode('latin-1')),len(body)
     handled = _Handled(handler.prepare(asked, package.inputs))
-    handled.asked = asked
+    handled.asked,handled.size = asked,size
     return handled
 def own_route(
     model:'Model|None', # loaded; its `handler` may have steps of its own
@@ -70,7 +73,10 @@ def own_route(
     def answer(request:_Handled, outputs:Arrays, package:'Package', version:str)->Written:
         response = handler.respond(outputs, request.asked, package.nonfinite)
         return handler.encode(response, package.nonfinite), JSON, ()
-    return Route('/handle', partial(_handle, handler=handler), answer, beside=True)
+    form = getattr(handler, 'form', None)
+    if form: form.check()
+    media = (JSON, *(kind.encode() for kind in form.media())) if form else (JSON,)
+    return Route('/handle', partial(_handle, handler=handler), answer, media, beside=True)
 
 # %% ../../../nbs/serving/http/05_inference.ipynb #5e519efd
 class Call:
@@ -246,15 +252,13 @@ def start(self:Inference,
 @patch
 def _handled(self:Inference, call:Call, body:Body)->InferRequest:
     "The body as the model's own steps make it; called in a thread of theirs"
-    coding,budget,taken = call.headers.get(b'content-encoding'),self.intake.budget,list[int]()
-    def take(size:int)->None:
-        budget.take(size)
-        taken.append(size)
-    try:
-        whole = bytes(body)
-        if coding is not None: whole = inflate(whole, coding.decode('latin-1'), self.intake.most_text, take)
+    coding,files = call.headers.get(b'content-encoding'),not is_text(call.route, call.headers)
+    with borrowed(self.intake.budget) as take:
+        if files and isinstance(body, Pieces): take(len(body))
+        whole,limit = bytes(body),self.intake.limit(call.route, call.headers)
+        if coding is not None: whole = inflate(whole, coding.decode('latin-1'), limit, take)
+        if files: take(len(whole))
         return self._decoded(call, whole)
-    finally: budget.give(sum(taken))
 
 # %% ../../../nbs/serving/http/05_inference.ipynb #24c9983a
 @patch
@@ -266,7 +270,8 @@ def _admit(self:Inference, call:Call, body:Body)->None:
     def then(request:Any, error:BaseException|None)->None:
         try:
             if error is not None: raise error
-            if not beside: self.numbers.observe('pre_seconds', time.perf_counter() - began)
+            if beside: intake.hold(call, request.size)
+            else: self.numbers.observe('pre_seconds', time.perf_counter() - began)
             self._submit(call, request if beside else self._asked(call, request))
         except Exception as e: self._failed(call, e)
     if not beside: return intake.read(call, body, package, then)

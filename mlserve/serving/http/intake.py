@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from ...patch import patch
+from ...wire.form import in_range
 from ...wire.json_body import inflate
 from ...wire.predict import InferRequest
 from ...errors import TooLarge, Unavailable, UnsupportedMedia
@@ -47,13 +48,13 @@ def media_of(
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #c8a047d1
 def check_media(
-    taken:tuple[bytes, ...], # types of body that the route reads
+    taken:tuple[bytes, ...], # types of body that the route reads, or ranges such as `image/*`
     headers:Headers, # of the request
 )->None: # or UnsupportedMedia
     "Refuse a type of body that the route cannot read"
     if headers.get(b'content-type', JSON) in taken: return
     media = media_of(headers)
-    if media in taken: return
+    if media in taken or in_range(media.decode('latin-1'), tuple(kind.decode() for kind in taken)): return
     allowed = b' or '.join(taken).decode()
     raise UnsupportedMedia(f"The body is {media[:80].decode('latin-1')!r}; allowed is {allowed}.")
 
@@ -61,9 +62,11 @@ def check_media(
 def is_text(
     route:Route, # knows what it takes: `media`
     headers:Headers, # of the request
-)->bool: # false for binary tensors
+)->bool: # false for binary tensors, and for files that a model's own steps take
     "Whether a body is text"
-    return BINARY not in route.media or media_of(headers) != BINARY
+    if BINARY not in route.media: return True
+    media = media_of(headers)
+    return media == JSON or media != BINARY and not route.beside
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #f0e83018
 def _quality(parameters:list[bytes])->float:

@@ -58,7 +58,7 @@ def _of_a_path(path:str, rows:Sequence[Arrays]|None)->Iterator[bytes]:
     "Every kind of body for one path, good and bad"
     for body in _bodies: yield _request('POST', path, body)
     if rows: yield from _good(path, rows[0])
-    for media in (CSV, BINARY, b'text/none'):
+    for media in (CSV, b'text/none', b'multipart/form-data; boundary=b', *([BINARY] if path != '/handle' else [])):
         yield _request('POST', path, b'1,2\n', {'content-type': media.decode()})
     for coding in ('gzip', 'deflate', 'none'): yield _request('POST', path, b'x', {'content-encoding': coding})
 
