@@ -6,6 +6,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from browser import WIDTHS, serious
+from commands import TESTS
 from PIL import Image
 from servers import Server
 
@@ -98,6 +99,37 @@ def test_a_model_with_types_of_its_own_is_asked_in_these(own, visit):
     assert json.loads(page.input_value("#body")) == sent and "/handle" in page.inner_text("#snippet")
     assert page.inner_text("#answer p b") == told and page.inner_text("#took").startswith("200 in")
     assert page.locator(".bar").count() == (4 if kind == "text" else 0)
+    assert not serious(page)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "A server of a model that takes a file and values beside it"
+    import torch
+
+    from mlserve.package import save_package
+    folder = tmp_path_factory.mktemp("files")
+    save_package(torch.nn.Identity().eval(), folder / "package", "files", {"x": torch.rand(3, 2)}, ["y"], handler=TESTS / "picture_handler.py")
+    with Server(folder / "package", folder, real=True, ui=True) as server:
+        yield server
+
+
+def test_a_file_is_chosen_and_sent_in_a_form(files, visit):
+    page = visit(files.url + "/")
+    assert "-F 'image=@image'" in page.inner_text("#snippet") and page.get_by_label("scale (number)").input_value() == "1"
+    page.click("#send")
+    page.wait_for_selector("#answer .wrong")
+    assert "'image': Field required" in page.inner_text("#answer")
+    page.get_by_label("image (file)").set_input_files({"name": "a.pgm", "mimeType": "image/x-portable-graymap", "buffer": b"P5 2 1 255 \x03\x07"})
+    page.get_by_label("scale (number)").fill("2")
+    page.get_by_label("note (string, may be empty)").fill("of a cat")
+    page.click("#send")
+    page.wait_for_selector("#answer details", state="attached")
+    answer = {"kind": "image", "size": 13, "y": [6, 14], "note": "of a cat"}
+    assert json.loads(page.locator("#answer pre").text_content()) == answer
+    assert "-F 'image=@a.pgm'" in page.inner_text("#snippet") and "scale=2" in page.inner_text("#snippet")
+    page.get_by_role("button", name="JavaScript").click()
+    assert "new FormData()" in page.inner_text("#snippet")
     assert not serious(page)
 
 
