@@ -1,4 +1,5 @@
 """Files for a model's own steps, as the whole body and as parts of a form: taken under the limits of every body, or refused with a sentence."""
+import contextlib
 import gzip
 import io
 import json
@@ -7,13 +8,14 @@ import threading
 import wave
 
 import pytest
-from pydantic import TypeAdapter
 from commands import TESTS
+from hypothesis import given, settings, strategies as st
+from pydantic import TypeAdapter
 from servers import Server, Wire, request
 from test_decoding import Probed
 
 from mlserve.client import Client
-from mlserve.errors import InvalidInput, TooLarge
+from mlserve.errors import InvalidInput, MlserveError, TooLarge
 from mlserve.wire.form import form_of
 
 HANDLER, MOST = TESTS / "picture_handler.py", 32 * 2**20
@@ -107,6 +109,20 @@ def test_V1_a_form_that_is_wrong_has_its_status_and_its_sentence(server, name):
     status, words, body = WRONG[name]
     answer = ask(server, body)
     assert answer.status_code == status and words in answer.json()["error"], answer.text
+
+
+PIECES = st.lists(st.sampled_from([b"\r\n", b"--b", b"--", b"\r", b"\n", b'Content-Disposition: form-data; name="image"', b"Content-Type: image/png", b"\0", b"a", b";", b'"', b":"]), max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PIECES.map(b"".join))
+def test_any_form_is_read_or_refused_and_any_file_comes_as_it_was_sent(content):
+    image = form_of(TypeAdapter(bytes).json_schema(), "image")
+    for body in (content, b"--b\r\n" + content, form(part("image"))[:-7] + content):
+        with contextlib.suppress(MlserveError):
+            assert isinstance(image.values(body, FORM["content-type"]), bytes)
+    if b"\r\n--b" not in b"\r\n" + content:
+        assert image.values(form(part("image", content)), FORM["content-type"]) == content
 
 
 def test_N11_a_list_of_files_has_its_bound():
