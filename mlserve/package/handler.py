@@ -47,7 +47,7 @@ def _import(file:Path, source:bytes, code:Code|None=None)->types.ModuleType:
     return module
 
 # %% ../../nbs/package/06_handler.ipynb #d8740b5b
-_allowed = 'allowed are a pydantic model, a list of one, and types such as str or list[float]'
+_allowed = 'allowed are a pydantic model, a list of one, and types such as str, bytes or list[float]'
 def _annotated(function:Callable, name:str)->TypeAdapter:
     "pydantic's view of the annotation `name` of a function"
     subject = f'{function.__name__} of handler.py has '
