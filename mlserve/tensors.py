@@ -58,6 +58,15 @@ class Size:
             'allowed are a name of letters and digits, and whole numbers from 1.')
     def __str__(self)->str: return f'{self.name} {self.least}–{self.most}'
 
+# %% ../nbs/02_tensors.ipynb #7fdff982
+def _known_classes(name:str, classes:Any, places:int)->tuple[Any, ...]|None:
+    "The classes of a tensor, when they are one for each place"
+    if classes is None: return None
+    plain = isinstance(classes, (list, tuple)) and all(type(c) in (str, int, float, bool) and c == c for c in classes)
+    if plain and len(set(classes)) == len(classes) == places: return tuple(classes)
+    raise InvalidInput(f"Tensor '{name}' has the classes {str(classes)[:120]}; allowed are different texts or numbers, "
+        f'one for each place of its last dimension, which has {places}.')
+
 # %% ../nbs/02_tensors.ipynb #e78f0340
 @dataclass(frozen=True)
 class TensorSpec:
@@ -67,11 +76,13 @@ class TensorSpec:
     shape: tuple[int, ...] # sizes; -1 varies; the first is the batch
     optional: bool|None = field(default=None, hash=False) # of a table's column: whether a row may miss it
     free: Mapping[int, Size]|None = field(default=None, hash=False) # dimensions behind the batch that vary, by place
+    classes: tuple[Any, ...]|None = field(default=None, hash=False, repr=False) # of places in the last dimension
 
     def __post_init__(self):
         dtype_of(self.datatype)
         object.__setattr__(self, 'shape', tuple(self.shape))
         if not isinstance(self.name, str) or not self.name: raise InvalidInput('A tensor needs a name.')
+        object.__setattr__(self, 'classes', _known_classes(self.name, self.classes, (self.shape or (0,))[-1]))
         if self.shape and all(type(n) is int and (n >= 1 or n == -1) for n in self.shape): return
         raise InvalidInput(f"Tensor '{self.name}' has shape {list(self.shape)}; "
             'allowed are sizes from 1, and -1 for any; batch first.')
@@ -80,6 +91,7 @@ class TensorSpec:
         "The contract as JSON has it"
         known:dict[str, Any] = {'name': self.name, 'datatype': self.datatype, 'shape': list(self.shape)}
         if self.free: known['free'] = {str(axis): asdict(size) for axis,size in self.free.items()}
+        if self.classes: known['classes'] = list(self.classes)
         return known if self.optional is None else known | {'optional': self.optional}
     def __str__(self)->str:
         free = self.free or {}
@@ -91,7 +103,7 @@ class TensorSpec:
     )->'TensorSpec': # the same contract
         "A contract from JSON"
         free = {int(axis): Size(**size) for axis,size in d['free'].items()} if 'free' in d else None
-        return cls(d['name'], d['datatype'], tuple(d['shape']), d.get('optional'), free)
+        return cls(d['name'], d['datatype'], tuple(d['shape']), d.get('optional'), free, d.get('classes'))
 
 # %% ../nbs/02_tensors.ipynb #69103592
 def spec_of(

@@ -1022,6 +1022,31 @@ def python_is_taken_at_its_word(put):
     put("package.prove_program", never)
 
 
+# ---- classes
+
+
+@plant
+def classes_are_sorted_as_texts(put):
+    "As a list of names is, that somebody keeps beside the client"
+    good = now("package.convert.original.TableModel.classes")
+    put("package.convert.original.TableModel.classes", property(lambda self: good.fget(self) and sorted(good.fget(self), key=str)))
+
+
+@plant
+def given_classes_are_believed(put):
+    put("package.export.classes._check_own", never)
+
+
+@plant
+def labels_are_not_asked_for_the_order(put):
+    put("package.export.classes._check_labels", never)
+
+
+@plant
+def classes_of_files_are_believed(put):
+    put("package.prove_classes", never)
+
+
 # ---- R: releases and deployments
 
 

@@ -16,6 +16,7 @@ import httpx
 import mutations
 import pytest
 import servers
+import test_classes
 import test_scheduler
 import test_conformance
 import test_decoding
@@ -61,6 +62,10 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A2", test_python.test_A2_what_is_asked_before_or_beside_changes_no_answer, {"name": "Beside", "words": "beside it"}, "python_is_taken_at_its_word", "DID NOT RAISE"),
     ("A3", test_python.test_A3_a_class_may_write_to_what_it_is_given, {}, "python_works_on_what_came_in", "assert|bytes|otherwise|differ"),
     ("A3", test_python.test_A3_a_gap_in_text_is_none_and_no_text, {}, "gaps_in_text_are_texts", r"\[False, True\]"),
+    ("A6", test_classes.test_A6_a_column_of_probabilities_is_told_by_its_class, {"kind": "numbers that do not sort as texts do"}, "classes_are_sorted_as_texts", "is another column"),
+    ("A6", test_classes.test_A6_classes_that_are_not_the_models_own_are_refused, {}, "given_classes_are_believed", "DID NOT RAISE"),
+    ("A6", test_classes.test_A6_an_order_that_labels_speak_against_is_refused, {}, "labels_are_not_asked_for_the_order", "DID NOT RAISE"),
+    ("A6", test_classes.test_A6_the_files_of_a_class_have_the_classes_of_the_live_object, {}, "classes_of_files_are_believed", "DID NOT RAISE"),
     ("N1", H.test_N1_a_slow_head_is_told_408, {}, "no_deadline_for_a_head", HELD),
     ("N1", H.test_N1_a_head_that_drips_has_one_deadline_for_all_of_it, {}, "every_byte_of_a_head_starts_its_deadline_anew", HELD),
     ("N1", D.test_N1_N2_N3_slow_clients_disturb_nobody, {"kind": "N1 a head that drips", "room": True, "clients": 25, "duration": 3}, "no_deadline_for_a_head", "ended by the server"),

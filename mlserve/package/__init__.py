@@ -22,6 +22,7 @@ from .programs.onnx_program import Engines, OnnxProgram
 from .programs.torch_program import Program, TorchProgram
 from .export import Live, freeze, live_program, unused
 from .export.given import Given, as_given, read_example
+from .export.classes import prove_classes, with_classes
 from .export.recorded import read_golden, write_golden
 from .export.size_proofs import check_padding, prove_recorded
 from .export.sizes import answered_pairs, output_specs, with_sizes
@@ -184,7 +185,8 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite)
     given = with_sizes(live, given._replace(names=list(expected)), batch, bool(nonfinite))
     pairs = answered_pairs(live, given, expected, bool(nonfinite))
-    inputs,outputs,reference,own = given.inputs,output_specs(given, pairs),live,expected
+    inputs,reference,own = given.inputs,live,expected
+    outputs = with_classes(live, given, output_specs(given, pairs), pairs)
     if padding := check_padding(given, outputs): ours['padding'] = padding.values
     if isinstance(live, TableModel): ours['tolerance'] = table_tolerance(live) | (ours['tolerance'] or {})
     ours['tolerance'] = ours['tolerance'] or half_tolerance(ours.get('dtype'), live) or default_tolerance(outputs)
@@ -194,6 +196,7 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
         origin,own = halve(origin, ours, given.arrays, given.names, expected)
         live = unused(origin)
     program,saved = _proven(temp, ours, given, origin, live, own, (inputs, outputs))
+    prove_classes(program, outputs)
     prove_recorded(program, given, pairs, padding, ours)
     held = live_answers(reference, program, given.holdout, saved, 32 if batch else given.rows, bool(nonfinite))
     write_golden(temp/'golden.safetensors', pairs)
@@ -247,6 +250,7 @@ def save_package(
     optional:Sequence[str]=(), # columns of a table that may miss a value, beside those with a gap in the example
     dynamic:dict[str,dict[int,Any]]|None=None, # names of sizes that vary; by default those that differ in two examples
     padding:dict[str,float]|None=None, # values of inputs that vary, where rows of unequal sizes share a batch
+    classes:Any=None, # what each column of an answer stands for; by output, where several fit; by default `classes_`
     holdout:tuple|None=None, # inputs and labels that training did not see; their answers are kept beside the folder
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
@@ -262,9 +266,8 @@ def save_package(
     check_dtype(dtype, model, format)
     check_providers(providers, format, batch)
     check_dynamic(dynamic, padding, batch, providers, inputs)
-    check_replaceable(path)
-    check_beside(path)
+    for check in (check_replaceable, check_beside): check(path)
     ours = description(model, format, handler, code, arguments, name=name, batch=batch, dtype=dtype or None,
         nonfinite=nonfinite or None, providers=tuple(providers), tolerance=tolerance or {})
-    given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding, code=code)
+    given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding, code=code, classes=classes)
     return _save(path, ours, read_example(given, optional))

@@ -40,6 +40,8 @@ def mlmodel(
         'pandas_orient': 'split'}
     text = {'flavors': {'mlserve': ours, 'python_function': function}, 'saved_input_example_info': example,
         'signature': {'inputs': _signature(inputs), 'outputs': _signature(outputs), 'params': None}}
+    classes = {s.name: list(s.classes) for s in outputs if s.classes}
+    if classes: text['metadata'] = {'classes': classes}
     return json.dumps(text, indent=2, sort_keys=True) + '\n'
 
 # %% ../../nbs/package/08_mlmodel.ipynb #bf416174
@@ -108,7 +110,7 @@ def _are_specs(value:Any)->bool:
     if not isinstance(value, list) or not value: return False
     names = {TensorSpec.from_dict(spec).name for spec in value}
     keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'},{'name', 'datatype', 'shape', 'free'}
-    return len(names) == len(value) and all(set(spec) in keys for spec in value)
+    return len(names) == len(value) and all(set(spec) - {'classes'} in keys for spec in value)
 def _are_numbers(value:Any)->bool:
     "Whether something is numbers by name"
     return isinstance(value, dict) and all(type(number) in (int, float, bool) for number in value.values())
@@ -126,7 +128,7 @@ def _suits_tensorrt(ours:dict[str,Any])->bool:
 _classes = {'safetensors': 'holds weights only', 'python': 'is a class of yours'}
 _required:dict[str,Callable[[Any], bool]] = {'name': is_name, 'file': lambda v: isinstance(v, str),
     'format': lambda v: isinstance(v, str) and v in MODEL_FILES, 'tolerance': _is_tolerance,
-    'inputs': _are_specs, 'outputs': _are_specs}
+    'inputs': lambda v: _are_specs(v) and not any('classes' in spec for spec in v), 'outputs': _are_specs}
 _optional:dict[str,Callable[[Any], bool]] = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module,
     'batch': lambda v: type(v) is bool, 'nonfinite': lambda v: v in (None, 'strings'),
     'dtype': lambda v: v in (None, 'float16', 'bfloat16'), 'providers': lambda v: v in map(list, PROVIDERS),

@@ -6,6 +6,8 @@
 __all__ = ['classify']
 
 # %% ../../nbs/wire/03_classification.ipynb #1ab743f6
+from collections.abc import Sequence
+from typing import Any
 import numpy as np
 from .json_body import word_of
 from ..errors import InvalidInput
@@ -21,13 +23,15 @@ def _value(v):
 def classify(
     array:np.ndarray, # [rows, classes]
     top:int, # how many for each row
+    classes:Sequence[Any]|None=None, # what each column stands for, where that is known
 )->np.ndarray: # BYTES, [rows, top]
-    "The largest values of each row, with their places"
+    "The largest values of each row, with their places and classes"
     if array.ndim != 2 or array.dtype.kind not in 'uif':
         raise InvalidInput(f'Classification is for outputs of rows and classes; '
             f'this one is {datatype_of(array)} {list(array.shape)}.')
     ranked = np.where(np.isnan(array), -np.inf, array) if array.dtype.kind == 'f' else array
     mirrored = np.argsort(ranked[:, ::-1], axis=1, kind='stable')[:, ::-1] # from the right: of equals the first is best
     places = array.shape[1] - 1 - mirrored[:, :top]
-    texts = [f'{_value(row[i])}:{i}'.encode() for row,best in zip(array, places) for i in best]
+    labels = [f':{c}' for c in classes] if classes else [''] * array.shape[1]
+    texts = [f'{_value(row[i])}:{i}{labels[i]}'.encode() for row,best in zip(array, places) for i in best]
     return objects(texts, places.shape)

@@ -6,16 +6,19 @@
 __all__ = ['model_metadata', 'model_config', 'version_status', 'signature']
 
 # %% ../../nbs/wire/08_metadata.ipynb #80e61e66
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 from ..tensors import TensorSpec
 
 # %% ../../nbs/wire/08_metadata.ipynb #113307a5
 def _tensor(s:TensorSpec)->dict[str, Any]:
-    "A tensor in V2's words; its parameters say whether a column may miss a value, and how sizes vary"
+    "A tensor in V2's words; parameters say if a column may miss a value, how sizes vary, and what columns stand for"
+    told:dict[str, Any] = {} if s.optional is None else {'optional': s.optional}
+    if s.free: told['sizes'] = ', '.join(map(str, s.free.values()))
+    if s.classes: told['classes'] = json.dumps(s.classes, ensure_ascii=False)
     known:dict[str, Any] = {'name': s.name, 'datatype': s.datatype, 'shape': list(s.shape)}
-    if s.free: known['parameters'] = {'sizes': ', '.join(map(str, s.free.values()))}
-    return known if s.optional is None else known | {'parameters': {'optional': s.optional}}
+    return known | ({'parameters': told} if told else {})
 def model_metadata(
     name:str, # the model's name
     versions:Sequence[str], # versions that are served

@@ -24,7 +24,7 @@ class InferRequest(NamedTuple):
     id: str|None = None # echoed in the answer
     binary: tuple[str, ...] = () # names of the outputs that are sent as bytes behind the JSON
     timeout: float|None = None # seconds the client waits
-    classes: dict[str, int]|None = None # output name to how many of its largest values are wanted, with their places
+    classes: dict[str, tuple]|None = None # output name to how many of its largest values are wanted, and its classes
     form: str = '' # how the answer is laid out, where a route has several ways: `rows`, `lines`, `csv`
     model: str|None = None # the model that the body names, if it names one
     version: str|None = None # its version, likewise

@@ -136,7 +136,7 @@ def _outputs(o, parameters, specs):
         _codec(p, what, _meant)
         if _parameter(p, 'binary_data', bool, 0, every, what): binary.append(n)
         top = _parameter(p, 'classification', int, 1, None, what)
-        if top: classes[n] = top
+        if top: classes[n] = top,next(s.classes for s in specs if s.name == n)
     return tuple(wanted),tuple(binary),classes or None
 
 # %% ../../nbs/wire/05_v2.ipynb #c8cf466b
@@ -238,7 +238,7 @@ def _classified(request, arrays, nonfinite):
     "The outputs of which the largest values are wanted, as texts"
     for n in request.classes:
         if n not in request.binary: jsonable(n, arrays[n], ModelFailed, nonfinite)
-    return {n: classify(arrays[n], top) for n,top in request.classes.items()}
+    return {n: classify(arrays[n], *wanted) for n,wanted in request.classes.items()}
 
 def answer_infer(
     request:InferRequest, # as decoded

@@ -68,6 +68,14 @@ class TableModel:
         self.graph: 'onnx.ModelProto|None' = None # what it was converted to
         self.types: dict[str, np.dtype] = {} # of the answers, as the graph has them
         self.rows: Arrays = {} # the whole example
+    @property
+    def classes(self)->list|None: # None where there are no probabilities
+        "What each column of the probabilities stands for, in the values that the label has"
+        known = getattr(self.model, 'classes_', None)
+        if len(self.names) < 2 or known is None: return None
+        array = np.asarray(known)
+        typed = _typed(array, self.types.get(self.names[0], array.dtype)).tolist()
+        return [value.decode() if isinstance(value, bytes) else value for value in typed]
     def answers(self, frame:'pd.DataFrame')->list[np.ndarray]:
         "A label and its probabilities, or a number"
         given = called_with(self.model, frame, self.named)

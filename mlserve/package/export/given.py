@@ -44,6 +44,7 @@ class Given(NamedTuple):
     free: Mapping[str,Mapping[int,Size]]={} # the dimensions that vary, once they were found
     others: tuple[Arrays,...]=() # the example at other sizes
     code: Sequence[str|Path]=() # local modules that the handler imports
+    classes: Any=None # what columns of an answer stand for
     @property
     def inputs(self)->tuple[TensorSpec,...]:
         "What the model takes: tensors like the example, or the columns of a table"

@@ -49,7 +49,9 @@ def described(
     "What a card says of a package"
     size = sum(file.stat().st_size for file in package.path.rglob('*') if file.is_file())
     limits = [f'{key} {value:g}' for key,value in package.tolerance.items() if isinstance(value, (int, float))]
-    return {'takes': '; '.join(map(str, package.inputs)), 'gives': '; '.join(map(str, package.outputs)),
+    classes = [f"{s.name} {', '.join(map(str, s.classes))}" for s in package.outputs if s.classes]
+    named = {'classes': '; '.join(classes)[:500]} if classes else {}
+    return {'takes': '; '.join(map(str, package.inputs)), 'gives': '; '.join(map(str, package.outputs)), **named,
         'program': f'{package.format}, {size_text(size)} with all that belongs to it', 'tolerance': ', '.join(limits),
         'reference': reference_text(package), 'digest': package.digest, 'folder': folder_text(package.path)}
 

@@ -54,6 +54,12 @@ def _bounds(spec, axis):
     n,size = spec.shape[axis],(spec.free or {}).get(axis)
     if size: return {'minItems': size.least, 'maxItems': size.most}
     return {'minItems': n, 'maxItems': n} if n > 0 else {}
+def _of_classes(spec):
+    "What the places of a tensor's last dimension stand for, in words"
+    if not spec.classes: return {}
+    names = [json.dumps(c, ensure_ascii=False) for c in spec.classes[:100]]
+    more = f', and {len(spec.classes) - 100} more in the metadata of V2' if spec.classes[100:] else ''
+    return {'description': f"One value for each class, in this order: {', '.join(names)}{more}"}
 def schema_of(
     spec:TensorSpec, # contract of a tensor
     first:int=0, # axis of the outermost list
@@ -61,8 +67,9 @@ def schema_of(
 )->dict[str, Any]: # JSON schema
     "A tensor as nested lists"
     schema = _value(spec, words)
-    for axis in reversed(range(first, len(spec.shape))):
-        schema = {'type': 'array', 'items': schema} | _bounds(spec, axis)
+    last = len(spec.shape) - 1
+    for axis in reversed(range(first, last + 1)):
+        schema = {'type': 'array', 'items': schema} | _bounds(spec, axis) | (_of_classes(spec) if axis == last else {})
     return schema
 
 # %% ../../../nbs/serving/docs/00_openapi.ipynb #8cead743
@@ -87,7 +94,7 @@ def _v2_tensor(spec, words):
     "A tensor in V2's JSON"
     shape = {'type': 'array', 'items': {'type': 'integer'}, 'minItems': len(spec.shape), 'maxItems': len(spec.shape)}
     fields = {'name': {'const': spec.name}, 'datatype': {'const': spec.datatype}, 'shape': shape,
-        'data': {'type': 'array', 'items': _value(spec, words)}}
+        'data': {'type': 'array', 'items': _value(spec, words)} | _of_classes(spec)}
     return _object(fields, list(fields))
 
 # %% ../../../nbs/serving/docs/00_openapi.ipynb #445c513f
