@@ -1,14 +1,45 @@
 """A project that `mlserve init` wrote, released as it is; and a release from a cell of a notebook."""
 import json
 import os
+import re
 
 import nbclient
 import nbformat
 import pytest
 from commands import TESTS, mlserve
 from mlserve.notebook.scaffold import KINDS
+from mlserve.release.image.context import code_of
 
 pytestmark = pytest.mark.matrix
+
+SERVER = set("""annotated-doc annotated-types anyio certifi click fastapi h11 httpcore httptools httpx idna numpy opentelemetry-api orjson prometheus-client pydantic
+                pydantic-core safetensors starlette typing-extensions typing-inspection uvicorn uvloop""".split())
+NEEDED = {"onnx": {"onnxruntime", "flatbuffers", "packaging", "protobuf"}, "torchscript": {"torch"}, "python": set()}  # beside the server, by format
+KEPT = re.compile("models/package/(package.lock|MLmodel)$")
+
+
+def image_files(reference):
+    "The paths of an image in its registry, as a container sees them; and what two of them hold"
+    from mlserve.release.registry.client import Remote
+    from mlserve.release.registry.image_reader import merge_layers, read_image, read_layer
+    image = read_image(reference)
+    remote = Remote(image.reference)
+    files, contents = merge_layers([read_layer(remote, layer, KEPT) for layer in image.manifest["layers"]])
+    return {path for path, file in files.items() if file.kind != "dir"}, {path.rpartition("/")[2]: data.decode() for path, data in contents.items()}
+
+
+def check_files(reference):
+    "An image has the packages that its format needs, the files of its model package and those of the server: nothing besides"
+    files, told = image_files(reference)
+    format = json.loads(told["MLmodel"])["flavors"]["mlserve"]["format"]
+    packages = {found[1].lower().replace("_", "-") for found in (re.search(r"site-packages/([^/]+?)-[^-/]+\.dist-info/METADATA$", path) for path in files) if found}
+    assert packages == SERVER | NEEDED[format], packages ^ (SERVER | NEEDED[format])
+    ours = {path.removeprefix("models/package/") for path in files if path.startswith("models/")}
+    assert ours == {"package.lock", *(line.rsplit(" ", 2)[0] for line in told["package.lock"].splitlines())}
+    strange = "|".join({"torch", "onnxruntime", "sklearn", "scipy", "pandas", "onnx", "skl2onnx", "tokenizers", "nvidia"} - NEEDED[format])
+    assert not [path for path in files if re.search(f"site-packages/({strange})/", path)]
+    assert {path.removeprefix("opt/mlserve/") for path in files if path.startswith("opt/") and not path.startswith("opt/venv/") and not path.endswith(".pyc")} == set(code_of())
+    return format
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -22,6 +53,8 @@ def test_a_project_is_released_as_it_is(kind, environment, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert result["model"] == f"first-{kind}" and result["aliases"] == ["candidate", "production"]
+    formats = {"text": "torchscript", "any-python": "python"}
+    assert check_files(result["image"]) == formats.get(kind, "onnx")
     numbers = kind in ("regression", "any-python")
     metric = "rmse" if numbers else "accuracy"
     assert metric in result["metrics"]
