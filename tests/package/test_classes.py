@@ -76,7 +76,7 @@ def test_A6_classes_that_are_not_the_models_own_are_refused(tmp_path):
         save_package(fitted("texts")[0], classes=["yes", "no"], **given)
     with pytest.raises(UsageError, match="are given as 1, 0, 2; the model's own"):
         save_package(fitted("xgboost")[0], classes=[1, 0, 2], **given)
-    with pytest.raises(UsageError, match="There are 3 classes .*columns: none"):
+    with pytest.raises(UsageError, match="There are 3 classes .*probabilities has 2"):
         save_package(fitted("texts")[0], classes=["a", "b", "c"], **given)
     assert not (tmp_path / "p").exists()
     named = save_package(fitted("xgboost")[0], classes=["small", "usual", "large"], **given)

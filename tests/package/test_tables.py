@@ -83,6 +83,19 @@ def test_a_table_is_answered_as_the_model_does(kind, tmp_path):
     assert ((told == model.predict(held)) | tie).all()
 
 
+@pytest.mark.parametrize("names", [["age in years", "age_in_years", "km/h", "the brand"], ["3d", "a.b", "größe ", "(x)"], ["what it says"]], ids=" ".join)
+def test_columns_of_any_name_are_taken(names, tmp_path):
+    "The converter spells them its own way; one of them is not used by the model at all"
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame({**{name: random.normal(size=200) for name in names[:-1]}, names[-1]: random.choice(["u", "v", "w"], 200)})
+    y = (frame[names[-1]] == "u").to_numpy() ^ (frame[names[0]].to_numpy() > 0 if names[1:] else False)
+    pick = ColumnTransformer([("texts", OneHotEncoder(handle_unknown="ignore"), [names[-1]]), ("numbers", StandardScaler(), [name for name in names[:-1] if name != "a.b"])])
+    model = make_pipeline(pick, RandomForestClassifier(10, random_state=0)).fit(frame, y.astype(int))
+    save_package(model, tmp_path / "p", name="names", inputs=frame, outputs=BOTH)
+    served = load_model(load_package(tmp_path / "p"), Device("cpu")).predict(to_arrays(frame, table_columns(frame)))
+    assert np.abs(served["probabilities"] - model.predict_proba(frame)).max() < 1e-6
+
+
 def test_what_is_converted_wrongly_is_refused_with_its_step(tmp_path):
     "An OrdinalEncoder that gives gaps a number of their own is converted, and forgets it: only rows with gaps show that"
     encode = ColumnTransformer([("city", OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1, encoded_missing_value=9), ["city"])])

@@ -60,7 +60,7 @@ def _wired(columns:Sequence[Column], body:Body)->list['onnx.NodeProto']:
     from onnx import helper
     takes = [given.name for given in body.model.graph.input]
     if len(takes) > 1 or takes == [c.name for c in columns]:
-        return [node for c in columns for node in _front(c, f'body.{c.name}', body)]
+        return [node for c,to in zip(columns, takes, strict=True) for node in _front(c, f'body.{to}', body)]
     parts = [f'mlserve.column.{i}' for i in range(len(columns))]
     nodes = [node for c,to in zip(columns, parts) for node in _front(c, to, body)]
     return [*nodes, helper.make_node('Concat', parts, [f'body.{takes[0]}'], axis=1)]

@@ -38,8 +38,11 @@ def _only(outputs:Sequence[TensorSpec], classes:list)->str:
     "The name of the output that a list of classes is meant for"
     fits = [s.name for s in outputs if len(s.shape) > 1 and s.shape[-1] == len(classes) and s.datatype.startswith('FP')]
     if len(fits) == 1: return fits[0]
-    raise UsageError(f"There are {len(classes)} classes ({', '.join(map(str, classes))[:100]}); "
-        f"outputs of floats with as many columns: {', '.join(fits) or 'none'}.", mend=_form)
+    said = f"There are {len(classes)} classes ({', '.join(map(str, classes))[:100]}); "
+    if fits: raise UsageError(f"{said}as many columns have the outputs {', '.join(fits)}.", mend=_form)
+    wide = [f'{s.name} has {s.shape[-1]}' for s in outputs if len(s.shape) > 1 and s.datatype.startswith('FP')]
+    raise UsageError(f"{said}no output of floats has as many columns ({', '.join(wide) or 'there is none'}).",
+        mend='Give one class for each column.')
 def _said(classes:Any, outputs:Sequence[TensorSpec])->dict[str, list]:
     "The classes that somebody gave, by output"
     if isinstance(classes, Mapping): given = {str(name): _plain(values) for name,values in classes.items()}

@@ -189,7 +189,7 @@ def _told(function:Callable[..., Any], *args:Any)->Any:
     "Call a function in a thread, and have its failure's traceback written there"
     try: return function(*args)
     except ModelFailed as e:
-        if e.__cause__ is not None: e.traceback = trace(e.__cause__) # type: ignore[attr-defined] # for `_failed`
+        e.traceback = trace(e.__cause__) if e.__cause__ is not None else '' # type: ignore[attr-defined] # for `_failed`
         raise
 @patch
 def _answered(self:Inference, call:Call, outputs:Any, error:MlserveError|None)->None:
@@ -212,6 +212,7 @@ def _failed(self:Inference, call:Call, error:BaseException)->None:
         self.sparingly('internal_error', id=id, error=repr(error), traceback=partial(trace, error))
         error = MlserveError(f'internal error {id}')
     elif isinstance(error, ModelFailed):
+        if hasattr(error, 'traceback'): self.loaded.batcher.stats.failed += 1 # the scheduler has counted its own
         cause = {'traceback': getattr(error, 'traceback', None) or partial(trace, error)} if error.__cause__ else {}
         self.sparingly('model_failed', id=id, route=route, error=error.message, **cause)
     elif error.status < 500: log_refused(route, error.status, call.id, error.message)

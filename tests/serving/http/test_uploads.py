@@ -11,7 +11,7 @@ import pytest
 from commands import TESTS
 from hypothesis import given, settings, strategies as st
 from pydantic import TypeAdapter
-from servers import Server, Wire, request
+from servers import Server, Wire, request, until
 from test_decoding import Probed
 
 from mlserve.client import Client
@@ -76,6 +76,14 @@ def test_a_compressed_file_and_json_are_taken_too(server):
     for body, kind in ((IMAGE, "application/octet-stream"), (form(part("image")), FORM["content-type"])):
         assert ask(server, gzip.compress(body), kind, **{"content-encoding": "gzip"}).json() == answer
     assert ask(server, json.dumps({"image": IMAGE.decode()}).encode(), "application/json").json() == answer
+
+
+def test_a_failure_of_the_models_own_steps_is_counted_as_one_of_the_model(server):
+    "A library's error about a broken file is no ValueError, and so a 500 that an operator must see"
+    before = server.metric("failed_total")
+    assert ask(server, b"RIFF, and no sound", "audio/wav").status_code == 500
+    until(lambda: server.metric("failed_total") == before + 1, 10)  # a worker tells now and then
+    assert ask(server, b"GIF", "image/gif").status_code == 400 and server.metric("failed_total") == before + 1
 
 
 def test_openapi_tells_of_every_body(server):
