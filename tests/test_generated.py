@@ -103,9 +103,10 @@ def test_the_reference_says_what_the_code_says(page):
     assert shown and all(shown), f"run {page.name} again: what it shows is no longer what the code says"
 
 
+@pytest.mark.timeout(2400)
 def test_every_page_runs(copy):
     "nbdev's tests, each notebook in its own process; the package under test is this one"
-    done = run(BIN / "nbdev_test", "--n_workers", "2", "--timing", cwd=ROOT, timeout=1200, env={"MLSERVE_STATE": str(copy.parent / "state"), "MLFLOW_TRACKING_URI": None})
+    done = run(BIN / "nbdev_test", "--n_workers", "2", "--timing", cwd=ROOT, timeout=2300, env={"MLSERVE_STATE": str(copy.parent / "state"), "MLFLOW_TRACKING_URI": None})
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
