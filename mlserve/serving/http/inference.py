@@ -189,13 +189,13 @@ def _told(function:Callable[..., Any], *args:Any)->Any:
     "Call a function in a thread, and have its failure's traceback written there"
     try: return function(*args)
     except ModelFailed as e:
-        e.traceback = trace(e.__cause__) if e.__cause__ is not None else '' # type: ignore[attr-defined] # for `_failed`
+        if e.__cause__ is not None: e.traceback = trace(e.__cause__) # type: ignore[attr-defined] # for `_failed`
         raise
 @patch
 def _answered(self:Inference, call:Call, outputs:Any, error:MlserveError|None)->None:
     "The model has answered, or not"
     try:
-        if error is not None: raise error
+        if error is not None: return self._failed(call, error, counted=True)
         if not call.route.beside and self._is_small(outputs): return call.finish(self._encoded(call, outputs))
         def written(answer:Any, error:BaseException|None)->None:
             call.finish(answer) if error is None else self._failed(call, error)
@@ -205,14 +205,14 @@ def _answered(self:Inference, call:Call, outputs:Any, error:MlserveError|None)->
 
 # %% ../../../nbs/serving/http/05_inference.ipynb #0b1cfe35
 @patch
-def _failed(self:Inference, call:Call, error:BaseException)->None:
-    "Refuse, and log what an operator must see"
+def _failed(self:Inference, call:Call, error:BaseException, counted:bool=False)->None:
+    "Refuse, and log and count what an operator must see; the scheduler has counted its own"
     id,route = call.id.decode('latin-1'),call.route.pattern
     if not isinstance(error, MlserveError):
         self.sparingly('internal_error', id=id, error=repr(error), traceback=partial(trace, error))
         error = MlserveError(f'internal error {id}')
     elif isinstance(error, ModelFailed):
-        if hasattr(error, 'traceback'): self.loaded.batcher.stats.failed += 1 # the scheduler has counted its own
+        if not counted: self.loaded.batcher.stats.failed += 1
         cause = {'traceback': getattr(error, 'traceback', None) or partial(trace, error)} if error.__cause__ else {}
         self.sparingly('model_failed', id=id, route=route, error=error.message, **cause)
     elif error.status < 500: log_refused(route, error.status, call.id, error.message)
