@@ -36,12 +36,13 @@ def own_classes(
 _form = "Say which, in the form classes={'probabilities': ['no', 'yes']}."
 def _only(outputs:Sequence[TensorSpec], classes:list)->str:
     "The name of the output that a list of classes is meant for"
-    fits = [s.name for s in outputs if len(s.shape) > 1 and s.shape[-1] == len(classes) and s.datatype.startswith('FP')]
+    wide = {s.name: s.shape[-1] for s in outputs if len(s.shape) > 1 and s.datatype.startswith('FP')}
+    fits = [name for name,columns in wide.items() if columns == len(classes)]
     if len(fits) == 1: return fits[0]
     said = f"There are {len(classes)} classes ({', '.join(map(str, classes))[:100]}); "
     if fits: raise UsageError(f"{said}as many columns have the outputs {', '.join(fits)}.", mend=_form)
-    wide = [f'{s.name} has {s.shape[-1]}' for s in outputs if len(s.shape) > 1 and s.datatype.startswith('FP')]
-    raise UsageError(f"{said}no output of floats has as many columns ({', '.join(wide) or 'there is none'}).",
+    have = ', '.join(f'{name} has {columns}' for name,columns in wide.items())
+    raise UsageError(f"{said}no output of floats has as many columns ({have or 'there is none'}).",
         mend='Give one class for each column.')
 def _said(classes:Any, outputs:Sequence[TensorSpec])->dict[str, list]:
     "The classes that somebody gave, by output"
@@ -99,10 +100,9 @@ def with_classes(
 )->tuple[TensorSpec, ...]: # with the classes of their columns
     "Add to the specs of answers what their columns stand for"
     own = own_classes(live)
-    if given.classes is None and not own: return tuple(outputs)
-    fits = [s for s in outputs if own and s.shape[1:] and s.shape[-1] == len(own)]
     if given.classes is not None: named = _said(given.classes, outputs)
-    else: named = {_only(outputs, own): own} if own and fits else {}
+    elif own and any(s.shape[1:] and s.shape[-1] == len(own) for s in outputs): named = {_only(outputs, own): own}
+    else: return tuple(outputs)
     _check_own(own, named)
     for name,classes in named.items():
         if not isinstance(live, TableModel): _check_labels(classes, name, [answer for _,answer in pairs])
