@@ -38,7 +38,7 @@ test-fast: setup ## pages and units, without an engine
 	@PATH="$(CURDIR)/$(BIN):$$PATH" pytest -q -m 'pages and not matrix and not site'
 
 test-tools: setup # what the tests trace, emulate, proxy, load, build and ask with; what pip brings goes below state/
-	@PATH="$$PATH:/usr/sbin"; for tool in strace npm haproxy nginx slowhttptest buildah faketime cc $(MORE); do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
+	@PATH="$$PATH:/usr/sbin"; for tool in curl strace npm haproxy nginx slowhttptest buildah faketime cc $(MORE); do command -v $$tool >/dev/null || missing="$${missing:-} $$tool"; done; \
 	missing=$${missing:-}; missing=$${missing/nginx/nginx-light}; missing=$${missing/javac/openjdk-17-jdk-headless}; missing=$${missing/%cc/gcc libc6-dev}; \
 	[ -z "$$missing" ] || { s=$$(command -v sudo || true); $$s apt-get update -q >&2 && $$s env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -yq --no-install-recommends $$missing >&2; }
 	@[ -x state/tools/checkov/bin/checkov ] || bash .ci/install state/tools/checkov checkov==3.3.30
