@@ -174,6 +174,24 @@ def test_imports_stand_in_cells_of_their_own():
             assert len(imported) < 2, f"{path}, cell {cell['id']}: split imports from other code"
 
 
+LINK = re.compile(r"\]\(([\w./-]+\.ipynb)?(?:#([\w-]+))?\)")
+
+
+def anchors(path):
+    "What a link may point to in a page: its headings"
+    titles = re.findall(r"^#+ (.+)", "\n".join(c["source"] for c in cells(path, "markdown")), re.M)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+def test_a_link_leads_to_a_page_and_to_a_heading_of_it(path):
+    for page, anchor in LINK.findall("\n".join(c["source"] for c in cells(path, "markdown"))):
+        there = path.parent / page if page else path
+        there = there if there.exists() else ROOT / page  # the first page is the README, too
+        assert there.exists(), f"{page} is not there"
+        assert not anchor or anchor in anchors(there), f"{page or path.name} has no heading #{anchor}"
+
+
 def test_pages_open_with_a_title_and_a_sentence():
     for name, path in ROOMS.items():
         first = cells(path, "markdown")[0]["source"].splitlines()
