@@ -69,7 +69,9 @@ def _engine(spec:ReleaseSpec)->str:
             mend='Install the toolkit, and run `nvidia-ctk runtime configure`.')
     return told
 def _builder(spec:ReleaseSpec)->str:
-    if spec.builder == 'docker': return 'the engine builds'
+    if spec.builder == 'docker':
+        engine(seconds=10).close()
+        return 'the engine builds'
     return find_buildah(spec.state).command
 def _compose()->str: return ' '.join(find_compose(os.environ))
 def _base(spec:ReleaseSpec)->str:

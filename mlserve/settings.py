@@ -186,7 +186,7 @@ def refuse_unknown(
     for name,near in unknown_names(env).items():
         meant = f' Did you mean {near}?' if near else ''
         raise UsageError(f'There is no setting {name}.{meant}',
-            mend='The page on settings lists them all: nbs/03_settings.ipynb.')
+            mend='Correct its name, or unset it; the reference of settings lists them all.')
 
 # %% ../nbs/03_settings.ipynb #e59ab373
 def read_settings(

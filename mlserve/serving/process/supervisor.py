@@ -68,7 +68,7 @@ def listen(
                 mend='127.0.0.1 is for this machine alone, 0.0.0.0 for all who can reach it, :: for IPv6 as well; '
                     'an address has no brackets.') from None
         raise LocalResource(f'{by} asks for port {port} of {host}, which cannot be opened: {os.strerror(number)}.',
-            mend='Name a free port there.') from None
+            mend='Name a free port there; mlserve serve takes --port, too.') from None
 
 # %% ../../../nbs/serving/process/05_supervisor.ipynb #df0edaa9
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
