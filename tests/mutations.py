@@ -175,12 +175,13 @@ def what_is_announced_takes_room(put):
 
 @plant
 def a_long_body_takes_what_is_behind_it(put):
-    good = now("serving.http.reader.Reader._fill")
+    good = now("serving.http.reader.Reader.filled")
 
-    def fill(self, e, data):
-        good(self, e, data)
-        return b""
-    put("serving.http.reader.Reader._fill", fill)
+    def filled(self, size):
+        good(self, size)
+        if self.next is None:
+            self.transport.set_protocol(now("serving.http.reader.Filling")(self))
+    put("serving.http.reader.Reader.filled", filled)
 
 
 @plant

@@ -103,7 +103,10 @@ def reserve(self:Exchange,
     header = self.h.get(b'inference-header-content-length', b'')
     if not header or self.size <= LARGE or self.route is None or b'content-encoding' in self.h: return
     if not budget.reserve(self.size): return
-    memory = np.empty(self.size + 64, np.uint8)
+    try: memory = np.empty(self.size + 64, np.uint8)
+    except MemoryError:
+        budget.reserved -= self.size
+        return
     start = -(memory.ctypes.data + (int(header) if header.isdigit() and len(header) < 20 else 0)) % 64
     self.block = memory[start:start + self.size].data
 @patch

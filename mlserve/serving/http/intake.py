@@ -192,10 +192,12 @@ def inflated(self:Intake, call:Asked, body:bytes|memoryview)->bytes|memoryview:
     if coding is None: return body
     return inflate(body, coding.decode('latin-1'), self.limit(call.route, call.headers), partial(self.hold, call))
 @patch
-def _kept(self:Intake, call:Asked, request:InferRequest)->InferRequest:
-    "Count the tensors in place of the body"
+def _kept(self:Intake, call:Asked, request:InferRequest, body:Body=b'')->InferRequest:
+    "Count the tensors in place of the body, and all of the body where one of them lies in it"
+    arrays,view = request.inputs.values(),np.asarray(body) if type(body) is memoryview else None
+    lent = [a.nbytes for a in arrays if view is not None and np.may_share_memory(a, view)]
     self.release(call)
-    self.hold(call, sum(map(_size, request.inputs.values())))
+    self.hold(call, sum(map(_size, arrays)) + (len(body) - sum(lent) if lent else 0))
     return request
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #88b60780
@@ -208,7 +210,7 @@ def _here(self:Intake, call:Asked, body:Body, package:'Package')->'InferRequest|
     if self.helper is not None and _work(call.route, call.headers, whole) > FAR:
         return self.there.submit(self._there, self.helper, call, whole, package)
     if is_text(call.route, call.headers): whole = bytes(whole)
-    return self._kept(call, call.route.decode(whole, call.headers, package, self.most))
+    return self._kept(call, call.route.decode(whole, call.headers, package, self.most), whole)
 @patch
 def _there(self:Intake, helper:Callable[..., InferRequest], call:Asked, body:bytes|memoryview, package:'Package'
 )->InferRequest|None:
