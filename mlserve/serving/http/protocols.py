@@ -85,5 +85,5 @@ def example_of(
     try:
         body = _request_of(route, inputs, package)
         request = route.decode(body, {b'content-type': JSON}, package, 2**26)
-        return body,route.encode(request, outputs, package, version)[0]
+        return body,bytes(route.encode(request, outputs, package, version)[0])
     except MlserveError: return None
