@@ -190,7 +190,8 @@ def inflated(self:Intake, call:Asked, body:bytes|memoryview)->bytes|memoryview:
     "The body itself, counted piece by piece; called in a thread"
     coding = call.headers.get(b'content-encoding')
     if coding is None: return body
-    return inflate(bytes(body), coding.decode('latin-1'), self.limit(call.route, call.headers), partial(self.hold, call))
+    most = self.limit(call.route, call.headers)
+    return inflate(bytes(body), coding.decode('latin-1'), most, partial(self.hold, call))
 @patch
 def _kept(self:Intake, call:Asked, request:InferRequest, body:Body=b'')->InferRequest:
     "Count the tensors in place of the body, and all of the body where one of them lies in it"
