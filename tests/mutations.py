@@ -166,6 +166,25 @@ def every_chunk_copies_the_body(put):
 
 
 @plant
+def what_is_announced_takes_room(put):
+    def reserve(self, size):
+        self.receiving += size
+        return True
+    put("serving.http.budget.ByteBudget.reserve", reserve)
+
+
+@plant
+def a_long_body_takes_what_is_behind_it(put):
+    good = now("serving.http.reader.Reader.filled")
+
+    def filled(self, size):
+        good(self, size)
+        if self.next is None:
+            self.transport.set_protocol(now("serving.http.reader.Filling")(self))
+    put("serving.http.reader.Reader.filled", filled)
+
+
+@plant
 def the_wrapping_of_chunks_is_not_counted(put):
     put("serving.http.exchange.Exchange.framed", never)
 

@@ -26,6 +26,7 @@ import test_gpu
 import test_http_limits
 import test_invariance
 import test_isolation
+import test_large_bodies
 import test_local_code
 import test_pipelining
 import test_platforms
@@ -41,7 +42,7 @@ from commands import TESTS
 
 H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocols, test_scheduler, test_server, test_endurance, test_invariance
 T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
-Y, K, G, U = test_decoding, test_pipelining, test_gpu, test_uploads
+Y, K, G, U, L = test_decoding, test_pipelining, test_gpu, test_uploads, test_large_bodies
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "otherwise than the live model"),
@@ -78,6 +79,8 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N4", H.test_N4_a_body_over_the_limit_is_told_413_before_it_is_read, {}, "a_body_is_measured_after_it_was_read", "(408|503) == 413"),
     ("N4", H.test_N4_a_chunked_body_over_the_limit_is_told_413_and_memory_stays, {}, "only_announced_bodies_are_measured", "408 == 413"),
     ("N4", H.test_N4_a_gzip_bomb_is_told_413, {}, "all_is_inflated_before_it_is_measured", "no more is inflated"),
+    ("N4", L.test_N4_who_announces_much_and_sends_little_takes_no_room, {}, "what_is_announced_takes_room", "503|200"),
+    ("N8", L.test_N8_cut_anywhere_a_long_body_means_the_same_and_so_does_what_is_behind_it, {}, "a_long_body_takes_what_is_behind_it", "ended|NoneType|timed out"),
     ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_is_kept", "'kept'"),
     ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_copies_the_body", "'copied'"),
     ("N5", H.test_N5_chunks_that_are_mostly_wrapping_are_refused, {}, "the_wrapping_of_chunks_is_not_counted", "408 == 400"),

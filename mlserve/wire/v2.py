@@ -10,7 +10,7 @@ __all__ = ['decode_infer', 'encode_infer', 'encode_infer_binary', 'answer_infer'
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 import numpy as np
-from .binary import from_base64, from_bytes, from_raw, split, to_bytes
+from .binary import Pieces, from_base64, from_bytes, from_raw, split, to_bytes, whole
 from .json_body import (check_keys, dump, has_gaps, jsonable, lift_words, may_hold_booleans, put_words,
     read_object, with_nulls)
 from .classification import classify
@@ -164,14 +164,14 @@ _kept_head = lru_cache(256)(_read_head)
 
 # %% ../../nbs/wire/05_v2.ipynb #84e38acc
 def decode_infer(
-    body:bytes, # JSON, and what lies behind it
+    body:bytes|memoryview, # JSON, and what lies behind it
     inputs_specs:Sequence[TensorSpec], # contracts of the inputs
     outputs_specs:Sequence[TensorSpec], # contracts of the outputs
     limit:int=2**26, # largest tensor, in bytes
     header:str|None=None, # value of `Inference-Header-Content-Length`, if there is one
 )->InferRequest: # inputs by name
     "A V2 request"
-    head,rest = (body, None) if header is None else split(body, header)
+    head,rest = (bytes(body), None) if header is None else split(body, header)
     if rest is not None and not head:
         array = from_raw(rest, inputs_specs, limit)
         return InferRequest({inputs_specs[0].name: array}, binary=tuple(s.name for s in outputs_specs))
@@ -216,9 +216,8 @@ def _framed(o, key, arrays, binary, error, nonfinite=None):
             size = {'binary_data_size': len(parts[-1])}
             entries.append({'name': n, 'shape': a.shape, 'datatype': datatype_of(a), 'parameters': size})
         else: entries.append(_entry(n, a, error, nonfinite))
-    o[key] = entries
-    head = dump(o)
-    return b''.join([head, *parts]),len(head)
+    head = dump(o | {key: entries})
+    return whole([head, *parts]),len(head)
 
 # %% ../../nbs/wire/05_v2.ipynb #3842d15a
 def encode_infer_binary(
@@ -228,7 +227,7 @@ def encode_infer_binary(
     id:str|None=None, # the request's, if it had one
     binary:Collection[str]|None=None, # names of the outputs behind the JSON; all if not given
     nonfinite:str|None=None, # 'strings': in the JSON, NaN and infinities are written as words
-)->tuple[bytes, int]: # the body, and the length of its JSON
+)->tuple[bytes|Pieces, int]: # the body, and the length of its JSON
     "A V2 answer with binary tensors"
     head = _answer_head(model, version, id)
     return _framed(head, 'outputs', outputs, outputs if binary is None else binary, ModelFailed, nonfinite)
@@ -246,7 +245,7 @@ def answer_infer(
     model:str, # the model's name
     version:str, # its version
     nonfinite:str|None=None, # 'strings': in JSON, NaN and infinities are written as words
-)->tuple[bytes, int|None]: # the body, and the length of its JSON; None if it is all JSON
+)->tuple[bytes|Pieces, int|None]: # the body, and the length of its JSON; None if it is all JSON
     "The V2 answer to a request"
     arrays = {n: outputs[n] for n in request.outputs} if request.outputs else outputs
     if request.classes: arrays = {**arrays, **_classified(request, arrays, nonfinite)}
@@ -282,7 +281,8 @@ def encode_infer_request_binary(
     o = _request_head(id, timeout)
     o['parameters'] = o.get('parameters', {}) | {'binary_data_output': True}
     if outputs: o['outputs'] = [{'name': n} for n in outputs]
-    return _framed(o, 'inputs', inputs, inputs, InvalidInput)
+    body,length = _framed(o, 'inputs', inputs, inputs, InvalidInput)
+    return bytes(body),length
 
 # %% ../../nbs/wire/05_v2.ipynb #6ccac806
 _answer = dict.fromkeys(['outputs', 'model_name', 'model_version', 'id', 'parameters'])
@@ -292,7 +292,7 @@ def decode_infer_response(
 )->dict[str, np.ndarray]: # name to array
     "The arrays of a V2 answer"
     try:
-        head,rest = (body, None) if header is None else split(body, header)
+        head,rest = (bytes(body), None) if header is None else split(body, header)
         o = read_object(head, _answer)
         entries,words = _entries(o, 'outputs', _tensor),{}
         specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in entries.items()]

@@ -39,9 +39,10 @@ def shape_key(
 def merge(
     jobs:Sequence[Job], # of equal shape key
     padding:Padding|None=None, # by which rows of unequal sizes share a call
+    lend:bool=False, # nobody writes to them
 )->dict[str, np.ndarray]: # all rows of all jobs, by name
     "Lay the arrays of the jobs one below the other, in new memory"
-    if len(jobs) == 1: return {k: v.copy() for k,v in jobs[0].arrays.items()}
+    if len(jobs) == 1: return {k: np.ascontiguousarray(v) if lend else v.copy() for k,v in jobs[0].arrays.items()}
     each = padding.padded([j.arrays for j in jobs]) if padding else [j.arrays for j in jobs]
     return {k: np.concatenate([arrays[k] for arrays in each]) for k in each[0]}
 
@@ -96,9 +97,11 @@ class Runner:
         free_memory:Callable[[], object]|None=None, # called when memory ran out
         computes:Callable[[], bool]|None=None, # whether the device still does, asked when it may be lost
         padding:Padding|None=None, # by which rows of unequal sizes share a call
+        lend:bool=False, # the model never writes to what it gets
     ):
         self.predict,self.max_batch,self.expected,self.calls,self.out_of_memory = predict,max_batch,expected,0,0
-        self.padding,self.free_memory,self.computes = padding,free_memory or (lambda: None),computes or (lambda: False)
+        self.free_memory,self.computes = free_memory or (lambda: None),computes or (lambda: False)
+        self.lend,self.padding = lend,padding
     def _one(self, inputs:dict[str, np.ndarray], rows:int)->Arrays:
         "One call of the model, checked"
         self.calls += 1
@@ -113,7 +116,7 @@ def call(self:Runner,
     limit:float, # most rows in one call of the model
 )->None: # each job has its result
     "One pass over all rows of the jobs"
-    inputs,rows = merge(jobs, self.padding),sum([j.rows for j in jobs])
+    inputs,rows = merge(jobs, self.padding, self.lend),sum([j.rows for j in jobs])
     if rows <= limit: return split_answer(self._one(inputs, rows), jobs, self.padding)
     step,parts = int(limit),[]
     for start in range(0, rows, step):

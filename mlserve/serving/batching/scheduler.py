@@ -41,11 +41,11 @@ class Batcher:
         on_fault:Callable[[MlserveError], object]|None=None, # called with `Broken` or `DeviceLost`
         joined:bool=True, # requests may share a call and large ones be cut; else a request is one call
         padding:Padding|None=None, # by which requests of unequal sizes share a call
-    ):
+        lend:bool=False): # the model never writes to what it gets, so a request alone is not copied
         self.predict,self.expected,self.free_memory,self.computes = predict,expected,free_memory,computes
         self.max_batch,self.queue,self.threads,self.serial,self.inline = max_batch,queue,threads,serial,inline
         self.prepare,self.on_batch,self.on_fault = prepare or (lambda: None),on_batch,on_fault or (lambda fault: None)
-        self.limit,self.draining,self.closed = max_batch if joined else math.inf,False,False
+        self.limit,self.draining,self.closed,self.lend = max_batch if joined else math.inf,False,False,lend
         self.padding,self.key = padding,padding.key if padding else shape_key
         most,delay = (max_batch, max_delay_ms / 1000) if joined else (1, 0.)
         self.far,self.near = RequestQueue(most, delay),RequestQueue(most, 0)
@@ -68,7 +68,7 @@ class Batcher:
 @patch
 def runner(self:Batcher)->Runner: # for one thread
     "A runner of this model"
-    return Runner(self.predict, self.limit, self.expected, self.free_memory, self.computes, self.padding)
+    return Runner(self.predict, self.limit, self.expected, self.free_memory, self.computes, self.padding, self.lend)
 @patch
 def start(self:Batcher)->None:
     "Bind to the running loop and start the model threads"

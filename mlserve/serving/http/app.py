@@ -46,7 +46,7 @@ def reply(
 def _response(answer:Answer)->Response:
     "An answer of the typed call as a response"
     status,media,more,body = answer
-    return Response(body, status, {name.decode(): value.decode('latin-1') for name,value in more}, media.decode())
+    return Response(bytes(body), status, {n.decode(): v.decode('latin-1') for n,v in more}, media.decode())
 def refuse(
     error:MlserveError, # what went wrong
 )->Response: # its status and body

@@ -17,7 +17,7 @@ class ByteBudget:
     "Bytes of requests in memory: received, and decoded"
     def __init__(self,
         most:int, # bytes, of all requests together
-    ): self.most,self.receiving,self.decoded,self.lock = most,0,0,Lock()
+    ): self.most,self.receiving,self.decoded,self.reserved,self.lock = most,0,0,0,Lock()
     def full(self,
         more:int, # bytes
     )->bool: # more would be too much
@@ -45,6 +45,16 @@ def give(self:ByteBudget,
 )->None: # there is room again
     "Count it no longer"
     with self.lock: self.decoded -= size
+
+# %% ../../../nbs/serving/http/00_budget.ipynb #48f55583
+@patch
+def reserve(self:ByteBudget,
+    size:int, # bytes
+)->bool: # false if there is none
+    "Take memory that is not written to yet"
+    if self.reserved + size > self.most: return False
+    self.reserved += size
+    return True
 
 # %% ../../../nbs/serving/http/00_budget.ipynb #ceaf1318
 @contextmanager

@@ -9,6 +9,7 @@ __all__ = ['Service', 'Connection']
 import asyncio, math
 from typing import Protocol
 from ...patch import patch
+from ...wire.binary import Pieces
 from ...errors import MlserveError, Unavailable
 from ..observability.logging import request_id
 from .exchange import PIECE, Answer, Exchange, refusal, to_application
@@ -103,7 +104,7 @@ def answer(self:Connection,
     status:int, # of HTTP
     media:bytes, # type of the body
     more:More, # headers beside the usual ones
-    body:bytes, # the whole of it
+    body:bytes|Pieces, # the whole of it
 )->None: # written, unless nobody waits for it
     "Write the answer to the request at hand"
     e = self.current
@@ -111,7 +112,8 @@ def answer(self:Connection,
     keep = e.keep and not self.web.stopping and self.web.life.state != 'draining'
     head = e.answer_head(status, media, more, len(body), self.web.date, keep)
     if e.method == b'HEAD': body = b''
-    for part in (head + body,) if len(body) < PIECE else (head, body): self.transport.write(part)
+    pieces = body.pieces if type(body) is Pieces else (body,)
+    for part in (head + bytes(body),) if len(body) < PIECE else (head, *pieces): self.transport.write(part)
     if e.refused is not None: self.web.refused(e, status)
     self._answered(keep)
 @patch

@@ -10,13 +10,15 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
+import numpy as np
 import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from ...patch import patch
 from ...errors import InvalidInput, MlserveError, TooLarge, Unavailable, error_body
 from .budget import ByteBudget
-from .intake import JSON, Body, Headers, More, Pieces, Route
+from ...wire.binary import LARGE, Pieces
+from .intake import JSON, Body, Headers, More, Route
 
 # %% ../../../nbs/serving/http/02_exchange.ipynb #5847afdf
 class ModelCall(Protocol):
@@ -28,7 +30,7 @@ class ModelCall(Protocol):
 class Exchange:
     "One request and the work on it"
     __slots__ = ('method', 'path', 'url', 'pairs', 'h', 'body', 'pieces', 'size', 'length', 'parts', 'wire', 'held',
-        'limit', 'keep', 'route', 'refused', 'arrived', 'id', 'call', 'cycle', 'task', 'version')
+        'limit', 'keep', 'route', 'refused', 'arrived', 'id', 'call', 'cycle', 'task', 'version', 'block')
     version: str # of HTTP
     h: Headers # once the head is judged
     arrived: float # when the head came, in monotonic seconds
@@ -39,6 +41,7 @@ class Exchange:
         self.pairs: Sequence[tuple[bytes, bytes]] = () # the lines of the head
         self.body: Body = b''
         self.pieces: list[bytes] = [] # of the body, before `body`, which is the last then
+        self.block: memoryview|None = None # reserved for the body
         self.size = self.length = self.parts = self.held = 0 # bytes announced, bytes come, parts come, bytes counted
         self.keep = False # the connection stays open behind the answer
         self.route: Route|None = None # the way to the model
@@ -62,6 +65,9 @@ def add(self:Exchange,
     loading:bool, # the model is not there yet
 )->None: # or a refusal
     "Keep a part of the body"
+    if self.block is not None:
+        self.fill(part, budget)
+        return
     self.length += len(part)
     self.parts += 1
     if self.parts > _small + self.length // 16: raise InvalidInput(_wrapping)
@@ -84,8 +90,46 @@ def add(self:Exchange,
 @patch
 def whole(self:Exchange)->None:
     "The last part has come"
+    if self.block is not None: self.body = self.block
     if type(self.body) is bytearray: self.body = bytes(self.body)
     if self.pieces: self.body,self.pieces = Pieces([*self.pieces, self.body]),[] # type: ignore[list-item] # as above
+
+# %% ../../../nbs/serving/http/02_exchange.ipynb #5b4b5a25
+@patch
+def reserve(self:Exchange,
+    budget:ByteBudget, # of all requests
+)->None: # `block` is set, if the body is long and there is memory
+    "Reserve memory for a body that is announced to be long"
+    header = self.h.get(b'inference-header-content-length', b'')
+    if not header or self.size <= LARGE or self.route is None or b'content-encoding' in self.h: return
+    if not budget.reserve(self.size): return
+    try: memory = np.empty(self.size + 64, np.uint8)
+    except MemoryError:
+        budget.reserved -= self.size
+        return
+    start = -(memory.ctypes.data + (int(header) if header.isdigit() and len(header) < 20 else 0)) % 64
+    self.block = memory[start:start + self.size].data
+@patch
+def came(self:Exchange,
+    size:int, # bytes more that lie in their place
+    budget:ByteBudget, # of all requests
+)->None: # or a refusal
+    "Count a part of a long body"
+    self.length += size
+    self.held += size
+    budget.receiving += size
+    if budget.full(0): raise budget.refusal()
+@patch
+def fill(self:Exchange,
+    part:bytes|memoryview, # what came
+    budget:ByteBudget, # of all requests
+)->int: # bytes of it that belong to the body
+    "Lay a part of a long body where it belongs"
+    assert self.block is not None
+    start,size = self.length,min(len(part), self.size - self.length)
+    self.block[start:start + size] = part if size == len(part) else memoryview(part)[:size]
+    self.came(size, budget)
+    return size
 
 # %% ../../../nbs/serving/http/02_exchange.ipynb #c1d2e3f5
 @patch
@@ -111,7 +155,7 @@ def stop(self:Exchange)->None:
         self.task.cancel()
 
 # %% ../../../nbs/serving/http/02_exchange.ipynb #6ef3b490
-Answer = tuple[int, bytes, More, bytes] # status, media type, more headers, body
+Answer = tuple[int, bytes, More, bytes|Pieces] # status, media type, more headers, body
 def refusal(
     error:MlserveError, # what went wrong
 )->Answer: # its status, and a sentence

@@ -19,7 +19,7 @@ from ..observability.metrics import Numbers
 from .budget import borrowed
 from .exchange import Answer, refusal
 from .intake import BINARY, CSV, FORM, JSON, LINES, NEAR, SLOW
-from .intake import Body, Headers, Intake, Pieces, Route, check_media, compressed, is_text, media_of
+from .intake import Body, Headers, Intake, Route, check_media, compressed, is_text, media_of
 from .protocols import Written
 from ...tensors import Arrays
 from .protocols import read_infer, read_instances, read_invocations, read_plain
@@ -255,7 +255,7 @@ def _handled(self:Inference, call:Call, body:Body)->InferRequest:
     "The body as the model's own steps make it; called in a thread of theirs"
     coding,files = call.headers.get(b'content-encoding'),not is_text(call.route, call.headers)
     with borrowed(self.intake.budget) as take:
-        if files and isinstance(body, Pieces): take(len(body))
+        if files and not isinstance(body, bytes): take(len(body))
         whole,limit = bytes(body),self.intake.limit(call.route, call.headers)
         if coding is not None: whole = inflate(whole, coding.decode('latin-1'), limit, take)
         if files: take(len(whole))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JSON', 'BINARY', 'CSV', 'LINES', 'FORM', 'Headers', 'More', 'NEAR', 'PLAIN', 'FAR', 'SLOW', 'Body', 'Route',
-           'media_of', 'check_media', 'is_text', 'takes_gzip', 'compressed', 'Pieces', 'Asked', 'Intake', 'decode']
+           'media_of', 'check_media', 'is_text', 'takes_gzip', 'compressed', 'Asked', 'Intake', 'decode']
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #2c405863
 import asyncio, gzip
@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from ...patch import patch
+from ...wire.binary import Pieces
 from ...wire.form import in_range
 from ...wire.json_body import inflate
 from ...wire.predict import InferRequest
@@ -32,8 +33,8 @@ More = tuple[tuple[bytes, bytes], ...] # headers of an answer, beside the usual 
 class Route:
     "One way to ask: how a body is read and how an answer is written"
     pattern: str # as the application and the metrics name it
-    decode: 'Callable[[bytes, Headers, Package, int], InferRequest]' # body, headers, package and limit in bytes
-    encode: Callable[..., tuple[bytes, bytes, More]] # (request, outputs, package, version) to body, media type and more
+    decode: 'Callable[[Any, Headers, Package, int], InferRequest]' # body, headers, package and limit in bytes
+    encode: Callable[..., tuple[bytes|Pieces, bytes, More]] # (request, outputs, package, version) to body, type, more
     media: tuple[bytes, ...] = (JSON,) # what the body may be
     beside: bool = False # always worked on beside the event loop
 
@@ -87,23 +88,18 @@ def takes_gzip(
 # %% ../../../nbs/serving/http/01_intake.ipynb #e80fc7ba
 def compressed(
     headers:Headers, # of the request
-    body:bytes, # of the answer
+    body:bytes|Pieces, # of the answer
     more:More, # headers of the answer
-)->tuple[bytes, More]: # both as they are sent
+)->tuple[bytes|Pieces, More]: # both as they are sent
     "The body gzipped, if the client takes that"
     if not takes_gzip(headers.get(b'accept-encoding', b'')): return body,more
-    return gzip.compress(body, 1), (*more, (b'content-encoding', b'gzip'))
+    return gzip.compress(bytes(body), 1), (*more, (b'content-encoding', b'gzip'))
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #6184eee5
 NEAR,PLAIN = 2**14,2**20 # bytes of text, and of tensors, that are read on the event loop
 FAR = 2**18 # bytes of text that are read in this process
 SLOW = 16 # a byte of CSV or of JSON lines takes as long as so many of JSON
-class Pieces:
-    "A long body as it came"
-    def __init__(self, pieces:list[bytes]): self.pieces,self.size = pieces,sum(map(len, pieces))
-    def __len__(self)->int: return self.size
-    def __bytes__(self)->bytes: return b''.join(self.pieces)
-Body = bytes|bytearray|Pieces # the whole of it
+Body = bytes|bytearray|Pieces|memoryview # the whole of it; a view is of memory of its own
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #5965861e
 def _json_bytes(route:Route, headers:Headers, body:Body)->int:
@@ -193,16 +189,19 @@ def decode(
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #00b8bbaf
 @patch
-def inflated(self:Intake, call:Asked, body:bytes)->bytes:
+def inflated(self:Intake, call:Asked, body:bytes|memoryview)->bytes|memoryview:
     "The body itself, counted piece by piece; called in a thread"
     coding = call.headers.get(b'content-encoding')
     if coding is None: return body
-    return inflate(body, coding.decode('latin-1'), self.limit(call.route, call.headers), partial(self.hold, call))
+    most = self.limit(call.route, call.headers)
+    return inflate(bytes(body), coding.decode('latin-1'), most, partial(self.hold, call))
 @patch
-def _kept(self:Intake, call:Asked, request:InferRequest)->InferRequest:
-    "Count the tensors in place of the body"
+def _kept(self:Intake, call:Asked, request:InferRequest, body:Body=b'')->InferRequest:
+    "Count the tensors in place of the body, and all of the body where one of them lies in it"
+    arrays,view = request.inputs.values(),np.asarray(body) if type(body) is memoryview else None
+    lent = [a.nbytes for a in arrays if view is not None and np.may_share_memory(a, view)]
     self.release(call)
-    self.hold(call, sum(map(_size, request.inputs.values())))
+    self.hold(call, sum(map(_size, arrays)) + (len(body) - sum(lent) if lent else 0))
     return request
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #88b60780
@@ -210,13 +209,14 @@ def _kept(self:Intake, call:Asked, request:InferRequest)->InferRequest:
 def _here(self:Intake, call:Asked, body:Body, package:'Package')->'InferRequest|Future[InferRequest|None]|None':
     "Read a body in the thread, or pass it on"
     if call.gone: return None
-    whole = self.inflated(call, bytes(body))
+    whole = self.inflated(call, body if type(body) is memoryview else bytes(body))
     self.check_text(call.route, call.headers, whole)
     if self.helper is not None and _work(call.route, call.headers, whole) > FAR:
         return self.there.submit(self._there, self.helper, call, whole, package)
-    return self._kept(call, call.route.decode(whole, call.headers, package, self.most))
+    if is_text(call.route, call.headers): whole = bytes(whole)
+    return self._kept(call, call.route.decode(whole, call.headers, package, self.most), whole)
 @patch
-def _there(self:Intake, helper:Callable[..., InferRequest], call:Asked, body:bytes, package:'Package'
+def _there(self:Intake, helper:Callable[..., InferRequest], call:Asked, body:bytes|memoryview, package:'Package'
 )->InferRequest|None:
     "Have a body read by the helper"
     if call.gone: return None

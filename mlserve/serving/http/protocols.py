@@ -10,6 +10,7 @@ __all__ = ['Written', 'read_plain', 'write_plain', 'read_instances', 'write_inst
 from typing import TYPE_CHECKING
 from ...errors import MlserveError, UnsupportedMedia
 from ...tensors import Arrays
+from ...wire.binary import Pieces
 from ...wire.predict import InferRequest, decode_predict, encode_predict, encode_predict_request
 from ...wire.v2 import answer_infer, decode_infer, encode_infer_request
 from ...wire.scoring import answer_instances, answer_invocations, decode_instances, decode_invocations
@@ -17,7 +18,7 @@ from .intake import BINARY, JSON, Headers, More, Route, media_of
 if TYPE_CHECKING: from mlserve.package import Package
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #c66e4376
-Written = tuple[bytes, bytes, More] # body, media type, more headers
+Written = tuple[bytes|Pieces, bytes, More] # body, media type, more headers
 def read_plain(body:bytes, headers:Headers, package:'Package', limit:int)->InferRequest:
     "A request of the plain format"
     return decode_predict(body, package.inputs, limit)
@@ -84,5 +85,5 @@ def example_of(
     try:
         body = _request_of(route, inputs, package)
         request = route.decode(body, {b'content-type': JSON}, package, 2**26)
-        return body,route.encode(request, outputs, package, version)[0]
+        return body,bytes(route.encode(request, outputs, package, version)[0])
     except MlserveError: return None

@@ -69,7 +69,8 @@ def _batcher(life:Lifecycle, model:'Model', report:WarmupReport, settings:Settin
     expected = {s.name: dtype_of(s.datatype) for s in package.outputs}
     return Batcher(model.forward, chosen.max_batch, settings.max_delay_ms, settings.queue, threads, serial=not cpu,
         inline=inline, expected=expected, prepare=prepare, free_memory=free_memory,
-        computes=partial(computes, life.probe), joined=package.batch, padding=padding)
+        computes=partial(computes, life.probe), joined=package.batch, padding=padding,
+        lend=package.format == 'onnx')
 
 # %% ../../../nbs/serving/process/06_loading.ipynb #87d4ad0c
 def load(
