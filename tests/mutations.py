@@ -167,10 +167,23 @@ def every_chunk_copies_the_body(put):
 
 @plant
 def what_is_announced_takes_room(put):
+    good = now("serving.http.budget.ByteBudget.reserve")
+
     def reserve(self, size):
         self.receiving += size
-        return True
+        return good(self, size)
     put("serving.http.budget.ByteBudget.reserve", reserve)
+
+
+@plant
+def a_call_and_its_work_keep_each_other(put):
+    good = now("serving.http.inference.Call.finish")
+
+    def finish(self, answer):
+        ticket = self.ticket
+        good(self, answer)
+        self.ticket = ticket
+    put("serving.http.inference.Call.finish", finish)
 
 
 @plant

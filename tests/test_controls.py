@@ -80,6 +80,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N4", H.test_N4_a_chunked_body_over_the_limit_is_told_413_and_memory_stays, {}, "only_announced_bodies_are_measured", "408 == 413"),
     ("N4", H.test_N4_a_gzip_bomb_is_told_413, {}, "all_is_inflated_before_it_is_measured", "no more is inflated"),
     ("N4", L.test_N4_who_announces_much_and_sends_little_takes_no_room, {}, "what_is_announced_takes_room", "503|200"),
+    ("N4", L.test_N4_a_body_is_let_go_with_its_answer_and_no_collector_of_cycles_is_waited_for, dict(zip(("sent", "status"), next(L.ways())[:0:-1])), "a_call_and_its_work_keep_each_other", "kB that stay"),
     ("N8", L.test_N8_cut_anywhere_a_long_body_means_the_same_and_so_does_what_is_behind_it, {}, "a_long_body_takes_what_is_behind_it", "ended|NoneType|timed out"),
     ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_is_kept", "'kept'"),
     ("N5", H.test_N5_many_tiny_chunks_cost_little, {"rounds": 5}, "every_chunk_copies_the_body", "'copied'"),
@@ -241,6 +242,7 @@ def failure(test, stack, double, tmp_path, monkeypatch, given):
              "server": lambda: stack.enter_context(servers.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
              "http": lambda: stack.enter_context(httpx.Client(base_url=ready["conformance"]().url, timeout=30, trust_env=False)),
              "lib": lambda: G.load(G.build(tmp_path), monkeypatch), "on_gpu": lambda: stack.enter_context(G.serving_on(G.build(tmp_path), double, tmp_path)),
+             "collected_never": lambda: stack.enter_context(L.without_collector(double, tmp_path)),
              "conformance": lambda: stack.enter_context(servers.Server(double, tmp_path, **C.SETTINGS))}
     wanted = {n: given[n] if n in given else ready[n]() for n in inspect.signature(test).parameters}
     with pytest.raises((Exception, pytest.fail.Exception)) as caught:

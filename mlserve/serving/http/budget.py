@@ -6,9 +6,11 @@
 __all__ = ['ByteBudget', 'borrowed']
 
 # %% ../../../nbs/serving/http/00_budget.ipynb #f394c4cc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
+import numpy as np
 from ...errors import Unavailable
 from ...patch import patch
 
@@ -17,7 +19,10 @@ class ByteBudget:
     "Bytes of requests in memory: received, and decoded"
     def __init__(self,
         most:int, # bytes, of all requests together
-    ): self.most,self.receiving,self.decoded,self.reserved,self.lock = most,0,0,0,Lock()
+    ):
+        self.most,self.receiving,self.decoded,self.reserved,self.lock = most,0,0,0,Lock()
+        self.warm: list[np.ndarray] = [] # memory of earlier bodies that nobody has any more
+        self.wanted = False # memory was taken since `cool`
     def full(self,
         more:int, # bytes
     )->bool: # more would be too much
@@ -50,11 +55,27 @@ def give(self:ByteBudget,
 @patch
 def reserve(self:ByteBudget,
     size:int, # bytes
-)->bool: # false if there is none
-    "Take memory that is not written to yet"
-    if self.reserved + size > self.most: return False
+)->np.ndarray|None: # at least so many bytes, with whatever they hold; none if there is no room
+    "Take memory for a body that is to come"
+    if self.reserved + size > self.most: return None
+    memory,self.wanted = None,True
+    while memory is None and self.warm:
+        kept = self.warm.pop()
+        if size <= len(kept) <= 2 * size: memory = kept
+    if memory is None:
+        try: memory = np.empty(size, np.uint8)
+        except MemoryError: return None
     self.reserved += size
-    return True
+    lent = np.frombuffer(memory.data, np.uint8)
+    weakref.finalize(lent, self.warm.append, memory).atexit = False
+    return lent
+
+# %% ../../../nbs/serving/http/00_budget.ipynb #7d1e5a04
+@patch
+def cool(self:ByteBudget)->None:
+    "Let warm memory go, if none was wanted since the last call"
+    if not self.wanted: self.warm.clear()
+    self.wanted = False
 
 # %% ../../../nbs/serving/http/00_budget.ipynb #ceaf1318
 @contextmanager

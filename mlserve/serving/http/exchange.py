@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
-import numpy as np
 import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -102,11 +101,8 @@ def reserve(self:Exchange,
     "Reserve memory for a body that is announced to be long"
     header = self.h.get(b'inference-header-content-length', b'')
     if not header or self.size <= LARGE or self.route is None or b'content-encoding' in self.h: return
-    if not budget.reserve(self.size): return
-    try: memory = np.empty(self.size + 64, np.uint8)
-    except MemoryError:
-        budget.reserved -= self.size
-        return
+    memory = budget.reserve(self.size + 64)
+    if memory is None: return
     start = -(memory.ctypes.data + (int(header) if header.isdigit() and len(header) < 20 else 0)) % 64
     self.block = memory[start:start + self.size].data
 @patch

@@ -92,8 +92,8 @@ class Call:
         self.gone,self.held,self.until = False,0,math.inf # nobody waits; bytes in the budget; the deadline
     def cancel(self)->None:
         "The client left: no work for it any more, and no answer"
-        self.gone = True
-        if self.ticket is not None: self.ticket.cancel()
+        self.gone,ticket,self.ticket = True,self.ticket,None # which knows this call: each would keep the other
+        if ticket is not None: ticket.cancel()
         self.let_go()
     def let_go(self)->None:
         "Its bytes are not counted any more, unless a thread works on them"
@@ -101,7 +101,7 @@ class Call:
     def finish(self, answer:Answer)->None:
         "Give the answer, once"
         if self.gone: return
-        self.gone = True
+        self.gone,self.ticket = True,None
         if self.held: self.let_go()
         self.way.counted(self, answer[0])
         self.done(*answer)
@@ -269,8 +269,8 @@ def _admit(self:Inference, call:Call, body:Body)->None:
     ready = intake.at_once(call.route, call.headers, body, package)
     if ready is not None and not beside: return self._submit(call, self._decoded(call, bytes(ready)))
     def then(request:Any, error:BaseException|None)->None:
+        if error is not None: return self._failed(call, error)
         try:
-            if error is not None: raise error
             if beside: intake.hold(call, request.size)
             else: self.numbers.observe('pre_seconds', time.perf_counter() - began)
             self._submit(call, request if beside else self._asked(call, request))

@@ -231,18 +231,19 @@ def aside(self:Intake,
     then:Callable[[Any, BaseException|None], None], # called on the event loop with what `work` gave, and what it raised
 )->None: # `call` has its job
     "Do something for a call beside the event loop"
-    def done(job:'asyncio.Future[Any]')->None:
-        result,error = None,None
-        try: result = job.result()
-        except (Exception, asyncio.CancelledError) as e: error = e
-        call.job = asyncio.wrap_future(result) if isinstance(result, Future) else None
-        if call.job is not None: return call.job.add_done_callback(done)
-        self.waiting -= 1
-        if call.gone: self.release(call)
-        else: then(result, error)
     self.waiting += 1
     call.job = asyncio.get_running_loop().run_in_executor(pool, work)
-    call.job.add_done_callback(done)
+    call.job.add_done_callback(partial(self._done, call, then))
+@patch
+def _done(self:Intake, call:Asked, then:Callable[[Any, BaseException|None], None], job:'asyncio.Future[Any]')->None:
+    "Pass on what a thread gave, or wait for whom it passed its work on to"
+    error = asyncio.CancelledError() if job.cancelled() else job.exception()
+    result = None if error is not None else job.result()
+    call.job = asyncio.wrap_future(result) if isinstance(result, Future) else None
+    if call.job is not None: return call.job.add_done_callback(partial(self._done, call, then))
+    self.waiting -= 1
+    if call.gone: self.release(call)
+    else: then(result, error)
 @patch
 def read(self:Intake,
     call:Asked, # the request

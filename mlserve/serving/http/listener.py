@@ -147,9 +147,10 @@ def _grant(connection:Connection, lost:float)->None:
     if call is not None: call.arrived += lost
 @patch
 async def _sweep(self:Listener)->None:
-    "Four times a second: who is late; nobody is for a time in which nothing ran. Once: the date"
+    "Four times a second: who is late; nobody is for a time in which nothing ran. Once: the date, and warm memory"
     pauses = Pauses()
     while True:
+        self.budget.cool()
         self.date = b'date: ' + formatdate(time.time(), usegmt=True).encode() + b'\r\n'
         for _ in range(4):
             now,lost = self.loop.time(),pauses.lost()

@@ -116,7 +116,7 @@ def on_body(self:Reader, body:bytes)->None:
 def _unreserve(self:Reader, exchange:Exchange)->None:
     "Nothing is reserved for it any more"
     if exchange.block is None: return
-    self.web.budget.reserved -= exchange.size
+    self.web.budget.reserved -= exchange.size + 64
     exchange.block = None
 @patch
 def on_message_complete(self:Reader)->None:

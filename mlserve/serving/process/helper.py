@@ -181,7 +181,8 @@ class Helper:
             except (OSError, EOFError): self.lost()
         ok,value = answer or (False, self.why(code))
         if ok: return value
-        raise value
+        try: raise value
+        finally: del answer,value # the error knows this call, which would keep it, and itself with all arguments
 
 # %% ../../../nbs/serving/process/01_helper.ipynb #943b45d1
 @patch

@@ -1,9 +1,10 @@
 """Bodies of megabytes, which are received into memory that was reserved for them: rows N4 and N8 of the table of faults."""
+import gzip
 import json
 
 import numpy as np
 import pytest
-from servers import Server, Wire, error_of, request, until
+from servers import Server, Wire, error_of, request, status_of, until
 
 MB = 2**20
 SETTINGS = dict(max_body=4 * MB, max_decoded=16 * MB, body_seconds=60, max_batch=4096)
@@ -97,3 +98,40 @@ def test_a_long_body_that_is_wrong_is_told_so_and_the_connection_goes_on(server)
     with Wire(server.port, 120) as w:
         assert error_of(w.send(wrong).answer()) == 400
         assert right(w.send(long).answer(), expected)
+
+
+def without_collector(double, folder):
+    "A server in which nothing is freed that only the collector of cycles would find"
+    return Server(double, folder, FAKE_COLLECTOR="off", **SETTINGS | {"max_body": 8 * MB, "max_json": 8 * MB})
+
+
+@pytest.fixture(scope="module")
+def collected_never(double, tmp_path_factory):
+    with without_collector(double, tmp_path_factory.mktemp("never")) as s:
+        yield s
+
+
+def ways():
+    "Requests with bodies of 1.6 MB, by the way on which they become tensors, and the status of the answer"
+    (long, _), rows = binary(), [[0.25, 0.5]] * 160_000
+    head, _, body = long.partition(b"\r\n\r\n")
+    packed, text = gzip.compress(body, 1), json.dumps({"inputs": rows}).encode()
+    chunked = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[n:n + 2**17] for n in range(0, len(body), 2**17)))
+    unnamed = head.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
+    yield "reserved", 200, long
+    yield "in chunks", 200, unnamed + b"\r\n\r\n" + chunked + b"0\r\n\r\n"
+    yield "gzipped", 200, head.replace(b"content-length: %d" % len(body), b"content-encoding: gzip\r\ncontent-length: %d" % len(packed)) + b"\r\n\r\n" + packed
+    yield "refused", 400, long.replace(b'"FP32"', b'"FP64"')
+    yield "JSON", 200, request("/predict", text, **{"content-type": "application/json"})
+    yield "no JSON", 400, request("/predict", text[:-1], **{"content-type": "application/json"})
+
+
+@pytest.mark.parametrize("sent, status", [pytest.param(sent, status, id=name) for name, status, sent in ways()])
+def test_N4_a_body_is_let_go_with_its_answer_and_no_collector_of_cycles_is_waited_for(collected_never, sent, status):
+    with Wire(collected_never.port, 120) as w:
+        def ask(count):
+            for _ in range(count):
+                assert w.send(sent).answer()[0] == status
+            return status_of(collected_never.worker(), "VmRSS")
+        before = ask(4)
+        assert ask(12) - before < 6 * 1600, "kB that stay"
