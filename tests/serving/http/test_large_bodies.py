@@ -54,7 +54,7 @@ def test_a_long_body_that_waits_to_be_asked_for(server):
 
 
 def test_N4_who_announces_much_and_sends_little_takes_no_room(server):
-    idle = [Wire(server.port, 120).send(announced(4 * MB - 1), b"x") for _ in range(12)]
+    idle = [Wire(server.port, 120).send(announced(3 * MB), b"x") for _ in range(12)]
     long, expected = binary()
     with Wire(server.port, 120) as w:
         assert right(w.send(long).answer(), expected)
