@@ -135,6 +135,7 @@ class Settings:
     keep_alive_seconds: float = number(75, .1, _day) # between two requests of a connection; over a load balancer's own
     token_file: str|None = text(None) # file with the bearer token that requests must bring; health is exempt
     metrics_port: int = number(0, 0, 65535) # a port of their own for the metrics; 0 leaves them on the main one
+    grpc_port: int = number(0, 0, 65535) # a port for V2 over gRPC, where grpcio is installed; 0 opens none
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _typed(f, getattr(self, f.name)))
         object.__setattr__(self, 'max_decoded', _max_decoded(self.max_decoded, self.max_body))

@@ -13,7 +13,7 @@ from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, 
 ENGINE = {"cuda_image", "debug", "deploy", "hardened", "memory", "release"}  # read one release of the example, and run its containers
 RELEASES = {"engine_script", "refusals", "release_outages", "scaffold", "resume", "supply_chain"}  # make releases of their own
 IMAGES = {"image", "matrix"}  # build images of their own
-SERVERS = {"conformance", "fuzz", "gpu_check", "handler", "large_bodies", "ledger", "local_code", "outages", "python", "sizes", "sources", "trial"}  # ask servers, whenever they answer
+SERVERS = {"conformance", "fuzz", "gpu_check", "grpc", "handler", "large_bodies", "ledger", "local_code", "outages", "python", "sizes", "sources", "trial"}  # ask servers, whenever they answer
 CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock
 SERVING = {"scheduler", "decoding", "gpu", "http_limits", "pipelining", "platforms", "server", "uploads"}  # ask servers, with a clock
 ENDURANCE = {"endurance", "isolation", "proxies"}  # servers that are watched for long, killed and replaced, with a clock

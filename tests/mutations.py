@@ -198,6 +198,26 @@ def a_long_body_takes_what_is_behind_it(put):
 
 
 @plant
+def a_message_has_all_the_time_there_is(put):
+    async def message(context, seconds):
+        return await context.read()
+    put("serving.grpc.port._message", message)
+
+
+@plant
+def a_message_is_parsed_whatever_its_size(put):
+    put("serving.grpc.calls.head_size", lambda body, most: 0)
+
+
+@plant
+def calls_are_cut_when_the_server_stops(put):
+    async def stop(self, grace):
+        await self.server.stop(0)
+        return 0
+    put("serving.grpc.port.GrpcPort.stop", stop)
+
+
+@plant
 def the_wrapping_of_chunks_is_not_counted(put):
     put("serving.http.exchange.Exchange.framed", never)
 

@@ -23,6 +23,7 @@ import test_decoding
 import test_endurance
 import test_evaluation
 import test_gpu
+import test_grpc
 import test_http_limits
 import test_invariance
 import test_isolation
@@ -42,7 +43,7 @@ from commands import TESTS
 
 H, C, P, B, S, D, I = test_http_limits, test_conformance, test_protocols, test_scheduler, test_server, test_endurance, test_invariance
 T, V, R, X = test_platforms, test_evaluation, test_reference, test_isolation
-Y, K, G, U, L = test_decoding, test_pipelining, test_gpu, test_uploads, test_large_bodies
+Y, K, G, U, L, Q = test_decoding, test_pipelining, test_gpu, test_uploads, test_large_bodies, test_grpc
 HELD = r"never came true|timed out|TimeoutExpired"  # what was to come did not come
 CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_what_depends_on_values_is_refused_with_its_line_or_kept_whole, {"model": R.Branch, "line": "if x.max()", "graph": R.BranchInGraph, "format": "torchscript"}, "values_are_read_unseen", "otherwise than the live model"),
@@ -93,6 +94,12 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N8", H.test_N8_pipelined_requests_are_answered_in_order_with_their_own_ids, {}, "answers_go_out_when_they_are_ready", "x-request-id"),
     ("N8", H.test_N8_an_early_answer_closes_the_connection, {}, "an_early_answer_keeps_its_connection", "connection"),
     ("N8", H.test_N8_cut_anywhere_a_request_means_the_same, {}, "a_head_must_come_in_one_piece", "400 == 200"),
+    ("N9", Q.test_N9_a_client_that_cancels_frees_its_place_and_what_waits_is_never_run, {}, "nobody_hears_a_client_leave", HELD),
+    ("N3", Q.test_N3_a_message_that_does_not_come_is_not_waited_for, {}, "a_message_has_all_the_time_there_is", "< 10"),
+    ("N4", Q.test_N4_a_message_over_the_limits_is_resource_exhausted, {}, "a_message_is_parsed_whatever_its_size", "DID NOT RAISE|RESOURCE_EXHAUSTED"),
+    ("E5", Q.test_E5_a_full_queue_is_unavailable_and_those_that_were_taken_are_answered, {}, "a_queue_without_bound", r"== \{None, .UNAVAILABLE.\}"),
+    ("E6", Q.test_E6_a_deadline_is_kept, {}, "nobody_looks_at_the_deadline", "DID NOT RAISE"),
+    ("L3", Q.test_L3_what_was_taken_is_answered_while_the_server_stops, {}, "calls_are_cut_when_the_server_stops", "RpcError|CANCELLED|UNAVAILABLE"),
     ("N9", S.test_N9_a_client_that_leaves_while_queued_is_never_run, {}, "nobody_hears_a_client_leave", HELD),
     ("N9", S.test_N9_a_client_that_leaves_while_running_frees_its_place, {}, "nobody_hears_a_client_leave", HELD),
     ("N10", H.test_N10_a_path_has_one_spelling, {"path": "/v2/%2e%2e/metrics"}, "other_spellings_are_mended", "text/plain|200"),

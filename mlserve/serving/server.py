@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import LocalResource, MlserveError, UsageError
 from .observability.shared_memory import Board
 from .observability.logging import log
-from .process.supervisor import SIGNALS, finish, leave, listen, watch
+from .process.supervisor import SIGNALS, finish, leave, listen, reserve, watch
 from ..settings import Settings, port_variable, read_settings, service_links
 
 # %% ../../nbs/serving/01_server.ipynb #f0f1f2f4
@@ -49,6 +49,7 @@ def run(
     try:
         raise_open_files(settings.connections)
         sockets = [listen(settings.host, port, name) for name,port in ports.items()]
+        held = reserve(settings.host, settings.grpc_port) if settings.grpc_port else None # noqa: F841 - while it serves
     except MlserveError as e: return finish(e, 'listen')
     links = service_links(dict(os.environ))
     if links: log('ignored', variables=links, why='Kubernetes made them for a service')

@@ -43,7 +43,9 @@ def requirements_of(
             mend="Say device = 'cpu' in mlserve.toml; or save a module of torch.")
     wings = {'', 'serving', _frameworks.get(package.format, ''), {'models':'registry'}.get(scheme, scheme)}
     if _takes_files(package): wings.add('uploads')
-    found = set(map(str, map(Requirement, extra)))
+    asked = [Requirement(line) for line in extra]
+    if any(canonicalize_name(r.name) == 'grpcio' for r in asked): wings.add('grpc')
+    found = set(map(str, asked))
     for line in metadata.requires('mlserve') or ():
         r = Requirement(line)
         if r.marker and not any(r.marker.evaluate({'extra': w}) for w in wings): continue

@@ -10,7 +10,7 @@ import asyncio, logging, os, signal, time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from socket import socket
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 import uvloop
 from ...errors import MlserveError, ModelFailed
 from ...settings import Settings
@@ -33,6 +33,7 @@ from ..http.inference import ROUTES, Inference, own_route, paths
 from ..observability.tracing import open_spans
 from .loading import compute_threads, start, step, unforeseen
 from .supervisor import cut_error, finish, leave
+if TYPE_CHECKING: from mlserve.serving.grpc.port import GrpcPort
 
 # %% ../../../nbs/serving/process/07_worker.ipynb #89ab60c5
 def sign(
@@ -108,7 +109,8 @@ def on_signal(
         leave(0)
 
 # %% ../../../nbs/serving/process/07_worker.ipynb #72b4f58c
-async def _drain(life:Lifecycle, listeners:Sequence[Listener], settings:Settings, row:'memoryview[float]')->int:
+async def _drain(life:Lifecycle, listeners:'Sequence[Listener|GrpcPort]', settings:Settings, row:'memoryview[float]'
+)->int:
     "Not ready, still serving, then stop; the exit code"
     sign(life, row)
     receiving = sum(listener.receiving for listener in listeners)
@@ -140,8 +142,14 @@ def _service(settings:Settings)->dict[str, str]:
     return {'service.name': 'mlserve'} | version
 
 # %% ../../../nbs/serving/process/07_worker.ipynb #083c7d3e
+def _grpc_ports(settings:Settings, life:Lifecycle, numbers:Numbers, inference:Inference, token:Token|None
+)->'list[GrpcPort]': # one, or none
+    "The port of gRPC, where one is asked for"
+    if not settings.grpc_port: return []
+    from mlserve.serving.grpc.port import Calls, GrpcPort
+    return [GrpcPort(Calls(life, settings, numbers, inference, token), settings, inference.intake.budget)]
 def _listeners(settings:Settings, life:Lifecycle, sockets:Sequence[socket], board:Board, worker:int,
-        helper:Helper|None)->tuple[list[Listener], list[Later], Numbers]:
+        helper:Helper|None)->'tuple[list[Listener], list[GrpcPort], list[Later], Numbers]':
     "The listeners of a worker, not open yet"
     patterns = [*(p.decode() for p in PROBES), *(r.pattern for r in ROUTES), '/handle']
     numbers = Numbers(board, worker, patterns)
@@ -151,16 +159,20 @@ def _listeners(settings:Settings, life:Lifecycle, sockets:Sequence[socket], boar
     token = Token(settings.token_file, settings.ui) if settings.token_file else None
     main = Listener(apps[0], life, numbers, limits_of(settings), token, inference.intake.budget)
     main.inference = inference
+    grpc_ports = _grpc_ports(settings, life, numbers, inference, token)
     more = [Listener(app, life, numbers, limits_of(settings)) for app in apps[1:]]
-    return [main, *more],apps,numbers
+    return [main, *more],grpc_ports,apps,numbers
 def _full_since(life:Lifecycle)->float|None:
     "Since when no thread of the model's own steps has come free"
     return life.inference.handlers.full_since if life.inference else None
-async def _open(listeners:Sequence[Listener], sockets:Sequence[socket], row:'memoryview[float]')->None:
+async def _open(listeners:Sequence[Listener], grpc_ports:'Sequence[GrpcPort]', sockets:Sequence[socket],
+        row:'memoryview[float]')->None:
     "Accept connections, and say where"
     for listener,sock in zip(listeners, sockets): await listener.open(sock)
+    for port in grpc_ports: await port.open()
     row[OPEN] = 1
     ports = dict(zip(('port', 'metrics_port'), (sock.getsockname()[1] for sock in sockets)))
+    if grpc_ports: ports['grpc_port'] = grpc_ports[0].number
     log('listening', host=sockets[0].getsockname()[0], **ports)
 
 # %% ../../../nbs/serving/process/07_worker.ipynb #9ddd3436
@@ -198,11 +210,11 @@ async def serve(
     "Load, serve until told to stop"
     life,stop,loop,row = Lifecycle(),asyncio.Event(),asyncio.get_running_loop(),board.row(worker)
     for s in (signal.SIGTERM, signal.SIGINT): loop.add_signal_handler(s, on_signal, life, stop)
-    guard_forks([s.getsockname()[1] for s in sockets])
-    listeners,apps,numbers = _listeners(settings, life, sockets, board, worker, helper)
+    guard_forks([*(s.getsockname()[1] for s in sockets), *filter(None, [settings.grpc_port])])
+    listeners,grpc_ports,apps,numbers = _listeners(settings, life, sockets, board, worker, helper)
     life.others,life.full_since = board.all_ready,partial(_full_since, life)
     late = board.any_ready() # another worker serves, so nobody need wait for this one
-    if not late: await _open(listeners, sockets, row)
+    if not late: await _open(listeners, grpc_ports, sockets, row)
     beating = asyncio.ensure_future(pulse(life, numbers, listeners[0], row)) # noqa: F841 - a loop keeps no task alive
     making = asyncio.gather(*[app.made() for app in apps])
     await start(life, settings, partial(_ready_for_all, life, settings, making))
@@ -210,14 +222,18 @@ async def serve(
     if settings.device == 'cpu': compute_threads(1)
     if life.error: return finish(life.error, life.phase)
     _answer_with(life, settings, listeners[0], numbers)
-    if late: await _open(listeners, sockets, row)
+    if late: await _open(listeners, grpc_ports, sockets, row)
     proving = asyncio.ensure_future(keep_proving(life, settings.prove_seconds))
     watching = asyncio.ensure_future(watch_gpu(life, settings.prove_seconds, settings.hang_seconds))
     await stop.wait()
     for task in (proving, watching): task.cancel()
-    return await _drain(life, listeners, settings, row)
+    return await _drain(life, [*listeners, *grpc_ports], settings, row)
 
 # %% ../../../nbs/serving/process/07_worker.ipynb #b0c7befc
+def _know_messages()->None:
+    "What the helper reads messages of gRPC with, before it is forked"
+    from mlserve.serving.grpc import calls, messages # noqa: F401 - the helper is sent a route of `calls`
+    messages.message_classes()
 def work(
     settings:Settings, # what a container was told
     sockets:Sequence[socket], # inherited, listening
@@ -235,6 +251,7 @@ def work(
         except RuntimeError as e: code = finish(unforeseen(Lifecycle(), e), 'start') # its first thread was refused
         leave(code)
     try:
+        if settings.grpc_port: _know_messages()
         helper = Helper(decode, settings.max_decoded + 8 * settings.max_json)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: return runner.run(to_the_end())
     except MlserveError as e: return finish(e, 'listen')
