@@ -86,6 +86,7 @@ class Calls:
     ):
         self.life,self.settings,self.numbers,self.inference,self.token = life,settings,numbers,inference,token
         self.open = self.watching = 0 # predictions and watches under way
+        self.coming = self.late = 0 # messages that are waited for, and those of them that took long
         self.ended = asyncio.Event() # set when watches must end
         numbers.add_routes([INFER.pattern, *(f'/{SERVICE}/{name}' for name in ANSWERS)])
     def headers(self, body:bytes, caller:Caller)->Headers:

@@ -125,10 +125,17 @@ def _contents(tensor:Any)->bytes:
     return narrow.tobytes()
 
 # %% ../../../nbs/serving/grpc/00_messages.ipynb #0a703a1c
+_most_entries = 1024
 def _parameters(pairs:Sequence[Any], **more:Any)->dict[str, Any]:
     "A map of parameters, in V2's words"
     chosen = [(pair.key, pair.value, pair.value.WhichOneof('choice')) for pair in pairs]
     return {key: getattr(value, kind) if kind else None for key,value,kind in chosen} | more
+def _check_count(m:Any)->None:
+    "Refuse more parts than a request has, before any is looked at"
+    count = len(m.inputs) + len(m.outputs) + len(m.parameters)
+    if count <= _most_entries: count += sum(len(t.parameters) for t in (*m.inputs, *m.outputs))
+    if count > _most_entries:
+        raise InvalidInput(f'The message has {count} inputs, outputs and parameters; allowed are {_most_entries}.')
 def _values(m:Any)->list[bytes]:
     "The raw bytes of each input, in their order"
     raw = list(m.raw_input_contents)
@@ -146,6 +153,7 @@ def decode_message(
 )->InferRequest: # inputs by name
     "Read a V2 request that came over gRPC"
     m = read_message('ModelInferRequest', body)
+    _check_count(m)
     values = _values(m)
     o: dict[str, Any] = {key: getattr(m, key) for key in ('model_name', 'model_version', 'id') if getattr(m, key)}
     o['parameters'] = _parameters(m.parameters, binary_data_output=True)
@@ -154,7 +162,9 @@ def decode_message(
     outputs = [{'name': t.name, 'parameters': _parameters(t.parameters, binary_data=True)} for t in m.outputs]
     if outputs: o['outputs'] = outputs
     head = dump(o)
-    return decode_infer(b''.join([head, *values]), inputs_specs, outputs_specs, limit, str(len(head)))
+    whole = b''.join([head, *values])
+    del m,values # one copy at a time
+    return decode_infer(whole, inputs_specs, outputs_specs, limit, str(len(head)))
 
 # %% ../../../nbs/serving/grpc/00_messages.ipynb #865af8cf
 def encode_message(

@@ -8,13 +8,16 @@ __all__ = ['grpc_address', 'GrpcPort']
 # %% ../../../nbs/serving/grpc/02_port.ipynb #8e55497d
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
-from ...errors import InvalidInput, LocalResource, MlserveError
+from ...patch import patch
+from ...errors import InvalidInput, LocalResource, MlserveError, Unavailable
 from .calls import ANSWERS, HEALTH, INFER, EXEMPT, SERVICE
 from .calls import CallRefused, Calls, answer_at_once, answer_check, answer_infer_call
 from .calls import answer_watch, headers_of, refused_by
 from ..http.budget import ByteBudget
 from ..http.request_head import HeadRefused
+from ..observability.logging import log
 from ...settings import Settings
 
 # %% ../../../nbs/serving/grpc/02_port.ipynb #5c1b0e89
@@ -33,23 +36,39 @@ def _admitted(calls:Calls, budget:ByteBudget, name:str, metadata:Any)->CallRefus
     try:
         if calls.token is not None and name not in EXEMPT: calls.token.check(headers_of(metadata), name.encode())
         if name == 'ModelInfer' and budget.full(0): raise budget.refusal()
+        if name == 'ModelInfer' and calls.coming + calls.open >= calls.settings.connections:
+            raise Unavailable(f'{calls.coming + calls.open} calls are under way, as many as may be.')
     except MlserveError as e: return calls.refuse(name, e)
     return None
 
 # %% ../../../nbs/serving/grpc/02_port.ipynb #606b8ecc
-async def _message(context:Any, seconds:float)->bytes:
+_soon = 1 # seconds in which a message comes that nobody holds back
+async def _message(context:Any, calls:Calls, seconds:float)->bytes:
     "The one message of a call"
-    try: body = await asyncio.wait_for(context.read(), seconds)
-    except TimeoutError: raise HeadRefused(408, f'The message took longer than {seconds:g} s.') from None
+    reading,most = asyncio.ensure_future(context.read()),max(2, calls.settings.max_decoded // calls.settings.max_body)
+    calls.coming += 1
+    try:
+        if not (await asyncio.wait([reading], timeout=min(_soon, seconds)))[0]:
+            if calls.late >= most: raise Unavailable(f'{calls.late} messages are late, as many as may be.')
+            calls.late += 1
+            try: await asyncio.wait([reading], timeout=max(0, seconds - _soon))
+            finally: calls.late -= 1
+        if not reading.done(): raise HeadRefused(408, f'The message took longer than {seconds:g} s.')
+        body = reading.result()
+    finally:
+        calls.coming -= 1
+        reading.cancel()
     if not isinstance(body, bytes): raise InvalidInput('The call ended without a message.')
     return body
-def _unary(answer:Callable[[bytes, Any], Awaitable[bytes]], seconds:float)->Any: # a handler
+
+# %% ../../../nbs/serving/grpc/02_port.ipynb #606b8ecd
+def _unary(calls:Calls, answer:Callable[[bytes, Any], Awaitable[bytes]], seconds:float)->Any: # a handler
     "A handler of one message and one answer, both bytes"
     import grpc
     async def call(messages:Any, context:Any)->bytes:
-        try: return await answer(await _message(context, seconds), context)
-        except CallRefused as e: refused = e
-        except MlserveError as e: refused = refused_by(e)
+        try: return await answer(await _message(context, calls, seconds), context)
+        except CallRefused as e: refused = e.with_traceback(None) # which would keep the message, and itself
+        except MlserveError as e: refused = refused_by(e.with_traceback(None))
         await _told(context, refused)
         raise AssertionError # the call has ended
     return grpc.stream_unary_rpc_method_handler(call)
@@ -61,15 +80,16 @@ def _handlers(calls:Calls)->dict[str, Any]: # by the whole name of a call
     seconds = calls.settings.body_seconds
     def at_once(name:str)->Any:
         async def answer(body:bytes, context:Any)->bytes: return answer_at_once(calls, name, body)
-        return _unary(answer, seconds)
+        return _unary(calls, answer, min(_soon, seconds))
     async def infer(body:bytes, context:Any)->bytes: return await answer_infer_call(calls, body, context)
     async def check(body:bytes, context:Any)->bytes: return answer_check(calls, body)
     async def watch(messages:Any, context:Any)->None:
         try:
-            async for status in answer_watch(calls, await _message(context, seconds)): await context.write(status)
+            async for status in answer_watch(calls, await _message(context, calls, _soon)): await context.write(status)
         except MlserveError as e: await _told(context, refused_by(e))
-    handlers = {f'/{SERVICE}/{name}': at_once(name) for name in ANSWERS} | {INFER.pattern: _unary(infer, seconds)}
-    return handlers | {f'/{HEALTH}/Check': _unary(check, seconds),
+    handlers = {f'/{SERVICE}/{name}': at_once(name) for name in ANSWERS}
+    handlers[INFER.pattern] = _unary(calls, infer, seconds)
+    return handlers | {f'/{HEALTH}/Check': _unary(calls, check, _soon),
         f'/{HEALTH}/Watch': grpc.stream_stream_rpc_method_handler(watch)}
 
 # %% ../../../nbs/serving/grpc/02_port.ipynb #1bc6fbe8
@@ -93,6 +113,9 @@ def grpc_address(
 )->str: # in gRPC's words
     "Where gRPC listens"
     return f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
+
+# %% ../../../nbs/serving/grpc/02_port.ipynb #32597597
+_silence = 300 # seconds that a connection may be silent, at least
 class GrpcPort:
     "The port of gRPC, in one worker"
     receiving = 0 # gRPC does not say
@@ -101,26 +124,58 @@ class GrpcPort:
         settings:Settings, # host, port and limits
         budget:ByteBudget, # of all requests
     ):
+        self.calls,self.settings,self.number = calls,settings,settings.grpc_port
+        self.service = _service(calls, budget)
+        self.guard: asyncio.Task[None]|None = None # keeps the port open
+        self.ending: asyncio.Task[None]|None = None # of a server that had failed
+        self.server = self._made()
+    def _made(self)->Any: # grpcio's server
+        "One more server on the port"
         from grpc import aio
-        s,self.calls,self.number = settings,calls,settings.grpc_port
+        s = self.settings
+        silence = int(min(1000 * max(s.keep_alive_seconds, _silence), 2**31 - 1))
         options = [('grpc.max_receive_message_length', s.max_body), ('grpc.max_send_message_length', -1),
-            ('grpc.max_connection_idle_ms', int(min(1000 * s.keep_alive_seconds, 2**31 - 1))), ('grpc.so_reuseport', 1)]
-        self.server = aio.server(options=options, maximum_concurrent_rpcs=s.connections)
-        self.server.add_generic_rpc_handlers((_service(calls, budget),))
-        try: self.server.add_insecure_port(grpc_address(s.host, s.grpc_port))
+            ('grpc.max_connection_idle_ms', silence), ('grpc.so_reuseport', 1),
+            ('grpc.max_allowed_incoming_connections', s.connections), ('grpc.server_handshake_timeout_ms', 10_000)]
+        server = aio.server(options=options)
+        server.add_generic_rpc_handlers((self.service,))
+        try: server.add_insecure_port(grpc_address(s.host, s.grpc_port))
         except RuntimeError:
             raise LocalResource(f'Port {s.grpc_port} of {s.host} cannot be opened for gRPC.',
                 mend='Name a free port.') from None
-    async def open(self)->None:
-        "Accept calls"
+        return server
+
+# %% ../../../nbs/serving/grpc/02_port.ipynb #32597598
+@patch
+async def _end(self:GrpcPort, server:Any, grace:float)->None:
+    "End a server; one whose loop has failed raises that once more"
+    with suppress(UnicodeDecodeError): await server.stop(grace)
+@patch
+async def _keep_open(self:GrpcPort)->None:
+    "Open the port again, whenever grpcio gives it up"
+    while not self.calls.ended.is_set():
+        await asyncio.sleep(0.1)
+        if self.server._server.is_running() or self.calls.ended.is_set(): continue # grpcio tells nobody
+        log('grpc_reopened', port=self.number)
+        self.ending,self.server = asyncio.ensure_future(self._end(self.server, self.settings.grace)),self._made()
         await self.server.start()
-    async def stop(self,
-        grace:float, # seconds
-    )->int: # predictions that were cut
-        "Take no call more, and finish what was taken"
-        self.calls.ended.set()
-        stopping = asyncio.ensure_future(self.server.stop(grace))
-        await asyncio.wait([stopping], timeout=max(0., grace - .05))
-        cut = self.calls.open
-        await stopping
-        return cut
+@patch
+async def open(self:GrpcPort)->None:
+    "Accept calls"
+    await self.server.start()
+    self.guard = asyncio.ensure_future(self._keep_open())
+@patch
+async def stop(self:GrpcPort,
+    grace:float, # seconds
+)->int: # predictions that were cut
+    "Take no call more, finish what was taken, and wait no longer for those who are silent"
+    self.calls.ended.set()
+    began,now = asyncio.get_running_loop().time(),asyncio.get_running_loop().time
+    stopping = asyncio.ensure_future(self._end(self.server, grace))
+    while not stopping.done() and now() < began + grace - .05:
+        await asyncio.wait([stopping], timeout=.1)
+        if not self.calls.open and now() > began + 2: break
+    cut = self.calls.open
+    await self._end(self.server, 0)
+    await stopping
+    return cut

@@ -53,6 +53,10 @@ def give(self:ByteBudget,
 
 # %% ../../../nbs/serving/http/00_budget.ipynb #48f55583
 @patch
+def _keep(self:ByteBudget, memory:np.ndarray)->None:
+    "Keep memory that nobody has any more; called in any thread"
+    if sum(map(len, self.warm)) + len(memory) <= self.most // 4: self.warm.append(memory)
+@patch
 def reserve(self:ByteBudget,
     size:int, # bytes
 )->np.ndarray|None: # at least so many bytes, with whatever they hold; none if there is no room
@@ -67,7 +71,7 @@ def reserve(self:ByteBudget,
         except MemoryError: return None
     self.reserved += size
     lent = np.frombuffer(memory.data, np.uint8)
-    weakref.finalize(lent, self.warm.append, memory).atexit = False
+    weakref.finalize(lent, self._keep, memory).atexit = False
     return lent
 
 # %% ../../../nbs/serving/http/00_budget.ipynb #7d1e5a04
