@@ -62,7 +62,7 @@ def test_a_missing_part_is_told_before_anything_is_recorded(environment, trackin
 
 @pytest.mark.parametrize("broken, code, missing", [
     ({}, 0, []),
-    ({"DOCKER_HOST": f"tcp://{DEAD}", "MLSERVE_REGISTRY": DEAD, "MLFLOW_TRACKING_URI": f"http://{DEAD}"}, 7, ["engine", "base", "registry", "mlflow"]),
+    ({"DOCKER_HOST": f"tcp://{DEAD}", "MLSERVE_REGISTRY": DEAD, "MLFLOW_TRACKING_URI": f"http://{DEAD}"}, 7, ["engine", "builder", "base", "registry", "mlflow"]),
 ], ids=["all is here", "much is missing"])
 def test_the_doctor_names_everything_that_is_missing_and_what_mends_it(environment, broken, code, missing, tmp_path):
     done = mlserve("doctor", "--json", env={**environment, "MLSERVE_STATE": str(tmp_path), **broken})
