@@ -199,7 +199,7 @@ def a_long_body_takes_what_is_behind_it(put):
 
 @plant
 def a_message_has_all_the_time_there_is(put):
-    async def message(context, seconds):
+    async def message(context, calls, seconds):
         return await context.read()
     put("serving.grpc.port._message", message)
 
