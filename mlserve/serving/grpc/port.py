@@ -128,7 +128,7 @@ class GrpcPort:
         self.service = _service(calls, budget)
         self.guard: asyncio.Task[None]|None = None # keeps the port open
         self.ending: asyncio.Task[None]|None = None # of a server that had failed
-        self.server = self._made()
+        self.server: Any = None # grpcio's, once the port is open
     def _made(self)->Any: # grpcio's server
         "One more server on the port"
         from grpc import aio
@@ -162,6 +162,7 @@ async def _keep_open(self:GrpcPort)->None:
 @patch
 async def open(self:GrpcPort)->None:
     "Accept calls"
+    self.server = self._made()
     await self.server.start()
     self.guard = asyncio.ensure_future(self._keep_open())
 @patch
@@ -170,6 +171,7 @@ async def stop(self:GrpcPort,
 )->int: # predictions that were cut
     "Take no call more, finish what was taken, and wait no longer for those who are silent"
     self.calls.ended.set()
+    if self.server is None: return 0
     began,now = asyncio.get_running_loop().time(),asyncio.get_running_loop().time
     stopping = asyncio.ensure_future(self._end(self.server, grace))
     while not stopping.done() and now() < began + grace - .05:
