@@ -18,7 +18,6 @@ from .calls import answer_watch, headers_of, refused_by
 from ..http.budget import ByteBudget
 from ..http.request_head import HeadRefused
 from ..observability.logging import log
-from ...settings import Settings
 
 # %% ../../../nbs/serving/grpc/02_port.ipynb #5c1b0e89
 async def _told(context:Any, refused:CallRefused)->None:
@@ -120,19 +119,17 @@ class GrpcPort:
     "The port of gRPC, in one worker"
     receiving = 0 # gRPC does not say
     def __init__(self,
-        calls:Calls, # who answers
-        settings:Settings, # host, port and limits
+        calls:Calls, # who answers, with host, port and limits
         budget:ByteBudget, # of all requests
     ):
-        self.calls,self.settings,self.number = calls,settings,settings.grpc_port
-        self.service = _service(calls, budget)
+        self.calls,self.service = calls,_service(calls, budget)
         self.guard: asyncio.Task[None]|None = None # keeps the port open
         self.ending: asyncio.Task[None]|None = None # of a server that had failed
         self.server: Any = None # grpcio's, once the port is open
     def _made(self)->Any: # grpcio's server
         "One more server on the port"
         from grpc import aio
-        s = self.settings
+        s = self.calls.settings
         silence = int(min(1000 * max(s.keep_alive_seconds, _silence), 2**31 - 1))
         options = [('grpc.max_receive_message_length', s.max_body), ('grpc.max_send_message_length', -1),
             ('grpc.max_connection_idle_ms', silence), ('grpc.so_reuseport', 1),
@@ -156,8 +153,9 @@ async def _keep_open(self:GrpcPort)->None:
     while not self.calls.ended.is_set():
         await asyncio.sleep(0.1)
         if self.server._server.is_running() or self.calls.ended.is_set(): continue # grpcio tells nobody
-        log('grpc_reopened', port=self.number)
-        self.ending,self.server = asyncio.ensure_future(self._end(self.server, self.settings.grace)),self._made()
+        settings = self.calls.settings
+        log('grpc_reopened', port=settings.grpc_port)
+        self.ending,self.server = asyncio.ensure_future(self._end(self.server, settings.grace)),self._made()
         await self.server.start()
 @patch
 async def open(self:GrpcPort)->None:
@@ -172,7 +170,8 @@ async def stop(self:GrpcPort,
     "Take no call more, finish what was taken, and wait no longer for those who are silent"
     self.calls.ended.set()
     if self.server is None: return 0
-    began,now = asyncio.get_running_loop().time(),asyncio.get_running_loop().time
+    now = asyncio.get_running_loop().time
+    began = now()
     stopping = asyncio.ensure_future(self._end(self.server, grace))
     while not stopping.done() and now() < began + grace - .05:
         await asyncio.wait([stopping], timeout=.1)

@@ -94,6 +94,7 @@ def whole(self:Exchange)->None:
     if self.pieces: self.body,self.pieces = Pieces([*self.pieces, self.body]),[] # type: ignore[list-item] # as above
 
 # %% ../../../nbs/serving/http/02_exchange.ipynb #5b4b5a25
+_border = 64 # bytes; tensors begin at a multiple of it
 @patch
 def reserve(self:Exchange,
     budget:ByteBudget, # of all requests
@@ -101,10 +102,17 @@ def reserve(self:Exchange,
     "Reserve memory for a body that is announced to be long"
     header = self.h.get(b'inference-header-content-length', b'')
     if not header or self.size <= LARGE or self.route is None or b'content-encoding' in self.h: return
-    memory = budget.reserve(self.size + 64)
+    memory = budget.reserve(self.size + _border)
     if memory is None: return
-    start = -(memory.ctypes.data + (int(header) if header.isdigit() and len(header) < 20 else 0)) % 64
+    start = -(memory.ctypes.data + (int(header) if header.isdigit() and len(header) < 20 else 0)) % _border
     self.block = memory[start:start + self.size].data
+@patch
+def unreserve(self:Exchange,
+    budget:ByteBudget, # of all requests
+)->None: # `block` is none
+    "Nothing is reserved for it any more"
+    if self.block is not None: budget.reserved -= self.size + _border
+    self.block = None
 @patch
 def came(self:Exchange,
     size:int, # bytes more that lie in their place

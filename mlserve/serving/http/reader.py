@@ -113,19 +113,13 @@ def on_body(self:Reader, body:bytes)->None:
     try: e.add(body, self.web.budget, self.web.life.state == 'loading')
     except MlserveError as error: self.refuse(error)
 @patch
-def _unreserve(self:Reader, exchange:Exchange)->None:
-    "Nothing is reserved for it any more"
-    if exchange.block is None: return
-    self.web.budget.reserved -= exchange.size + 64
-    exchange.block = None
-@patch
 def on_message_complete(self:Reader)->None:
     "The request is whole"
     e = self.next
     if self.phase == LEAVING or self.replay or e is None: return
     self.next,self.turn = None,self.turn + _request
     e.whole()
-    self._unreserve(e)
+    e.unreserve(self.web.budget)
     self.phase,self.head_size,self.deadline,self.owed = SILENT,0,math.inf,False
     if not e.keep: self.leave_after()
     elif self.whole is not None and e.route is not None:
@@ -145,7 +139,7 @@ def _keep(self:Reader, rest:bytes)->None:
 @patch
 def _unbuffer(self:Reader, exchange:Exchange)->None:
     "The body is no longer held here"
-    self._unreserve(exchange)
+    exchange.unreserve(self.web.budget)
     self.web.budget.receiving -= exchange.held
     exchange.held = 0
     if exchange is self.next: self.next = None

@@ -147,7 +147,7 @@ def _grpc_ports(settings:Settings, life:Lifecycle, numbers:Numbers, inference:In
     "The port of gRPC, where one is asked for"
     if not settings.grpc_port: return []
     from mlserve.serving.grpc.port import Calls, GrpcPort
-    return [GrpcPort(Calls(life, settings, numbers, inference, token), settings, inference.intake.budget)]
+    return [GrpcPort(Calls(life, settings, numbers, inference, token), inference.intake.budget)]
 def _listeners(settings:Settings, life:Lifecycle, sockets:Sequence[socket], board:Board, worker:int,
         helper:Helper|None)->'tuple[list[Listener], list[GrpcPort], list[Later], Numbers]':
     "The listeners of a worker, not open yet"
@@ -172,7 +172,7 @@ async def _open(listeners:Sequence[Listener], grpc_ports:'Sequence[GrpcPort]', s
     for port in grpc_ports: await port.open()
     row[OPEN] = 1
     ports = dict(zip(('port', 'metrics_port'), (sock.getsockname()[1] for sock in sockets)))
-    if grpc_ports: ports['grpc_port'] = grpc_ports[0].number
+    if grpc_ports: ports['grpc_port'] = grpc_ports[0].calls.settings.grpc_port
     log('listening', host=sockets[0].getsockname()[0], **ports)
 
 # %% ../../../nbs/serving/process/07_worker.ipynb #9ddd3436
