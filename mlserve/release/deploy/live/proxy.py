@@ -39,14 +39,18 @@ def read_slots(
 
 # %% ../../../../nbs/release/deploy/live/01_proxy.ipynb #5d6d323b
 _ask = '$s = IO::Socket::UNIX->new("/tmp/haproxy.sock") or exit 7; print $s "$ARGV[0]\\n"; print while <$s>'
+_pauses = (0.1, 0.2, 0.4, 0.8, 0) # seconds, after an answer that is not whole
 def ask(
     proxy:'Container', # of haproxy, running
     *commands:str, # of its runtime API
 )->str: # what it answers
     "Send commands to a proxy in one line"
-    done = proxy.exec_run(['perl', '-MIO::Socket::UNIX', '-e', _ask, '; '.join(commands)])
-    text = done.output.decode(errors='replace')
-    if done.exit_code == 0: return text
+    for pause in _pauses:
+        done = proxy.exec_run(['perl', '-MIO::Socket::UNIX', '-e', _ask, '; '.join(commands)])
+        text = done.output.decode(errors='replace')
+        if done.exit_code != 0: break
+        if text == '\n' or text.endswith('\n\n'): return text
+        time.sleep(pause)
     raise LocalResource(f'The proxy of the target does not answer on its socket: {text.strip()[:200] or "nothing"}.',
         mend='Look at its log; its image must hold haproxy, sh and perl, as those built on Debian do.')
 def set_routes(
