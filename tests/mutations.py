@@ -329,7 +329,11 @@ def the_path_is_chosen_by_what_travels(put):
     "A compressed body is as small as it looks: it is inflated and read on the event loop"
     def at_once(self, route, headers, body, package):
         coding = headers.get(b"content-encoding")
-        return body if len(body) > 2**16 or coding is None else now("wire.json_body.inflate")(body, coding.decode(), self.limit(route, headers))
+        if len(body) > 2**18 or coding is None:
+            return body
+        whole = now("wire.json_body.inflate")(body, coding.decode(), self.most)
+        self.check_text(route, headers, whole)
+        return whole
     put("serving.http.intake.Intake.at_once", at_once)
 
 
