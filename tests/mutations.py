@@ -433,6 +433,13 @@ def what_waits_outlives_its_client(put):
 
 
 @plant
+def brackets_of_a_long_list_stand_where_they_like(put):
+    "The shape of a long list is told by its brackets, wherever its numbers are"
+    import re
+    put("wire.lists._brackets", lambda text: re.sub(rb"[0-9+.eE\s-]", b"", bytes(text)))
+
+
+@plant
 def json_as_the_standard_library_reads_it(put):
     import orjson
     put("wire.json_body.orjson", types.SimpleNamespace(**vars(orjson) | {"loads": json.loads}))

@@ -122,6 +122,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N12", K.test_N12_two_requests_in_one_write_and_then_a_third, {}, "two_waiting_requests_stop_the_reading", HELD + "|NoneType"),
     ("N12", K.test_N12_who_waits_to_go_on_is_told_so_when_it_is_its_turn, {}, "nobody_is_told_to_go_on_later", HELD + "|408 == 100"),
     ("N12", K.test_N12_an_offered_upgrade_is_passed_over, {}, "an_upgrade_ends_the_request", "error|NoneType|timed out"),
+    ("V1", P.test_V1_a_long_list_is_read_in_pieces_as_a_short_one_is_at_once, {}, "brackets_of_a_long_list_stand_where_they_like", "assert"),
     ("V1", P.test_malformed, {"name": "V1-nesting-250000"}, "json_as_the_standard_library_reads_it", "recursion"),
     ("V1", C.test_V1_a_broken_body_is_400, {"route": "/predict", "body": C.BROKEN["deep"]}, "json_as_the_standard_library_reads_it", "500 == 400"),
     ("V2", P.test_malformed, {"name": "V2-shape-wraps"}, "sizes_are_multiplied_in_64_bits", "reshape|Maximum allowed"),

@@ -14,7 +14,7 @@ from mlserve.wire.json_body import (dump, has_gaps, jsonable, lift_words, may_ho
     with_nulls)
 from ..errors import InvalidInput, MlserveError, ModelFailed
 from ..tensors import TensorSpec, check_names, count_rows
-from .lists import from_flat, to_array
+from .lists import from_flat, read_lists, to_array
 
 # %% ../../nbs/wire/04_predict.ipynb #0dfc576e
 class InferRequest(NamedTuple):
@@ -89,7 +89,7 @@ def decode_predict(
     limit:int=2**26, # largest tensor, in bytes
 )->InferRequest: # all outputs, no id
     "A request of the plain format"
-    o = read_object(body, _plain)
+    o = read_lists(body, _plain, specs)
     if 'inputs' not in o: raise InvalidInput("The body has no 'inputs'.")
     arrays = named_arrays(o['inputs'], specs, limit, may_hold_booleans(body))
     if specs[0].optional is not None and type(o['inputs']) is list: return InferRequest(arrays, form='rows')

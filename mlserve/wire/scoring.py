@@ -8,7 +8,8 @@ __all__ = ['decode_instances', 'answer_instances', 'decode_invocations', 'encode
 # %% ../../nbs/wire/07_scoring.ipynb #a984b786
 from collections.abc import Callable, Mapping, Sequence
 import numpy as np
-from .json_body import check_keys, dump, jsonable, may_hold_booleans, read_object
+from .json_body import check_keys, dump, jsonable, may_hold_booleans
+from .lists import read_lists
 from ..errors import InvalidInput, ModelFailed, UnsupportedMedia
 from .predict import InferRequest, named_arrays, objects_of
 from .rows import (columns_of, from_csv, from_lines, from_rows, from_table,
@@ -30,7 +31,7 @@ def decode_instances(
     limit:int=2**26, # largest tensor, in bytes
 )->InferRequest: # all outputs
     "A request of V1's `:predict`"
-    o = read_object(body, _v1)
+    o = read_lists(body, _v1, specs)
     if o.get('signature_name', 'serving_default') != 'serving_default':
         raise InvalidInput("'signature_name' is not one of this model; allowed is serving_default.")
     key = _only(o, ('instances', 'inputs'))
@@ -83,7 +84,7 @@ def _from_json(body, specs, limit):
     "The arrays of MLflow's JSON or of a bare list, and the key that nobody reads"
     text = body.removeprefix(b'\xef\xbb\xbf')
     bare = text.lstrip(b' \t\r\n')[:1] == b'['
-    o = read_object(b'{"instances":%b}' % text, _bare) if bare else read_object(body, _mlflow)
+    o = read_lists(b'{"instances":%b}' % text if bare else body, _bare if bare else _mlflow, specs)
     if type(o.get('params') or {}) is not dict: raise InvalidInput("'params' is not an object.")
     key = _only(o, _forms)
     arrays = _readers[key](with_bytes(o[key], body, specs), specs, limit, may_hold_booleans(body))

@@ -17,7 +17,7 @@ from .classification import classify
 from ..errors import InvalidInput, MlserveError, ModelFailed
 from .predict import InferRequest
 from ..tensors import TensorSpec, check_names, claimed_shape, count_rows, datatype_of, objects
-from .lists import from_flat, suits
+from .lists import from_flat, read_lists, suits
 
 # %% ../../nbs/wire/05_v2.ipynb #ce5a7ca9
 _top = dict.fromkeys(['inputs', 'outputs', 'id', 'parameters', 'model_name', 'model_version'])
@@ -150,7 +150,7 @@ def _named(o):
 # %% ../../nbs/wire/05_v2.ipynb #067d2a39
 def _read_head(head, inputs_specs, outputs_specs):
     "A V2 request without its arrays: claims, and fields of `InferRequest` after the first"
-    o = read_object(head, _top)
+    o = read_lists(head, _top, inputs_specs)
     if len(o) == 1: return _claims(o, inputs_specs),()
     p = _parameters(o, 'The request')
     claims = _claims(o, inputs_specs, _codec(p, 'The request', _meant) if p else None)

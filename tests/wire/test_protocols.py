@@ -464,6 +464,53 @@ def test_damaged_bodies_are_refused_or_meet_the_contract():
     assert passed > times(200_000) // 60, "the damage is too heavy to reach the inner checks"
 
 
+LONG = [(b'{"inputs": [%b], "id": "a"}', lambda b: decode_predict(b, (N,))), (b'{"inputs": {"x": [[%b]]}}', lambda b: decode_predict(b, (TensorSpec("x", "FP32", (-1, -1)),))),
+        (b'{"x": "[1, \\\\\\"", "inputs": [[[%b]], [[%b]]]}', lambda b: decode_predict(b, (TensorSpec("x", "FP64", (-1, 1, -1)),))),
+        (b'{"inputs": [{"name": "n", "datatype": "INT8", "shape": [40], "data": [%b]}], "outputs": [{"name": "y"}]}', lambda b: decode_infer(b, (N,), Y)),
+        (b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [20, 2], "data": [[%b], [%b]], "parameters": {"content_type": "np"}}]}', lambda b: decode_infer(b, (X,), Y)),
+        (b'{"instances": [[%b], [%b]]}', lambda b: decode_instances(b, (TensorSpec("x", "FP32", (-1, 20)),))), (b"[[%b], [%b]]", lambda b: decode_invocations(b, (TensorSpec("x", "FP32", (-1, 20)),)))]
+
+
+def damaged_list(text, chance):
+    "A long list with up to two changes, of the kind that its shape could hide"
+    text = bytearray(text)
+    for _ in range(chance.choice([0, 1, 1, 2])):
+        at = chance.randrange(1, len(text))
+        match chance.randrange(4):
+            case 0: text[at - 1:at + 1] = text[at - 1:at + 1][::-1]
+            case 1: text[at:at + chance.randint(1, 4)] = b""
+            case 2: text[at:at] = chance.choice([*TOKENS, b"],[", b"[", b"]", b" ", b"1", b".5", b"{}"])
+            case 3: text = bytearray(text.replace(b", ", b"], [", chance.randint(1, 3)))
+    return bytes(text)
+
+
+def test_V1_a_long_list_is_read_in_pieces_as_a_short_one_is_at_once(monkeypatch):
+    from mlserve.wire import lists
+    monkeypatch.setattr(lists, "_piece", 30)
+    monkeypatch.setattr(lists, "_part", 7)
+    read_long, taken, refused, chance = lists._read_long, 0, 0, random.Random(11)
+
+    def counted(*args):
+        nonlocal taken
+        array = read_long(*args)
+        taken += array is not None
+        return array
+    monkeypatch.setattr(lists, "_read_long", counted)
+    for i in range(times(60_000)):
+        form, decode = LONG[i % len(LONG)]
+        numbers = [", ".join(chance.choice(["1", "-2", "3", "100", "-7"]) for _ in range(40 // max(1, form.count(b"%b")))).encode() for _ in range(form.count(b"%b"))]
+        body, told = damaged_list(form % tuple(numbers), chance), []
+        for long in (2**30, 40):
+            monkeypatch.setattr(lists, "_long", long)
+            try:
+                told.append({n: (a.dtype, a.tolist()) for n, a in decode(body).inputs.items()})
+            except REFUSALS as e:
+                told.append(str(e))
+        assert told[0] == told[1] or type(told[0]) is type(told[1]) is str, body  # of two faults either may be told
+        refused += type(told[1]) is str
+    assert taken > times(60_000) // 8 and refused > times(60_000) // 8, (taken, refused)
+
+
 @cases(20000)
 @given(st.binary(max_size=200), st.integers(0, 2**16))
 def test_any_bytes_are_refused_or_meet_the_contract(data, number):
