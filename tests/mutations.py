@@ -1249,3 +1249,8 @@ def nobody_says_that_another_version_serves(put):
 @plant
 def the_framework_of_training_is_not_asked_before_a_build(put):
     put("release.plan.check_stack", lambda *args: "")
+
+
+@plant
+def outputs_are_named_in_any_order(put):
+    put("package.convert._answers", lambda model, outputs: list(outputs) or ["label", "probabilities"])
