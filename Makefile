@@ -120,10 +120,16 @@ bench-since: setup ## this tree beside an earlier commit, five interleaved round
 bench-images: setup engine-start ## our images beside MLflow's and the tutorials': size, builds, bytes pushed
 	@$(WITH_ENGINE) python -W ignore bench/images.py $(BENCH)
 
+# the tested minor versions of onnxruntime beside the one of constraints.txt; VERSIONS='--torch FOLDER' for another torch, whose wheels take gigabytes
+RUNTIMES := 1.29.0 1.30.0 1.32.0
+VERSIONS ?=
+
 models: setup ## every kind of table model, saved, served and asked over each wire, as a table
 	@[ -d state/tools/catboost/catboost ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/catboost catboost==1.2.10 graphviz==0.21 2> >(grep -v '^WARNING: Location' >&2)
 	@[ -d state/tools/statsmodels/statsmodels ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/statsmodels statsmodels==0.15.0 formulaic==1.2.1 interface_meta==1.3.0 patsy==1.0.1 wrapt==2.5.2 2> >(grep -v '^WARNING: Location' >&2)
 	@$(BIN)/python -W ignore bench/models.py $(BENCH)
+	@for v in $(RUNTIMES); do [ -d state/tools/onnxruntime-$$v/onnxruntime ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/onnxruntime-$$v onnxruntime==$$v 2> >(grep -v '^WARNING: Location' >&2); done
+	@$(BIN)/python -W ignore bench/versions.py $(VERSIONS)
 
 gpu-check: setup ## refusals, proof, speed and faults on a GPU, in state/gpu-check; BENCH=--cpu rehearses without one
 	@$(BIN)/python bench/gpu_check.py --out state/gpu-check $(BENCH)

@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 import httpx
-from .errors import GpuRefused, LocalResource, NotFound, RemoteUnavailable, hidden
+from .errors import GpuRefused, LocalResource, NotFound, Refused, RemoteUnavailable, hidden
+from .package.environment import SUPPORTED, installed_stack, told_stack
 from .mends.caches import check_room
 from .mends.finding import Finding, asked, mend, mended_by
 from .mends.leftovers import check_builders, check_containers, check_leftovers
@@ -39,6 +40,11 @@ def _python()->str:
     told = f'Python {platform.python_version()} with {", ".join(found)}'
     if {'torch','onnxruntime'} & set(here): return told
     raise LocalResource(f'{told} has neither torch nor onnxruntime.', mend='Install mlserve[torch] or mlserve[onnx].')
+def _versions()->str:
+    found = [f'{name} {version}' for name,version in installed_stack().items()]
+    if not (told := told_stack()): return f'{" and ".join(found) or "none"}, as tested'
+    ranges = [f'{name} {known.least} to {known.tested[-1]}' for name,known in SUPPORTED.items()]
+    raise Refused(' '.join(told), mend=f'Train with {" or ".join(ranges)}: an image gets what trained its model.')
 
 # %% ../nbs/06_doctor.ipynb #b1c39251
 _authorities = 'SSL_CERT_FILE','REQUESTS_CA_BUNDLE','CURL_CA_BUNDLE','PIP_CERT'
@@ -150,7 +156,7 @@ def _questions(spec:ReleaseSpec, uri:str)->list[tuple[str, Callable[[], str], bo
     place,state = read_reference(spec.repository),Path(spec.state).absolute()
     hosts = [urlsplit(uri).hostname or '', place.host.partition(':')[0]]
     clock = uri if uri.startswith('http') else place.url.partition('/v2/')[0]
-    return [('python', _python, True), ('state', lambda: check_state(state), True),
+    return [('python', _python, True), ('versions', _versions, False), ('state', lambda: check_state(state), True),
         ('disk', lambda: check_room(state, lambda: _index(spec)), True),
         ('network', lambda: check_network(hosts), False), ('engine', lambda: _engine(spec), True),
         ('builder', lambda: _builder(spec), True), ('compose', _compose, False), ('base', lambda: _base(spec), True),

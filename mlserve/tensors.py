@@ -8,9 +8,9 @@ __all__ = ['DATATYPES', 'WIDTHS', 'Arrays', 'dtype_of', 'datatype_of', 'Size', '
            'Comparison', 'compare']
 
 # %% ../nbs/02_tensors.ipynb #9ead8d7f
-import math, warnings
+import math, reprlib, warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 import numpy as np
 from .errors import InvalidInput
@@ -93,6 +93,10 @@ class TensorSpec:
         if self.free: known['free'] = {str(axis): asdict(size) for axis,size in self.free.items()}
         if self.classes: known['classes'] = list(self.classes)
         return known if self.optional is None else known | {'optional': self.optional}
+    def __repr__(self)->str:
+        shown = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.repr}
+        if self.classes: shown['classes'] = reprlib.repr(self.classes) # the first six
+        return f"TensorSpec({', '.join(f'{name}={value}' for name,value in shown.items())})"
     def __str__(self)->str:
         free = self.free or {}
         sizes = [str(free.get(axis, 'n' if n < 0 else n)) for axis,n in enumerate(self.shape)]

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import math
+import re
 import time
 import types
 
@@ -1212,3 +1213,44 @@ def the_commit_is_a_label_of_a_fetched_package(put):
 @plant
 def what_was_changed_in_the_run_is_built(put):
     put("release.pipeline.hold_logged", lambda digest, logged: logged)
+
+
+@plant
+def any_framework_is_taken(put):
+    put("package.warn_of_stack", never)
+
+
+@plant
+def a_framework_without_tests_is_as_good_as_one_with(put):
+    good = now("package.environment.check_version")
+
+    def silent(name, version):
+        good(name, version)
+        return ""
+    put("package.environment.check_version", silent)
+
+
+@plant
+def the_extra_decides_the_version_of_an_image(put):
+    good = now("release.lock.dependencies.requirements_of")
+    put("release.lock.dependencies.requirements_of", lambda package, extra=(), place="", device="cpu", held=(): good(package, extra, place, device))
+
+
+@plant
+def a_newer_file_is_told_in_the_words_of_a_library(put):
+    put("package.programs._newer", re.compile("never^"))
+
+
+@plant
+def nobody_says_that_another_version_serves(put):
+    put("serving.process.loading.skew", lambda *args: "")
+
+
+@plant
+def the_framework_of_training_is_not_asked_before_a_build(put):
+    put("release.plan.check_stack", lambda *args: "")
+
+
+@plant
+def outputs_are_named_in_any_order(put):
+    put("package.convert._answers", lambda model, outputs: list(outputs) or ["label", "probabilities"])

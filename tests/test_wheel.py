@@ -8,9 +8,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from commands import EXAMPLE, ROOT, run
 from mlserve.notebook.scaffold import KINDS
+from mlserve.package.environment import SUPPORTED
 
 BIN = Path(sys.executable).parent
 
@@ -70,12 +72,15 @@ def test_an_environment_of_its_own_has_the_command_and_what_it_needs(installed, 
     assert run(BIN / "uv", "pip", "check", "--python", python).returncode == 0
 
 
-def test_the_onnxruntime_that_is_pinned_is_published_for_gpus_too():
-    "An image for a GPU takes `onnxruntime-gpu` at the version of training, which is the pin; the package index is asked"
-    [pin] = re.findall("^onnx_requirements = onnxruntime==(.+)$", (ROOT / "settings.ini").read_text(), re.M)
+def test_the_onnxruntimes_that_are_asked_for_are_published_for_gpus_too():
+    "An image for a GPU takes `onnxruntime-gpu` at the version of training, which the extra brings; the package index is asked"
+    [pin] = re.findall("^onnx_requirements = onnxruntime(.+)$", (ROOT / "settings.ini").read_text(), re.M)
     listed = run(sys.executable, "-m", "pip", "index", "versions", "onnxruntime-gpu")
     assert listed.returncode == 0, listed.stderr
-    assert pin in re.search("Available versions: (.+)", listed.stdout)[1].split(", ")
+    published = {".".join(v.split(".")[:2]) for v in SpecifierSet(pin).filter(re.search("Available versions: (.+)", listed.stdout)[1].split(", "))}
+    assert published == {minor for minor in SUPPORTED["onnxruntime"].tested if minor in SpecifierSet(pin)} and len(published) >= 3
+    [here] = re.findall("^onnxruntime==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    assert here in SpecifierSet(pin)
 
 
 def test_types_of_the_package_are_seen_by_those_who_use_it(installed, tmp_path):

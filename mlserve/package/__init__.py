@@ -14,7 +14,7 @@ from .code.python_program import PythonProgram, built, python_program
 from .convert import prove_table, table_tolerance
 from .convert.original import TableModel
 from .export.confined import ConfinedProgram
-from .environment import environment
+from .environment import environment, warn_of_stack
 from ..errors import IntegrityError, LocalResource, MlserveError, UsageError
 from .folder import check_replaceable, copy_files, install_folder
 from .programs import check_format, read_program
@@ -262,7 +262,7 @@ def save_package(
     path = Path(path).absolute()
     check_model_name(name)
     format,model,handler = as_given(format, model, inputs, handler)
-    check_format(format)
+    for ask in (check_format, warn_of_stack): ask(format)
     check_dtype(dtype, model, format)
     check_providers(providers, format, batch)
     check_dynamic(dynamic, padding, batch, providers, inputs)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from ..errors import IntegrityError, NotFound, UsageError
 from ..package import Package, golden, load_package
+from ..package.environment import told_stack
 from ..wire.predict import encode_predict_request
 from . import record
 from .check.assessment import foresee_run
@@ -128,8 +129,7 @@ def _check(run):
     name,version = (run.result('record')[key] for key in ('name','version'))
     confirm(before_check(record.read_pair(name, version)), whole=False)
     run.notebook(pipelines()/'check_inference.ipynb', run_dir=str(run.folder), name=name, version=version)
-    kind = checked_device(run.spec.device)
-    attest(record.read_pair(name, version), kind, run.keep())
+    attest(record.read_pair(name, version), checked_device(run.spec.device), run.keep())
 
 # %% ../../nbs/release/08_pipeline.ipynb #577b399c
 def once(
@@ -237,6 +237,7 @@ def within_reach(
     known = {'MLSERVE_STATE': str(state), 'MLFLOW_TRACKING_URI': mlflow_store.tracking_uri(state)}
     with mlflow_store.environment(**known, MLSERVE_INSECURE=' '.join(spec.insecure)):
         with step('reach', steps.append, progress): reach(spec)
+        for text in told_stack(): progress(f'warning: {text}')
         yield steps
 def release(
     spec:ReleaseSpec, # what to release

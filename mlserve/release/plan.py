@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 import mlserve
 from ..errors import CheckFailed, after
-from ..package import Package
+from ..package import Package, load_environment
+from ..package.environment import check_stack
 from ..package.lock import file_hash
 from .image import built_image as image, saved_image
 from .image.context import kept_place, known_target, stage
@@ -72,6 +73,10 @@ def _dependencies(spec, package, target, place, model_id):
     network = dependencies.Network(spec.index or '', spec.proxy or '', str(spec.ca or ''))
     return dependencies.resolve_lock(package, target, spec.state, place, spec.requirements, spec.allow, spec.device,
         network)
+def _framework(spec, package):
+    "A warning of the framework that an image gets, or a refusal; one that may differ from training is not asked"
+    trained = {name: v for name,v in load_environment(package)['packages'].items() if name not in spec.allow}
+    return check_stack(package.format, trained)
 
 # %% ../../nbs/release/06_plan.ipynb #24a0c325
 def prepare(
@@ -81,6 +86,7 @@ def prepare(
     executed:Path|None=None, # executed copy of the notebook; one that does not exist was not run
 )->BuildPlan: # for one image
     "Resolve the base, lock the dependencies, and read what will go into an image"
+    warnings = [_framework(spec, package)]
     place = place_of(spec, package.digest, model_id)
     base = resolve_base(spec.base, spec.builder, spec.state)
     target = _target(spec, base)
@@ -90,12 +96,12 @@ def prepare(
     inputs = read_inputs(None if spec.source else spec.notebook, package, lock, wheels, dockerfile)
     labels = inputs.labels(spec.name, package.digest, lock, base)
     package_mb = sum(file.stat().st_size for file in Path(package.path).rglob('*')) / 1e6
-    warning = baked_warning(spec, package_mb)
+    warnings.append(baked_warning(spec, package_mb))
     return BuildPlan(spec.name, package.digest, package.path if spec.delivery == 'baked' else None,
         round(package_mb, 1), base, target, lock, wheels, recipe, dockerfile, place, inputs, labels, spec.repository,
         spec.state, spec.builder, Path(spec.notebook).name,
         executed='sha256:' + file_hash(executed) if executed and executed.exists() else '', fetched=spec.source or '',
-        ca=spec.ca, max_mb=spec.max_image_mb, warnings=(warning,) if warning else ())
+        ca=spec.ca, max_mb=spec.max_image_mb, warnings=tuple(filter(None, warnings)))
 
 # %% ../../nbs/release/06_plan.ipynb #75dc207b
 def stage_plan(

@@ -21,6 +21,7 @@ from mlserve.package.mlmodel import parse_mlmodel
 from mlserve.serving.docs.openapi import body_schema
 from mlserve.serving.model import load_model
 from mlserve.serving.model.device import Device
+from mlserve.tensors import TensorSpec
 from mlserve.wire.metadata import model_metadata
 from mlserve.wire.v2 import answer_infer, decode_infer
 
@@ -152,3 +153,9 @@ def test_a_description_with_classes_that_cannot_be_meant_is_refused(tmp_path):
 
 def package_outputs(told, classes):
     return [told["flavors"]["mlserve"]["outputs"][0] | {"classes": classes}]
+
+
+def test_a_specs_own_words_show_its_classes_and_stay_short():
+    few, many = (TensorSpec("p", "FP32", (-1, n), classes=[f"c{i}" for i in range(n)]) for n in (2, 1000))
+    assert repr(few).endswith("classes=('c0', 'c1'))") and "'c5', ...)" in repr(many) and len(repr(many)) < 200
+    assert "classes" not in repr(TensorSpec("p", "FP32", (-1, 2)))

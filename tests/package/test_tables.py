@@ -1,6 +1,7 @@
 """Tables: models of scikit-learn and boosters are served by onnxruntime alone, and answer as the model that was trained."""
 import json
 
+import mutations
 import numpy as np
 import pandas as pd
 import pytest
@@ -200,3 +201,19 @@ def test_an_onnx_file_with_maps_or_for_one_row_is_taken(tmp_path):
     with pytest.raises(UsageError, match="batch=False and give one row"):
         save_package(inputs={"X": frame[:8]}, **given)
     assert not save_package(inputs={"X": frame[:1]}, batch=False, **given).batch
+
+
+@pytest.mark.parametrize("names", [["probabilities", "label"], ["scores", "label"], ["probabilities"]], ids=" ".join)
+def test_names_of_outputs_in_the_wrong_order_are_refused(names, tmp_path):
+    "A label under the name of its probabilities was served"
+    frame = TRAIN[0][NUMBERS]
+    model = HistGradientBoostingClassifier(max_iter=2).fit(frame, TRAIN[1])
+    with pytest.raises(UsageError, match="the first answer of a HistGradientBoostingClassifier is its label, the second its probabilities. Name them"):
+        save_package(model, tmp_path / "p", "t", frame, names)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_outputs_control_with_its_bug_planted_the_test_fails(tmp_path, monkeypatch):
+    mutations.MUTATIONS["outputs_are_named_in_any_order"](lambda where, value: monkeypatch.setattr(*mutations.find(where)[:2], value))
+    with pytest.raises(pytest.fail.Exception):
+        test_names_of_outputs_in_the_wrong_order_are_refused(["probabilities", "label"], tmp_path)

@@ -52,6 +52,10 @@ def _answers(model:Any, outputs:Sequence[str])->list[str]:
     most = 2 if hasattr(model, 'predict_proba') else 1
     one = 'label' if hasattr(model, 'classes_') else 'prediction'
     if not outputs: return ['label', 'probabilities'] if most == 2 else [one]
+    if one == 'label' and (outputs[0] == 'probabilities' or list(outputs[1:]) == ['label']):
+        second = ', the second its probabilities' if most == 2 else ''
+        raise UsageError(f"outputs names {', '.join(outputs)}; the first answer of a {type(model).__name__} is its "
+            f'label{second}.', mend='Name them in that order.')
     if len(outputs) <= most: return list(outputs)
     gives = 'a label and its probabilities' if most == 2 else 'one answer: a label or a number'
     raise UsageError(f"outputs names {', '.join(outputs)}; a {type(model).__name__} gives {gives}.",

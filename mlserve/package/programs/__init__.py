@@ -6,6 +6,7 @@
 __all__ = ['FORMATS', 'MODEL_FILES', 'check_format', 'read_program']
 
 # %% ../../../nbs/package/programs/08_programs.ipynb #e3cb2d4e
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Callable
@@ -28,6 +29,18 @@ def check_format(
     raise Refused(f"The format '{format}' is not known; allowed are {', '.join(MODEL_FILES)}.",
         mend=f"Did you mean '{near[0]}'?" if near else '')
 
+# %% ../../../nbs/package/programs/08_programs.ipynb #6b14c2c3
+_newer = re.compile(r'Unsupported model (IR) version: (\d+), max supported IR version: (\d+)|'
+    r'(Opset) (\d+) is under development.*? for domain \S+ is till opset (\d+)', re.S)
+def _unread(file:Path, device:str, why:str)->MlserveError:
+    "The error that a loader's words amount to"
+    newer = _newer.search(why)
+    if not newer: return ModelFailed(f'{file} cannot be loaded on {device}: {why[:500]}')
+    kind,written,most = filter(None, newer.groups())
+    return Refused(f"'{file.name}' is written in {kind} {written} of ONNX; the onnxruntime that is installed reads "
+        f'{kind} {most} at most.',
+        mend=f'Export it with {kind} {most} or a lower one, or train with a newer onnxruntime.')
+
 # %% ../../../nbs/package/programs/08_programs.ipynb #8d3df22d
 def read_program(
     file:str|Path, # the model's file
@@ -49,5 +62,4 @@ def read_program(
         raise LocalResource(f"The format '{format}' needs {e.name or e}, which is not installed here.",
             mend='Install mlserve[onnx] or mlserve[torch].') from e
     except Exception as e:
-        why = str(e).strip()[:500] or type(e).__name__
-        raise ModelFailed(f'{file} cannot be loaded on {device}: {why}') from e
+        raise _unread(file, device, str(e).strip() or type(e).__name__) from e

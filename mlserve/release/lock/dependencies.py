@@ -14,9 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from ...errors import IntegrityError, Refused
 from ...package import Package, load_environment
+from ...package.environment import SUPPORTED
 from ...package.folder import write_whole
 from ...package.lock import file_hash
 from .pip import Network, Target, pip
@@ -35,6 +37,7 @@ def requirements_of(
     extra:Iterable[str]=(), # further requirements of the model
     place:str='', # where the server reads the package: a path, `s3://…`, `gs://…`, `az://…` or `models:/…`
     device:str='cpu', # of the image, `cpu` or `cuda`
+    held:Collection[str]=(), # names whose version training decides
 )->list[str]: # sorted requirement lines
     "What has to be installed to serve a package"
     scheme = place.partition(':')[0] if ':' in place else ''
@@ -50,6 +53,7 @@ def requirements_of(
         r = Requirement(line)
         if r.marker and not any(r.marker.evaluate({'extra': w}) for w in wings): continue
         r.marker = None
+        if r.name in SUPPORTED and r.name in held: r.specifier = SpecifierSet()
         found.add(required_for(str(r), device))
     return sorted(found | set(tensorrt_for(package.providers, device, found)))
 
@@ -240,8 +244,9 @@ def resolve_lock(
     network:Network=Network(), # the way to the index
 )->tuple[Lock, Path]: # the lock, and the folder of its wheels
     "The lock of an image, held to training, and its wheels on this disk"
-    trained,asked = load_environment(package),requirements_of(package, extra, place, device)
-    found = lock(asked, constraints_of(trained, allow, device), target, Path(state)/'locks',
-        spared_of(package.format), network)
+    trained = load_environment(package)
+    pins = constraints_of(trained, allow, device)
+    asked = requirements_of(package, extra, place, device, pins)
+    found = lock(asked, pins, target, Path(state)/'locks', spared_of(package.format), network)
     check_lock(found, trained, allow, device)
     return found, download_locked(found, target, Path(state)/'wheels', network)

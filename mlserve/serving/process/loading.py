@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 from ...errors import GpuRefused, LocalResource, MlserveError, UsageError
-from ...package import Package, golden
+from ...package import Package, golden, load_environment
 from ...package.arrays import Padding, tile
+from ...package.environment import skew
 from ...settings import Settings
 from ...tensors import dtype_of
 from ..batching.scheduler import Batcher
@@ -85,6 +86,7 @@ def load(
     cpu,free = device.kind == 'cpu',probe.free() if probe else 0
     if not cpu: log('gpu', **vars(device), free_mb=free >> 20)
     with step(life, 'package'): package = life.package = open_package(settings, progress=log)
+    if differs := skew(package.format, load_environment(package).get('packages', {})): log('version_skew', told=differs)
     if probe: take_room(probe, sum(f.stat().st_size for f in package.path.iterdir() if f.name != 'golden.safetensors'))
     with step(life, 'import'): from mlserve.serving.model import load_model
     threads = 1 if cpu else settings.threads
