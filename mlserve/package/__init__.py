@@ -237,7 +237,7 @@ def save_package(
     name:str, # of the model: lower-case letters, digits, `.`, `_` and `-`
     inputs:Any, # one example batch by name, in call order; two, where sizes vary; or the rows of a table
     outputs:Sequence[str]=(), # names of what the model gives, in its order; by default its own
-    format:str|None=None, # 'torchscript', 'export', 'onnx', 'safetensors', 'tflite', 'python'; by default what the model is
+    format:str|None=None, # 'torchscript', 'export', 'onnx', 'safetensors', 'tflite', 'python'; by default what it is
     tolerance:dict[str,float]|None=None, # `rtol` and `atol`; by default those of the output's type
     handler:bool|str|Path|None=None, # True for the exported cells of this notebook, or the path of a .py file
     files:Sequence[str|Path]=(), # files and folders that the handler needs

@@ -11,6 +11,7 @@ from lite_files import lite_bytes
 from mlserve.client import Client
 from mlserve.errors import MlserveError, Refused, UsageError
 from mlserve.package import load_package, load_program, save_package
+from mlserve.package.programs import read_program
 from mlserve.release.lock.dependencies import requirements_of, spared_of
 from mlserve.serving.server import serve_local
 
@@ -49,11 +50,17 @@ def packages(tmp_path_factory):
 def test_a_tflite_file_answers_over_the_wire_as_its_interpreter_does(packages, kind):
     package = load_package(packages[kind].path)
     assert package.format == "tflite" and package.inputs[0].datatype == ("INT8" if kind == "int8" else "FP32")
+    if kind == "int8":
+        assert package.inputs[0].step == (pytest.approx(0.05), 3) and package.outputs[0].step == (pytest.approx(0.1), -5)
+        assert "0.05 × (value − 3)" in str(package)
     x = example(kind, 21, 2)
     expected = itself(package.path / package.file, x)
     assert np.array_equal(load_program(package).run({"x": x}, ["scores"])["scores"], expected)
     with serve_local(package.path) as url, Client(url) as client, httpx.Client(base_url=url, trust_env=False) as http:
         assert np.array_equal(client.infer({"x": x})["scores"], expected)
+        told = http.get("/v2/models/lite").json()
+        assert ("zero_point" in str(told)) == (kind == "int8"), told
+        assert ("stands for 0.05" in http.get("/openapi.json").text) == (kind == "int8")
         answered = http.post("/predict", json={"inputs": x.tolist()}).raise_for_status().json()["outputs"]
         assert np.array_equal(np.array(answered, expected.dtype), expected)
 
@@ -87,6 +94,13 @@ except MlserveError as e: print(e)
 """
     done = subprocess.run([sys.executable, "-c", code, packages["float"].path], capture_output=True, text=True, timeout=60)
     assert "mlserve[tflite]" in done.stdout and "ai_edge_litert" in done.stdout, done.stderr
+
+
+def test_W11_a_custom_operator_is_refused_before_the_runtime_sees_it(tmp_path):
+    file = tmp_path / "model.tflite"
+    file.write_bytes(lite_bytes(custom="Evil"))
+    with pytest.raises(Refused, match="'Evil' is a custom one"):
+        read_program(file, "tflite")
 
 
 def test_hostile_lite_file_is_refused(tmp_path):

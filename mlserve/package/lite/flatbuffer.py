@@ -165,7 +165,8 @@ def read_lite(
         if not graphs: raise ValueError('it has no graph')
         tensors = graphs[0].tables(0)
         keeps = any(tensor.value(5, 'b') for tensor in tensors)
-        return LiteGraph(*(_named(root, graphs[0], field, tensors) for field in (1, 2)), keeps)
+        inputs,outputs = (_named(root, graphs[0], field, tensors) for field in (1, 2))
+        return LiteGraph(inputs, outputs, keeps)
     except (ValueError, struct.error, IndexError, MemoryError) as e:
         raise Refused(f"'{file.name}' is refused: {e}.",
             mend='Convert the model again, with built-in operators only (TFLITE_BUILTINS).') from None
