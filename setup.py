@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "uploads", "torch", "onnx", "s3", "gs", "az", "hf", "registry", "tables", "otel", "grpc", "release", "dev")}
+wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "uploads", "torch", "onnx", "tflite", "s3", "gs", "az", "hf", "registry", "tables", "otel", "grpc", "release", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -30,6 +30,7 @@ setup(
         "uploads": wings["uploads"],
         "torch": wings["torch"],
         "onnx": wings["onnx"],
+        "tflite": wings["tflite"],
         "s3": wings["s3"],
         "gs": wings["gs"],
         "az": wings["az"],
@@ -39,7 +40,7 @@ setup(
         "otel": wings["otel"],
         "grpc": wings["grpc"],
         "release": wings["release"],
-        "dev": wings["serving"] + wings["uploads"] + wings["torch"] + wings["onnx"] + wings["s3"] + wings["gs"] + wings["az"] + wings["hf"] + wings["tables"] + wings["otel"] + wings["grpc"] + wings["release"] + wings["dev"],
+        "dev": wings["serving"] + wings["uploads"] + wings["torch"] + wings["onnx"] + wings["tflite"] + wings["s3"] + wings["gs"] + wings["az"] + wings["hf"] + wings["tables"] + wings["otel"] + wings["grpc"] + wings["release"] + wings["dev"],
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

@@ -67,6 +67,14 @@ def _known_classes(name:str, classes:Any, places:int)->tuple[Any, ...]|None:
     raise InvalidInput(f"Tensor '{name}' has the classes {str(classes)[:120]}; allowed are different texts or numbers, "
         f'one for each place of its last dimension, which has {places}.')
 
+# %% ../nbs/02_tensors.ipynb #5e1f70a2
+def _known_step(name:str, step:Any)->tuple[float, int]|None:
+    "What the integers of a tensor stand for: `scale × (value − zero)`"
+    if step is None: return None
+    plain = isinstance(step, (list, tuple)) and list(map(type, step)) == [float, int]
+    if plain and 0 < step[0] < 1e30: return step[0],step[1]
+    raise InvalidInput(f"Tensor '{name}' has the step {str(step)[:60]}; allowed are a scale above 0 and an integer.")
+
 # %% ../nbs/02_tensors.ipynb #e78f0340
 @dataclass(frozen=True)
 class TensorSpec:
@@ -77,12 +85,14 @@ class TensorSpec:
     optional: bool|None = field(default=None, hash=False) # of a table's column: whether a row may miss it
     free: Mapping[int, Size]|None = field(default=None, hash=False) # dimensions behind the batch that vary, by place
     classes: tuple[Any, ...]|None = field(default=None, hash=False, repr=False) # of places in the last dimension
+    step: tuple[float, int]|None = field(default=None, hash=False, repr=False) # scale, and the integer for 0
 
     def __post_init__(self):
         dtype_of(self.datatype)
         object.__setattr__(self, 'shape', tuple(self.shape))
         if not isinstance(self.name, str) or not self.name: raise InvalidInput('A tensor needs a name.')
         object.__setattr__(self, 'classes', _known_classes(self.name, self.classes, (self.shape or (0,))[-1]))
+        object.__setattr__(self, 'step', _known_step(self.name, self.step))
         if self.shape and all(type(n) is int and (n >= 1 or n == -1) for n in self.shape): return
         raise InvalidInput(f"Tensor '{self.name}' has shape {list(self.shape)}; "
             'allowed are sizes from 1, and -1 for any; batch first.')
@@ -92,6 +102,7 @@ class TensorSpec:
         known:dict[str, Any] = {'name': self.name, 'datatype': self.datatype, 'shape': list(self.shape)}
         if self.free: known['free'] = {str(axis): asdict(size) for axis,size in self.free.items()}
         if self.classes: known['classes'] = list(self.classes)
+        if self.step: known['step'] = list(self.step)
         return known if self.optional is None else known | {'optional': self.optional}
     def __repr__(self)->str:
         shown = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.repr}
@@ -100,14 +111,16 @@ class TensorSpec:
     def __str__(self)->str:
         free = self.free or {}
         sizes = [str(free.get(axis, 'n' if n < 0 else n)) for axis,n in enumerate(self.shape)]
-        return f"{self.name} {self.datatype} [{', '.join(sizes)}]"
+        step = f' of {self.step[0]:g} × (value − {self.step[1]})' if self.step else ''
+        return f"{self.name} {self.datatype} [{', '.join(sizes)}]{step}"
     @classmethod
     def from_dict(cls,
         d:Mapping[str, Any], # as `to_dict` makes it
     )->'TensorSpec': # the same contract
         "A contract from JSON"
         free = {int(axis): Size(**size) for axis,size in d['free'].items()} if 'free' in d else None
-        return cls(d['name'], d['datatype'], tuple(d['shape']), d.get('optional'), free, d.get('classes'))
+        return cls(d['name'], d['datatype'], tuple(d['shape']), d.get('optional'), free, d.get('classes'),
+            d.get('step'))
 
 # %% ../nbs/02_tensors.ipynb #69103592
 def spec_of(

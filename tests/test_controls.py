@@ -28,6 +28,7 @@ import test_http_limits
 import test_invariance
 import test_isolation
 import test_large_bodies
+import test_lite
 import test_local_code
 import test_pipelining
 import test_platforms
@@ -211,6 +212,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": V.TWO_HEADS, "labels": V.Y, "words": ["target"]}, "the_first_output_of_the_alphabet_is_measured", "DID NOT RAISE"),
     ("A3", V.test_A3_what_cannot_be_known_is_asked_for, {"outputs": {"class_weights": V.OTHER, "out": V.RIGHT}, "labels": V.Y, "words": ["target"]}, "an_output_of_a_known_name_is_taken", "DID NOT RAISE"),
     ("A3", V.test_A3_whole_numbers_are_compared_without_rounding, {"answers": V.WIDE.astype("uint64") + 1}, "whole_numbers_are_compared_as_floats", "1.0 == "),
+    ("W11", test_lite.test_W11_a_custom_operator_is_refused_before_the_runtime_sees_it, {}, "custom_operators_are_taken", "unresolved custom op"),
 ]
 
 

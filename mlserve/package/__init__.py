@@ -17,8 +17,8 @@ from .export.confined import ConfinedProgram
 from .environment import environment, warn_of_stack
 from ..errors import IntegrityError, LocalResource, MlserveError, UsageError
 from .folder import check_replaceable, copy_files, install_folder
-from .programs import check_format, read_program
-from .programs.onnx_program import Engines, OnnxProgram
+from .programs import FileProgram, check_format, read_program
+from .programs.onnx_program import Engines
 from .programs.torch_program import Program, TorchProgram
 from .export import Live, freeze, live_program, unused
 from .export.given import Given, as_given, read_example
@@ -138,7 +138,7 @@ def load_program(
     threads:int|None=None, # CPU threads of one run; the library's own choice by default
     handler:'Handler|None'=None, # the package's handler, if it is loaded already
     engines:Engines|None=None, # on a GPU, for a package that asks for TensorRT
-)->TorchProgram|OnnxProgram|PythonProgram: # with `run(arrays, names)`, `devices()` and `sync()`
+)->FileProgram|PythonProgram: # with `run(arrays, names)`, `devices()` and `sync()`
     "Load the program of a package, whatever its format"
     file,module = package.path/package.file,package.module
     if device != 'cpu' and ('tensorrt' in package.providers) != bool(engines):
@@ -237,7 +237,7 @@ def save_package(
     name:str, # of the model: lower-case letters, digits, `.`, `_` and `-`
     inputs:Any, # one example batch by name, in call order; two, where sizes vary; or the rows of a table
     outputs:Sequence[str]=(), # names of what the model gives, in its order; by default its own
-    format:str|None=None, # 'torchscript', 'export', 'onnx', 'safetensors', 'python'; by default what the model is
+    format:str|None=None, # 'torchscript', 'export', 'onnx', 'safetensors', 'tflite', 'python'; by default what it is
     tolerance:dict[str,float]|None=None, # `rtol` and `atol`; by default those of the output's type
     handler:bool|str|Path|None=None, # True for the exported cells of this notebook, or the path of a .py file
     files:Sequence[str|Path]=(), # files and folders that the handler needs

@@ -110,7 +110,7 @@ def _are_specs(value:Any)->bool:
     if not isinstance(value, list) or not value: return False
     names = {TensorSpec.from_dict(spec).name for spec in value}
     keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'},{'name', 'datatype', 'shape', 'free'}
-    return len(names) == len(value) and all(set(spec) - {'classes'} in keys for spec in value)
+    return len(names) == len(value) and all(set(spec) - {'classes', 'step'} in keys for spec in value)
 def _are_numbers(value:Any)->bool:
     "Whether something is numbers by name"
     return isinstance(value, dict) and all(type(number) in (int, float, bool) for number in value.values())

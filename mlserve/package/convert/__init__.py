@@ -17,7 +17,7 @@ from .mends import library_of
 from .original import TableModel, ordered
 from .pipeline import WAYS, converted_pipeline, wrong_step
 from .rows import example_rows, golden_places, take, unlike_rows
-from ..programs import FORMATS
+from ..programs import FILES
 from ...errors import CheckFailed, LocalResource, Refused, UsageError
 from ...tensors import Arrays, compare, count_rows
 if TYPE_CHECKING: import pandas as pd
@@ -42,7 +42,7 @@ def format_of(
     "The format of a model that nobody named one for"
     suffix = Path(model).suffix if isinstance(model, (str, Path)) else ''
     if is_own_class(model): return 'python'
-    known = [format for format,file in FORMATS.items() if suffix and Path(file).suffix == suffix]
+    known = [format for format,file in FILES.items() if suffix and Path(file).suffix == suffix]
     if not isinstance(inputs, (Mapping, list, tuple)): return 'onnx'
     return known[0] if known else 'torchscript'
 

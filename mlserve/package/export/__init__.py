@@ -22,7 +22,7 @@ from ..convert import is_table_model
 from ..convert.boosters import mend_file
 from ..convert.original import TableModel
 from ...errors import LocalResource, Refused, UsageError
-from ..programs import FORMATS, read_program
+from ..programs import FILES, FORMATS, read_program
 from ..programs.torch_program import TorchProgram, named
 from ...tensors import TensorSpec, compare, sizes_of
 if TYPE_CHECKING: import torch
@@ -221,7 +221,7 @@ def freeze(
 def _check_source(source:Path, format:str)->None:
     "Refuse a model file that cannot be meant"
     if not source.is_file(): raise LocalResource(f'There is no model file {source}.')
-    kinds = {Path(file).suffix: known for known,file in FORMATS.items()}
+    kinds = {Path(file).suffix: known for known,file in FILES.items()}
     kind = kinds.get(source.suffix)
     if kind and kind != format:
         raise UsageError(f"{source.name} is asked for as format '{format}'; by its name it is '{kind}'.")
@@ -275,6 +275,9 @@ def live_program(
         program = read_program(file, format)
         assert isinstance(program, TorchProgram) # as its format says
         return program
+    if format == 'tflite':
+        raise UsageError("A live model was given with format='tflite', which nothing here writes.",
+            mend='Give the path of a .tflite file that a converter wrote.')
     if isinstance(model, torch.nn.Module): return TorchProgram(copy.deepcopy(model, _computed(model)).cpu().eval())
     table = ': give an example as a pandas DataFrame, inputs=df' if is_table_model(model) else ''
     raise UsageError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 from ..code.python_program import PythonProgram
+from ..lite.lite_program import with_steps
 from ..convert import convert_table, format_of, golden_rows
 from ..convert.columns import as_frame, table_columns, to_arrays
 from ..convert.original import TableModel
@@ -50,7 +51,8 @@ class Given(NamedTuple):
         "What the model takes: tensors like the example, or the columns of a table"
         if isinstance(self.model, TableModel): return tuple(column.spec for column in self.model.columns)
         if isinstance(self.model, PythonProgram) and self.model.inputs: return self.model.inputs
-        return tuple(vary(spec, self.free.get(spec.name)) for spec in example_specs(self.arrays))
+        specs = tuple(vary(spec, self.free.get(spec.name)) for spec in example_specs(self.arrays))
+        return with_steps(specs, self.model)
     @property
     def rows(self)->int:
         "How many rows the example has"

@@ -13,6 +13,7 @@ from ...errors import Refused, UsageError
 from ..arrays import at_sizes, tile
 from .example import example_specs, first_answer
 from .given import Given, vary
+from ..lite.lite_program import with_steps
 from ..programs.torch_program import Program
 from ...tensors import Arrays, Size, TensorSpec, count_rows, sizes_of, spec_of
 
@@ -166,7 +167,7 @@ def output_specs(
 )->tuple[TensorSpec,...]: # of the outputs
     "The specs of answers whose sizes may vary"
     for arrays,answer in pairs: fixed = example_specs(answer, count_rows(arrays))
-    if not given.free: return fixed
+    if not given.free: return with_steps(fixed, given.model, answers=True)
     asked,answers = [sizes_of(arrays, given.inputs) for arrays,_ in pairs],[answer for _,answer in pairs]
     known = {size.name: size for places in given.free.values() for size in places.values()}
     specs = []

@@ -15,6 +15,7 @@ from .archive import check_tensors, entries, fits, open_archive, storages
 from .external_data import external_files
 from .file_type import file_type, refuse_file
 from .script import REPLACED, check_code, refuse_graph
+from ..lite.flatbuffer import read_lite
 from ...errors import LocalResource, Refused
 
 # %% ../../../nbs/package/programs/05_audit.ipynb #5afae864
@@ -153,7 +154,7 @@ def _check_weights(file:Path)->None:
 # %% ../../../nbs/package/programs/05_audit.ipynb #68c67176
 def audit(
     file:str|Path, # the model's file
-    format:str, # what it should be: a key of `programs.FORMATS`
+    format:str, # what it should be: a key of `programs.FILES`
 )->None: # or Refused, naming the file and the reason
     "Refuse a model file that is something else, or could do more than compute"
     file = Path(file)
@@ -161,4 +162,7 @@ def audit(
     if format == 'onnx': external_files(file)
     elif format == 'export': _check_export(file)
     elif format == 'torchscript': _check_script(file)
+    elif format == 'tflite':
+        if file_type(file) != 'a LiteRT model': refuse_file(file, 'a LiteRT model')
+        read_lite(file)
     else: _check_weights(file)

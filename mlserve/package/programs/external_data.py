@@ -121,7 +121,7 @@ def _check_span(file:Path, place:Mapping[str,str], need:int, no:Callable[[str], 
 # %% ../../../nbs/package/programs/04_external_data.ipynb #ef7e452f
 _own = {'mlmodel', 'package.lock', 'registered_model_meta', 'golden.safetensors', 'environment.json', 'handler.py',
     'files', 'input_example.json', 'serving_input_example.json',
-    'model.pt', 'model.pt2', 'model.onnx', 'model.safetensors'}
+    'model.pt', 'model.pt2', 'model.onnx', 'model.safetensors', 'model.tflite'}
 def _check_place(file:Path, name:str)->None:
     "Refuse external data that is not a plain file of the package"
     def no(why:str)->NoReturn:

@@ -29,6 +29,7 @@ def file_type(
             if member in names: return what
     if not head: return 'an empty file'
     header = int.from_bytes(head[:8], 'little') # of a safetensors file: its size, and then JSON
+    if head[4:8] == b'TFL3': return 'a LiteRT model'
     if 0 < header < file.stat().st_size and head[8:] == b'{': return 'a safetensors file'
     return next((what for magic,what in _magic.items() if head.startswith(magic)), 'bytes of another kind')
 

@@ -164,7 +164,8 @@ spare_wheels = ['torch/test', 'torch/include', 'torch/share', 'torch/bin/[!t]*',
     'torch/**/*.pyi', 'torch/lib/libtorchbind_test.so', 'torch/lib/libjitbackend_test.so',
     'torch/lib/libbackend_with_compiler.so', 'torch/lib/libaoti_custom_ops.so', 'sympy/**/tests', 'networkx/**/tests',
     'nvidia/**/include', '**/*.a', 'numpy/**/tests/test_*.py', 'numpy/**/tests/data',
-    'onnxruntime/tools', 'onnxruntime/transformers', 'onnxruntime/quantization', 'onnxruntime/datasets']
+    'onnxruntime/tools', 'onnxruntime/transformers', 'onnxruntime/quantization', 'onnxruntime/datasets',
+    'ai_edge_litert/tools', 'ai_edge_litert/vendors', 'ai_edge_litert/aot', 'ai_edge_litert/libLiteRt*.so']
 def prune(
     venv:str|Path, # folder of a virtual environment
 )->None:

@@ -31,7 +31,8 @@ def _takes_files(package:Package)->bool:
     modules = [package.path/'handler.py', *(package.path/'code').rglob('*.py')]
     return any(re.search(rb'\bbytes\b', module.read_bytes()) for module in modules if module.is_file())
 # format of a package → extra
-_frameworks = {'torchscript':'torch', 'export':'torch', 'safetensors':'torch', 'onnx':'onnx'}
+_frameworks = {'torchscript':'torch', 'export':'torch', 'safetensors':'torch', 'onnx':'onnx',
+    'tflite':'tflite'}
 def requirements_of(
     package:Package, # the model package; its `format` says which framework
     extra:Iterable[str]=(), # further requirements of the model
@@ -41,8 +42,8 @@ def requirements_of(
 )->list[str]: # sorted requirement lines
     "What has to be installed to serve a package"
     scheme = place.partition(':')[0] if ':' in place else ''
-    if package.format == 'python' and device != 'cpu':
-        raise Refused(f"A package of format 'python' computes on the CPU; the image is asked for {device}.",
+    if package.format in ('python', 'tflite') and device != 'cpu':
+        raise Refused(f"A package of format '{package.format}' computes on the CPU; the image is asked for {device}.",
             mend="Say device = 'cpu' in mlserve.toml; or save a module of torch.")
     wings = {'', 'serving', _frameworks.get(package.format, ''), {'models':'registry'}.get(scheme, scheme)}
     if _takes_files(package): wings.add('uploads')
@@ -60,11 +61,13 @@ def requirements_of(
 # %% ../../../nbs/release/lock/02_dependencies.ipynb #3f13b098
 _script = {'sympy', 'mpmath', 'networkx', 'filelock'}
 _compiler = {'setuptools', 'jinja2', 'markupsafe', 'fsspec', 'triton'}
+_converter = {'backports-strenum', 'flatbuffers', 'tqdm', 'protobuf', 'ml-dtypes'} # the interpreter imports none of it
 _spared = {'torchscript': _script | _compiler, 'export': _compiler, 'safetensors': _compiler}
 def spared_of(
     format:str, # of a package
 )->dict[str, set[str]]: # name of a framework → names that it asks for and does not serve with
     "What a framework asks for, and does not need to serve this format"
+    if format == 'tflite': return {'ai-edge-litert': _converter}
     return {'torch': _spared[format]} if format in _spared else {}
 
 # %% ../../../nbs/release/lock/02_dependencies.ipynb #a560d052
@@ -204,7 +207,7 @@ def download_locked(
 
 # %% ../../../nbs/release/lock/02_dependencies.ipynb #bbcc071d
 numeric = {'torch', 'numpy', 'scipy', 'onnxruntime', 'onnxruntime-gpu', 'scikit-learn', 'pandas', 'xgboost',
-    'lightgbm', 'tensorflow', 'jax', 'jaxlib'}
+    'lightgbm', 'tensorflow', 'jax', 'jaxlib', 'ai-edge-litert'}
 def constraints_of(
     environment:Mapping[str, Any], # a package's recorded environment
     allow:Collection[str]=(), # names that may differ

@@ -48,7 +48,8 @@ def _value(spec, words):
     kinds = [_kinds.get(spec.datatype, 'integer')]
     if words and kinds == ['number']: kinds.append('string')
     if spec.optional: kinds.append('null')
-    return {'type': kinds[0] if len(kinds) == 1 else kinds}
+    step = {'description': f'It stands for {spec.step[0]:g} × (value − {spec.step[1]}).'} if spec.step else {}
+    return {'type': kinds[0] if len(kinds) == 1 else kinds} | step
 def _bounds(spec, axis):
     "How many items a list of a tensor has"
     n,size = spec.shape[axis],(spec.free or {}).get(axis)

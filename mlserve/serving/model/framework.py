@@ -100,8 +100,9 @@ def check_framework(
 )->None: # or a refusal
     "Refuse a framework that cannot compute on the claimed GPU"
     if device.kind == 'cpu': return
-    if format == 'python': raise Refused("A package of format 'python' computes on the CPU; the server is asked for "
-        f'{torch_name(device)}.', mend="Build the image with device = 'cpu'; or save a module of torch.")
+    if format in ('python', 'tflite'): raise Refused(
+        f"A package of format '{format}' computes on the CPU; the server is asked for {torch_name(device)}.",
+        mend="Build the image with device = 'cpu'; or save a module of torch.")
     name = framework_of(format)
     check_driver(name, built_for(name), device)
     if name == 'onnxruntime': return
