@@ -211,6 +211,17 @@ def a_message_is_parsed_whatever_its_size(put):
 
 
 @plant
+def raw_contents_are_copied(put):
+    good, copies = now("serving.grpc.messages.split_message"), []
+
+    def split(body):
+        parsed, raw = good(body)
+        copies[:] = [bytearray(body), *map(bytearray, raw), *map(bytearray, raw)]
+        return parsed, raw
+    put("serving.grpc.messages.split_message", split)
+
+
+@plant
 def calls_are_cut_when_the_server_stops(put):
     async def stop(self, grace):
         await self.server.stop(0)

@@ -98,6 +98,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N9", Q.test_N9_a_client_that_cancels_frees_its_place_and_what_waits_is_never_run, {}, "nobody_hears_a_client_leave", HELD),
     ("N3", Q.test_N3_a_message_that_does_not_come_is_not_waited_for, {}, "a_message_has_all_the_time_there_is", "< 10"),
     ("N4", Q.test_N4_a_message_over_the_limits_is_resource_exhausted, {}, "a_message_is_parsed_whatever_its_size", "DID NOT RAISE|RESOURCE_EXHAUSTED"),
+    ("N4", Q.test_N4_a_long_message_is_few_times_in_memory, {}, "raw_contents_are_copied", "times in memory"),
     ("E5", Q.test_E5_a_full_queue_is_unavailable_and_those_that_were_taken_are_answered, {}, "a_queue_without_bound", r"== \{None, .UNAVAILABLE.\}"),
     ("E6", Q.test_E6_a_deadline_is_kept, {}, "nobody_looks_at_the_deadline", "DID NOT RAISE"),
     ("L3", Q.test_L3_what_was_taken_is_answered_while_the_server_stops, {}, "calls_are_cut_when_the_server_stops", "RpcError|CANCELLED|UNAVAILABLE"),

@@ -34,6 +34,7 @@ def _read(body:bytes, headers:Headers, package:'Package', limit:int)->InferReque
     return decode_message(body, package.inputs, package.outputs, limit)
 def _write(request:InferRequest, outputs:Arrays, package:'Package', version:str)->Written:
     "A `ModelInferResponse`"
+    request.inputs.clear() # the model has seen them, and they may be as long as the answer
     return encode_message(request, outputs, package.name, version), BINARY, ()
 INFER = Route(f'/{SERVICE}/ModelInfer', _read, _write, (BINARY,))
 
@@ -163,6 +164,7 @@ async def answer_infer_call(
         if not answer.done(): answer.set_result(parts)
     calls.open,calls.life.in_flight = calls.open + 1,calls.life.in_flight + 1
     call = calls.inference.start(INFER, headers, body, done, request_id(headers.get(b'x-request-id')), None)
+    del body # which is not waited for in memory, once it is read
     try: status,_,more,answered = await answer
     except asyncio.CancelledError:
         call.cancel()

@@ -80,7 +80,7 @@ def _handlers(calls:Calls)->dict[str, Any]: # by the whole name of a call
     def at_once(name:str)->Any:
         async def answer(body:bytes, context:Any)->bytes: return answer_at_once(calls, name, body)
         return _unary(calls, answer, min(_soon, seconds))
-    async def infer(body:bytes, context:Any)->bytes: return await answer_infer_call(calls, body, context)
+    def infer(body:bytes, context:Any)->Awaitable[bytes]: return answer_infer_call(calls, body, context)
     async def check(body:bytes, context:Any)->bytes: return answer_check(calls, body)
     async def watch(messages:Any, context:Any)->None:
         try:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
@@ -161,6 +162,20 @@ def test_N4_a_message_over_the_limits_is_resource_exhausted(server):
     assert code(stub.bytes, b"\x2a\x00" * 3_000_000, timeout=patience(20)) in ("INVALID_ARGUMENT", "RESOURCE_EXHAUSTED")  # two bytes would become ninety
     assert numbers(stub.infer([1, 2], compression=grpc.Compression.Gzip)) == [[2, 4]]
     assert status_of(server.worker(), "VmHWM") < 1_500_000
+
+
+def test_N4_a_long_message_is_few_times_in_memory(double, tmp_path):
+    "gRPC itself has it three times while it comes; what is behind has no more of it, and its tensor, and the answer"
+    size = 16_000_000
+    with Server(double, tmp_path, grpc_port=(port := free_port()), max_batch=2**20, FAKE_SECONDS=0) as s:
+        stub, worker = Stub(port), s.worker()
+        assert numbers(stub.infer([1, 2])) == [[2, 4]]
+        Path(f"/proc/{worker}/clear_refs").write_text("5")  # the peak begins anew
+        before = status_of(worker, "VmHWM")
+        answer = stub.ModelInfer(infer(np.ones(size // 4, "f4")), timeout=patience(60))
+        assert answer.raw_output_contents[0] == np.full(size // 4, 2, "f4").tobytes()
+        times = (status_of(worker, "VmHWM") - before) * 1024 / size
+        assert times < 6, f"it was {times:.1f} times in memory"
 
 
 def test_N3_a_message_that_does_not_come_is_not_waited_for(server):
