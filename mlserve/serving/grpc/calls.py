@@ -8,6 +8,7 @@ __all__ = ['SERVICE', 'HEALTH', 'INFER', 'ANSWERS', 'EXEMPT', 'CallRefused', 're
 
 # %% ../../../nbs/serving/grpc/01_calls.ipynb #aeaea581
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 import orjson
@@ -86,8 +87,9 @@ class Calls:
         token:Token|None=None, # that a client must bring
     ):
         self.life,self.settings,self.numbers,self.inference,self.token = life,settings,numbers,inference,token
-        self.open = self.watching = 0 # predictions and watches under way
-        self.coming = self.late = 0 # messages that are waited for, and those of them that took long
+        self.open = 0 # predictions under way
+        self.coming = self.late = 0 # requests that are waited for, and those of them that took long
+        self.watching: Counter[str] = Counter() # watches under way, by who watches
         self.ended = asyncio.Event() # set when watches must end
         numbers.add_routes([INFER.pattern, *(f'/{SERVICE}/{name}' for name in ANSWERS)])
     def headers(self, body:bytes, caller:Caller)->Headers:
@@ -175,7 +177,7 @@ async def answer_infer_call(
 
 # %% ../../../nbs/serving/grpc/01_calls.ipynb #5d119ac4
 _serving,_not_serving,_unknown = 1,2,3
-_most_watches = 64 # at once
+_most_watches,_most_of_one = 64,16 # at once
 def health_of(
     calls:Calls, # who answers
     body:bytes, # a `HealthCheckRequest`
@@ -195,15 +197,19 @@ def answer_check(
 async def answer_watch(
     calls:Calls, # who answers
     body:bytes, # a `HealthCheckRequest`
+    peer:str='', # who watches
     seconds:float=0.25, # between two looks
 )->AsyncIterator[bytes]: # `HealthCheckResponse`
     "Each change, until the server ends"
-    if calls.watching >= _most_watches: raise Unavailable(f'{calls.watching} clients watch; {_most_watches} may.')
-    told,calls.watching = 0,calls.watching + 1
+    for of,count,most in (('', calls.watching.total(), _most_watches),
+            (' of this address', calls.watching[peer], _most_of_one)):
+        if count >= most: raise Unavailable(f'{count} clients{of} watch; {most} may.')
+    told = 0
+    calls.watching[peer] += 1
     try:
         while not calls.ended.is_set():
             status = health_of(calls, body)
             if status != told: yield write_message('HealthCheckResponse', status=status)
             told = status
             await asyncio.sleep(seconds)
-    finally: calls.watching -= 1
+    finally: calls.watching -= Counter([peer]) # which forgets whom nothing is counted of
