@@ -340,6 +340,40 @@ def test_only_an_image_whose_model_asks_for_it_has_the_library(tmp_path):
         assert names(format, "grpcio") - names(format) == {"grpcio", "protobuf"}
 
 
+def test_calls_go_through_the_proxy_of_a_deployment(double, tmp_path):
+    "The configuration as it is rendered, but for names that only an engine resolves; a server that drains is asked no more"
+    from mlserve.release.deploy.deployment import Deployment, Resources
+    from mlserve.release.deploy.options import DeployOptions
+    from mlserve.release.deploy.render.haproxy import haproxy_config
+    from mlserve.release.deploy.times import Times
+    plan = Deployment("compose", "double", "3", "a@sha256:" + "a" * 64, "sha256:" + "c" * 64, "cpu", "baked", Resources(2, 2**30), Times(start=20), DeployOptions(grpc_port=8081))
+    text, front, http = haproxy_config(plan, "model"), free_port(), free_port()
+    with Server(double, tmp_path, grpc_port=(port := free_port()), drain_delay=6, max_batch=4096, FAKE_SECONDS=0) as s:
+        text = re.sub(r"\n\nresolvers docker(\n  .*)*", "", text).replace(" resolvers docker resolve-prefer ipv4 init-addr none", "").replace("stats socket /tmp", f"stats socket {tmp_path}")
+        text = text.replace("bind :8080", f"bind 127.0.0.1:{http}").replace("bind :9000", f"bind 127.0.0.1:{front}").replace("port 8080", f"port {s.port}")
+        text = text.replace("server-template s 8 model:8080", f"server s 127.0.0.1:{s.port} check").replace("server-template s 8 model:9000", f"server s 127.0.0.1:{port} check")
+        (tmp_path / "haproxy.cfg").write_text(text)
+        proxy = subprocess.Popen(["haproxy", "-db", "-f", tmp_path / "haproxy.cfg"])
+        try:
+            stub = Stub(front)
+            assert numbers(stub.infer([1, 2], wait_for_ready=True)) == [[2, 4]] and stub.check() == 1
+            x = np.random.default_rng(1).standard_normal((100_000, 2)).astype("f4")
+            assert numbers(stub.ModelInfer(infer(x), timeout=patience(30))) == (x * 2).tolist()
+            os.kill(s.process.pid, signal.SIGTERM)
+
+            def refused():
+                try:
+                    return not stub.infer([1, 2])
+                except grpc.RpcError as e:
+                    return e.code().name == "UNAVAILABLE"
+            until(refused)
+            assert s.process.poll() is None, "the proxy knew before the server had ended"
+            assert s.process.wait(patience(30)) == 0
+        finally:
+            proxy.kill()
+            proxy.wait()
+
+
 def crowded(double, folder):
     "A server with few connections, in which nothing is freed that only the collector of cycles would find"
     settings = SETTINGS | {"grpc_port": free_port(), "connections": 20, "body_seconds": 20, "max_decoded": 32_000_000}
