@@ -8,7 +8,8 @@ __all__ = ['compose_file']
 # %% ../../../../nbs/release/deploy/render/03_compose.ipynb #9041042b
 from typing import Any
 from ..deployment import Deployment
-from .service import limits_of, model_service, proxy_limits, proxy_service, published_ports, volumes_of
+from .service import (
+    limits_of, model_service, proxy_limits, proxy_service, published_ports, volumes_of)
 
 # %% ../../../../nbs/release/deploy/render/03_compose.ipynb #e580db17
 _TMP = '/tmp:rw,noexec,nosuid,nodev,size=64m,mode=1777'

@@ -10,7 +10,8 @@ __all__ = ['METRIC', 'scales', 'workload', 'service', 'network_policy', 'budget'
 from collections.abc import Iterator
 from typing import Any
 from ..deployment import Deployment
-from .pod import container_ports, metadata, object_name, pod, selector, served_labels, spread
+from .pod import (
+    container_ports, metadata, object_name, pod, selector, served_labels, spread)
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #e7b236c0
 def scales(

@@ -8,7 +8,8 @@ __all__ = ['stack_file']
 # %% ../../../../nbs/release/deploy/render/04_swarm.ipynb #229aa725
 from typing import Any
 from ..deployment import Deployment, deployment_labels
-from .service import limits_of, model_service, proxy_limits, proxy_service, published_ports, volumes_of
+from .service import (
+    limits_of, model_service, proxy_limits, proxy_service, published_ports, volumes_of)
 
 # %% ../../../../nbs/release/deploy/render/04_swarm.ipynb #55960932
 def _replaced(deployment):
