@@ -1,6 +1,7 @@
 """Bugs, planted to see the tests fail: each is the fault of one row of the table of faults, made real in the running code.
 
 `sow` plants one in a server process of the tests; `test_controls.py` plants them in its own process too. The product has no hook for any of this."""
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -200,7 +201,7 @@ def a_long_body_takes_what_is_behind_it(put):
 
 @plant
 def a_message_has_all_the_time_there_is(put):
-    async def message(context, calls, seconds):
+    async def message(context, seconds, place=None):
         return await context.read()
     put("serving.grpc.port._message", message)
 
@@ -208,6 +209,89 @@ def a_message_has_all_the_time_there_is(put):
 @plant
 def a_message_is_parsed_whatever_its_size(put):
     put("serving.grpc.calls.head_size", lambda body, most: 0)
+
+
+@plant
+def raw_contents_are_copied(put):
+    good, copies = now("serving.grpc.messages.split_message"), []
+
+    def split(body):
+        parsed, raw = good(body)
+        copies[:] = [bytearray(body), *map(bytearray, raw), *map(bytearray, raw)]
+        return parsed, raw
+    put("serving.grpc.messages.split_message", split)
+
+
+def made_otherwise(put, change):
+    "Another server of grpcio, by the arguments that ours is made with"
+    from grpc import aio
+    good, server = now("serving.grpc.port.GrpcPort._made"), aio.server
+
+    def made(self):
+        aio.server = lambda options: server(**change(options))
+        try:
+            return good(self)
+        finally:
+            aio.server = server
+    put("serving.grpc.port.GrpcPort._made", made)
+
+
+@plant
+def grpc_has_connections_without_limit(put):
+    made_otherwise(put, lambda options: {"options": [o for o in options if o[0] != "grpc.max_allowed_incoming_connections"]})
+
+
+@plant
+def calls_that_send_nothing_count_as_predictions(put):
+    made_otherwise(put, lambda options: {"options": options, "maximum_concurrent_rpcs": 10})
+
+
+@plant
+def a_port_that_ends_stays_closed(put):
+    async def nothing(self):
+        pass
+    put("serving.grpc.port.GrpcPort._keep_open", nothing)
+
+
+@plant
+def any_number_of_messages_may_be_late(put):
+    put("serving.grpc.port._place", lambda calls: contextlib.nullcontext())
+
+
+@plant
+def a_message_is_long_after_a_second(put):
+    put("serving.grpc.port._short", 1)
+
+
+@plant
+def parts_are_not_counted(put):
+    put("serving.grpc.messages._check_count", never)
+    put("serving.grpc.messages._most_fields", 10**9)
+    put("wire.v2.MOST_ENTRIES", 10**9)
+
+
+@plant
+def who_is_silent_is_waited_for(put):
+    async def stop(self, grace):
+        self.calls.ended.set()
+        await self.server.stop(grace)
+        return 0
+    put("serving.grpc.port.GrpcPort.stop", stop)
+
+
+@plant
+def one_client_may_take_all_watches(put):
+    put("serving.grpc.calls._most_of_one", 64)
+
+
+@plant
+def a_refusal_keeps_its_message(put):
+    good, kept = now("serving.grpc.port.answer_infer_call"), []
+
+    def answer(calls, body, caller):
+        kept.append(body)
+        return good(calls, body, caller)
+    put("serving.grpc.port.answer_infer_call", answer)
 
 
 @plant

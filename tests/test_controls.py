@@ -98,6 +98,16 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("N9", Q.test_N9_a_client_that_cancels_frees_its_place_and_what_waits_is_never_run, {}, "nobody_hears_a_client_leave", HELD),
     ("N3", Q.test_N3_a_message_that_does_not_come_is_not_waited_for, {}, "a_message_has_all_the_time_there_is", "< 10"),
     ("N4", Q.test_N4_a_message_over_the_limits_is_resource_exhausted, {}, "a_message_is_parsed_whatever_its_size", "DID NOT RAISE|RESOURCE_EXHAUSTED"),
+    ("N4", Q.test_N4_a_long_message_is_few_times_in_memory, {}, "raw_contents_are_copied", "times in memory"),
+    ("N2", Q.test_connections_have_a_limit, {}, "grpc_has_connections_without_limit", HELD),
+    ("N3", Q.test_calls_that_send_nothing_keep_health_and_predictions_for_others, {}, "calls_that_send_nothing_count_as_predictions", "RESOURCE_EXHAUSTED"),
+    ("N3", Q.test_few_messages_may_be_late, {}, "any_number_of_messages_may_be_late", "DEADLINE_EXCEEDED"),
+    ("N4", Q.test_N4_a_message_that_is_long_in_coming_has_a_place_or_is_refused_at_once, {}, "a_message_is_long_after_a_second", "it took"),
+    ("N4", Q.test_a_refused_message_is_let_go, {}, "a_refusal_keeps_its_message", "kB that stay"),
+    ("N4", Q.test_parts_without_number_are_refused_before_they_are_read, {}, "parts_are_not_counted", "allowed are 1024"),
+    ("N7", Q.test_a_name_that_is_no_text_ends_nothing, {}, "a_port_that_ends_stays_closed", HELD),
+    ("N2", Q.test_the_health_service_is_asked_and_watched, {}, "one_client_may_take_all_watches", "<= 16"),
+    ("L3", Q.test_who_is_silent_does_not_hold_up_the_end, {}, "who_is_silent_is_waited_for", HELD),
     ("E5", Q.test_E5_a_full_queue_is_unavailable_and_those_that_were_taken_are_answered, {}, "a_queue_without_bound", r"== \{None, .UNAVAILABLE.\}"),
     ("E6", Q.test_E6_a_deadline_is_kept, {}, "nobody_looks_at_the_deadline", "DID NOT RAISE"),
     ("L3", Q.test_L3_what_was_taken_is_answered_while_the_server_stops, {}, "calls_are_cut_when_the_server_stops", "RpcError|CANCELLED|UNAVAILABLE"),
@@ -245,6 +255,10 @@ def planted(monkeypatch):
 
 def failure(test, stack, double, tmp_path, monkeypatch, given):
     "Run a test with what its fixtures would give it: how it failed, and the lines of the test that did"
+    def crowded():
+        made = Q.crowded(double, tmp_path)
+        stack.enter_context(made.server)
+        return made
     ready = {"double": lambda: double, "tmp_path": lambda: tmp_path, "monkeypatch": lambda: monkeypatch,
              "project": lambda: stack.enter_context(test_local_code.project_in(tmp_path, monkeypatch)),
              "place": lambda: test_python.place_in(tmp_path),
@@ -252,6 +266,7 @@ def failure(test, stack, double, tmp_path, monkeypatch, given):
              "server": lambda: stack.enter_context(servers.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
              "http": lambda: stack.enter_context(httpx.Client(base_url=ready["conformance"]().url, timeout=30, trust_env=False)),
              "lib": lambda: G.load(G.build(tmp_path), monkeypatch), "on_gpu": lambda: stack.enter_context(G.serving_on(G.build(tmp_path), double, tmp_path)),
+             "own": crowded, "few": crowded,
              "collected_never": lambda: stack.enter_context(L.without_collector(double, tmp_path)),
              "conformance": lambda: stack.enter_context(servers.Server(double, tmp_path, **C.SETTINGS))}
     wanted = {n: given[n] if n in given else ready[n]() for n in inspect.signature(test).parameters}

@@ -59,6 +59,8 @@ class DeployOptions(BaseModel):
     host: Annotated[str, AfterValidator(_host)] = Field(default='127.0.0.1',
         description='address of the machine that the port is published on, for Compose')
     port: Annotated[int, Field(strict=True, ge=1, le=65535)] = Field(default=8080, description='port that clients ask')
+    grpc_port: Annotated[int, Field(strict=True, ge=1, le=65535)]|None = Field(default=None,
+        description='port that clients ask by gRPC, where `requirements` name grpcio; none by default')
     memory: Annotated[str, AfterValidator(_memory)]|None = Field(default=None,
         description='limit of a container, such as `512m` or `2g`; from what was measured by default')
     cpus: float = Field(default=2, ge=0.1, le=512, description='cores of a container, as the check had by default')
@@ -75,5 +77,6 @@ class DeployOptions(BaseModel):
 
     @model_validator(mode='after')
     def _ordered(self):
+        if self.grpc_port == self.port: raise ValueError(f'grpc_port and port are both {self.port}')
         if self.max_replicas is None or self.max_replicas >= self.replicas: return self
         raise ValueError(f'max_replicas is {self.max_replicas}, under replicas, {self.replicas}')

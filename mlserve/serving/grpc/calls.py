@@ -8,6 +8,7 @@ __all__ = ['SERVICE', 'HEALTH', 'INFER', 'ANSWERS', 'EXEMPT', 'CallRefused', 're
 
 # %% ../../../nbs/serving/grpc/01_calls.ipynb #aeaea581
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 import orjson
@@ -34,6 +35,7 @@ def _read(body:bytes, headers:Headers, package:'Package', limit:int)->InferReque
     return decode_message(body, package.inputs, package.outputs, limit)
 def _write(request:InferRequest, outputs:Arrays, package:'Package', version:str)->Written:
     "A `ModelInferResponse`"
+    request.inputs.clear() # the model has seen them, and they may be as long as the answer
     return encode_message(request, outputs, package.name, version), BINARY, ()
 INFER = Route(f'/{SERVICE}/ModelInfer', _read, _write, (BINARY,))
 
@@ -85,8 +87,9 @@ class Calls:
         token:Token|None=None, # that a client must bring
     ):
         self.life,self.settings,self.numbers,self.inference,self.token = life,settings,numbers,inference,token
-        self.open = self.watching = 0 # predictions and watches under way
-        self.coming = self.late = 0 # messages that are waited for, and those of them that took long
+        self.open = 0 # predictions under way
+        self.coming = self.late = 0 # requests that are waited for, and those of them that took long
+        self.watching: Counter[str] = Counter() # watches under way, by who watches
         self.ended = asyncio.Event() # set when watches must end
         numbers.add_routes([INFER.pattern, *(f'/{SERVICE}/{name}' for name in ANSWERS)])
     def headers(self, body:bytes, caller:Caller)->Headers:
@@ -163,6 +166,7 @@ async def answer_infer_call(
         if not answer.done(): answer.set_result(parts)
     calls.open,calls.life.in_flight = calls.open + 1,calls.life.in_flight + 1
     call = calls.inference.start(INFER, headers, body, done, request_id(headers.get(b'x-request-id')), None)
+    del body # which is not waited for in memory, once it is read
     try: status,_,more,answered = await answer
     except asyncio.CancelledError:
         call.cancel()
@@ -173,7 +177,7 @@ async def answer_infer_call(
 
 # %% ../../../nbs/serving/grpc/01_calls.ipynb #5d119ac4
 _serving,_not_serving,_unknown = 1,2,3
-_most_watches = 64 # at once
+_most_watches,_most_of_one = 64,16 # at once
 def health_of(
     calls:Calls, # who answers
     body:bytes, # a `HealthCheckRequest`
@@ -193,15 +197,19 @@ def answer_check(
 async def answer_watch(
     calls:Calls, # who answers
     body:bytes, # a `HealthCheckRequest`
+    peer:str='', # who watches
     seconds:float=0.25, # between two looks
 )->AsyncIterator[bytes]: # `HealthCheckResponse`
     "Each change, until the server ends"
-    if calls.watching >= _most_watches: raise Unavailable(f'{calls.watching} clients watch; {_most_watches} may.')
-    told,calls.watching = 0,calls.watching + 1
+    for of,count,most in (('', calls.watching.total(), _most_watches),
+            (' of this address', calls.watching[peer], _most_of_one)):
+        if count >= most: raise Unavailable(f'{count} clients{of} watch; {most} may.')
+    told = 0
+    calls.watching[peer] += 1
     try:
         while not calls.ended.is_set():
             status = health_of(calls, body)
             if status != told: yield write_message('HealthCheckResponse', status=status)
             told = status
             await asyncio.sleep(seconds)
-    finally: calls.watching -= 1
+    finally: calls.watching -= Counter([peer]) # which forgets whom nothing is counted of

@@ -7,8 +7,9 @@ __all__ = ['grpc_address', 'GrpcPort']
 
 # %% ../../../nbs/serving/grpc/02_port.ipynb #8e55497d
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 from ...patch import patch
 from ...errors import InvalidInput, LocalResource, MlserveError, Unavailable
@@ -41,31 +42,42 @@ def _admitted(calls:Calls, budget:ByteBudget, name:str, metadata:Any)->CallRefus
     return None
 
 # %% ../../../nbs/serving/grpc/02_port.ipynb #606b8ecc
-_soon = 1 # seconds in which a message comes that nobody holds back
-async def _message(context:Any, calls:Calls, seconds:float)->bytes:
-    "The one message of a call"
-    reading,most = asyncio.ensure_future(context.read()),max(2, calls.settings.max_decoded // calls.settings.max_body)
-    calls.coming += 1
+_soon = 1 # seconds in which a question comes that nobody holds back
+_short = 0.1 # seconds in which a short message comes
+async def _message(context:Any, seconds:float, place:AbstractContextManager[Any]=nullcontext())->bytes:
+    "The one message of a call, which takes a place if it is long in coming"
+    reading = asyncio.ensure_future(context.read())
     try:
-        if not (await asyncio.wait([reading], timeout=min(_soon, seconds)))[0]:
-            if calls.late >= most: raise Unavailable(f'{calls.late} messages are late, as many as may be.')
-            calls.late += 1
-            try: await asyncio.wait([reading], timeout=max(0, seconds - _soon))
-            finally: calls.late -= 1
+        await asyncio.wait([reading], timeout=min(_short, seconds))
+        if not reading.done():
+            with place: await asyncio.wait([reading], timeout=seconds - _short)
         if not reading.done(): raise HeadRefused(408, f'The message took longer than {seconds:g} s.')
         body = reading.result()
-    finally:
-        calls.coming -= 1
-        reading.cancel()
+    finally: reading.cancel()
     if not isinstance(body, bytes): raise InvalidInput('The call ended without a message.')
     return body
 
+# %% ../../../nbs/serving/grpc/02_port.ipynb #48a7f553
+@contextmanager
+def _place(calls:Calls)->Iterator[None]:
+    "One of the places for long messages, or a refusal"
+    if calls.late >= max(2, calls.settings.max_decoded // calls.settings.max_body):
+        raise Unavailable(f'{calls.late} messages are late, as many as may be.')
+    calls.late += 1
+    try: yield
+    finally: calls.late -= 1
+async def _request(calls:Calls, context:Any)->bytes:
+    "The message of a call for a prediction"
+    calls.coming += 1
+    try: return await _message(context, calls.settings.body_seconds, _place(calls))
+    finally: calls.coming -= 1
+
 # %% ../../../nbs/serving/grpc/02_port.ipynb #606b8ecd
-def _unary(calls:Calls, answer:Callable[[bytes, Any], Awaitable[bytes]], seconds:float)->Any: # a handler
+def _unary(read:Callable[[Any], Awaitable[bytes]], answer:Callable[[bytes, Any], Awaitable[bytes]])->Any: # a handler
     "A handler of one message and one answer, both bytes"
     import grpc
     async def call(messages:Any, context:Any)->bytes:
-        try: return await answer(await _message(context, calls, seconds), context)
+        try: return await answer(await read(context), context)
         except CallRefused as e: refused = e.with_traceback(None) # which would keep the message, and itself
         except MlserveError as e: refused = refused_by(e.with_traceback(None))
         await _told(context, refused)
@@ -76,19 +88,20 @@ def _unary(calls:Calls, answer:Callable[[bytes, Any], Awaitable[bytes]], seconds
 def _handlers(calls:Calls)->dict[str, Any]: # by the whole name of a call
     "Every call there is"
     import grpc
-    seconds = calls.settings.body_seconds
+    question = partial(_message, seconds=min(_soon, calls.settings.body_seconds))
     def at_once(name:str)->Any:
         async def answer(body:bytes, context:Any)->bytes: return answer_at_once(calls, name, body)
-        return _unary(calls, answer, min(_soon, seconds))
-    async def infer(body:bytes, context:Any)->bytes: return await answer_infer_call(calls, body, context)
+        return _unary(question, answer)
+    def infer(body:bytes, context:Any)->Awaitable[bytes]: return answer_infer_call(calls, body, context)
     async def check(body:bytes, context:Any)->bytes: return answer_check(calls, body)
     async def watch(messages:Any, context:Any)->None:
         try:
-            async for status in answer_watch(calls, await _message(context, calls, _soon)): await context.write(status)
+            peer = context.peer().rpartition(':')[0] # without its port
+            async for status in answer_watch(calls, await question(context), peer): await context.write(status)
         except MlserveError as e: await _told(context, refused_by(e))
     handlers = {f'/{SERVICE}/{name}': at_once(name) for name in ANSWERS}
-    handlers[INFER.pattern] = _unary(calls, infer, seconds)
-    return handlers | {f'/{HEALTH}/Check': _unary(calls, check, _soon),
+    handlers[INFER.pattern] = _unary(partial(_request, calls), infer)
+    return handlers | {f'/{HEALTH}/Check': _unary(question, check),
         f'/{HEALTH}/Watch': grpc.stream_stream_rpc_method_handler(watch)}
 
 # %% ../../../nbs/serving/grpc/02_port.ipynb #1bc6fbe8

@@ -19,6 +19,7 @@ VERSIONS = {
     "store": ("digits", FINDING, dict(delivery="store", store="s3://models"), dict(cache="packages", credentials="store"), ()),
     "registry": ("digits", FINDING, dict(delivery="registry"), dict(replicas=12, cpus=0.5, port=80, host="0.0.0.0", namespace="vision"), ()),
     "volume": ("digits", FINDING, dict(delivery="volume", device="cuda"), dict(volume="weights-of-march"), ("ecs", "sagemaker")),
+    "grpc": ("digits", FINDING, dict(requirements=["grpcio"]), dict(grpc_port=8081, replicas=2), ("ecs", "sagemaker")),
     "slow": ("a.b_c", SLOW, dict(delivery="store", store="gs://models"), dict(memory="24g", cpus=4), ()),
 }
 PLACES = {"s3://models": "s3://models/" + "c" * 64, "gs://models": "gs://models/" + "c" * 64}

@@ -167,6 +167,24 @@ def test_haproxy_reads_its_configuration_without_a_warning(version, engine, tmp_
     assert retries == ["conn-failure"]
 
 
+def test_a_port_for_grpc_leads_to_the_port_of_the_container():
+    "From what clients ask, by the proxy or the service, to what the server opens"
+    for engine in D:
+        [file] = read("grpc", engine)
+        model, proxy = file["services"]["model"], file["services"]["proxy"]
+        [asked] = [p for p in proxy["ports"] if str(p["published"]) == "8081"]
+        config = proxy["environment"]["HAPROXY_CONFIG"]
+        assert f"bind :{asked['target']} proto h2" in config and f"server-template s 8 {'model' if engine == 'compose' else 'tasks.model'}:{env_of(model)['MLSERVE_GRPC_PORT']} proto h2" in config
+    documents = read("grpc", "kubernetes")
+    [port] = [p for p in one(documents, "Service")["spec"]["ports"] if p["port"] == 8081]
+    opened = {p["name"]: p["containerPort"] for p in container_of(documents)["ports"]}
+    assert str(opened[port["targetPort"]]) == env_of(container_of(documents))["MLSERVE_GRPC_PORT"] and port["appProtocol"] == "kubernetes.io/h2c"
+    assert opened[port["targetPort"]] in [p["port"] for p in one(documents, "NetworkPolicy")["spec"]["ingress"][0]["ports"]]
+    assert [p["name"] for p in container_of(read("grpc", "kserve"))["ports"]] == ["http", "h2c"]
+    for version, engine in CASES:
+        assert version == "grpc" or "9000" not in to_text(planned(version, engine)), "nothing of it where nobody asked"
+
+
 # ---- rules that no schema has: each with a file that breaks it, which the schemas let through
 
 LABEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")

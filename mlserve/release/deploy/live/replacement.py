@@ -18,7 +18,7 @@ from .history import Place, entry_for, write_entry, write_outcome, write_place
 from .proxy import reopen, set_routes, slots_for, slots_of, wait_idle, wait_up, weights_for
 from .rollout import SHARED, STEPS, Rollout, Scene, advance, sort_out
 from .target import (
-    alone, port_of, refuse_elsewhere, refuse_other, refuse_share, refuse_taken, with_port)
+    refuse_calls, alone, port_of, refuse_elsewhere, refuse_other, refuse_share, refuse_taken, with_port)
 from ..recorded import planned
 if TYPE_CHECKING: from docker.models.containers import Container
 
@@ -222,6 +222,7 @@ def deploy_to_docker(
 )->dict[str, Any]: # target, url, version, image, package, steps
     "Deploy a recorded version to a Docker Engine"
     plan = planned(kind, model, version, os.environ.get('MLSERVE_PROXY_IMAGE', ''), target)
+    refuse_calls(plan)
     with alone(plan.target) as guard:
         engine = find_engine(kind, guard)
         plan = with_port(plan, port or port_of(engine, plan.target))

@@ -8,7 +8,8 @@ __all__ = ['compose_file']
 # %% ../../../../nbs/release/deploy/render/03_compose.ipynb #9041042b
 from typing import Any
 from ..deployment import Deployment
-from .service import limits_of, model_service, proxy_limits, proxy_service, volumes_of
+from .service import (
+    limits_of, model_service, proxy_limits, proxy_service, published_ports, volumes_of)
 
 # %% ../../../../nbs/release/deploy/render/03_compose.ipynb #e580db17
 _TMP = '/tmp:rw,noexec,nosuid,nodev,size=64m,mode=1777'
@@ -33,8 +34,9 @@ def compose_file(
     model = model_service(deployment) | _sealed(limits) | {'ports': [{'target': 8080, 'host_ip': '127.0.0.1'}],
         'deploy': {'replicas': options.replicas, 'resources': {'limits': limits} | _gpus(deployment)}}
     if deployment.device == 'cuda': model['shm_size'] = '1g'
-    published = {'target': 8080, 'published': str(options.port), 'host_ip': options.host}
-    front = proxy_service(deployment, 'model') | _sealed(proxy_limits()) | {'ports': [published],
+    published = [{'target': target, 'published': str(port), 'host_ip': options.host}
+        for target,port in published_ports(deployment)]
+    front = proxy_service(deployment, 'model') | _sealed(proxy_limits()) | {'ports': published,
         'deploy': {'resources': {'limits': proxy_limits()}}}
     file = {'name': deployment.target, 'services': {'model': model, 'proxy': front}}
     if volumes := volumes_of(deployment): file['volumes'] = volumes

@@ -6,17 +6,23 @@
 __all__ = ['haproxy_config']
 
 # %% ../../../../nbs/release/deploy/render/01_haproxy.ipynb #23bf1bce
-from ..deployment import Deployment
+from ..deployment import GRPC, Deployment
 
 # %% ../../../../nbs/release/deploy/render/01_haproxy.ipynb #03d3ca8b
-def _backend(deployment, name):
+def _backend(deployment, name, backend='model', server='{}:8080'):
     "Where requests go"
     places = max(8, 2 * deployment.options.replicas)
     lost = ' tcp-ut 5s' if deployment.engine == 'swarm' else ''
-    return ['backend model', '  balance roundrobin', '  option httpchk',
+    return [f'backend {backend}', '  balance roundrobin', '  option httpchk',
         '  http-check send meth GET uri /v2/health/ready ver HTTP/1.1 hdr Host proxy',
         f'  default-server check inter 1s fall 2 rise 1{lost} resolvers docker resolve-prefer ipv4 init-addr none',
-        f'  server-template s {places} {name}:8080']
+        f'  server-template s {places} {server.format(name)}']
+def _calls(deployment, name):
+    "A way of its own for gRPC; who is ready is asked by HTTP, as for the other"
+    if not deployment.options.grpc_port: return []
+    spoken = f'{{}}:{GRPC} proto h2 check-proto h1 port 8080'
+    front = ['frontend calls', f'  bind :{GRPC} proto h2', '  default_backend calls']
+    return [front, _backend(deployment, name, 'calls', spoken)]
 
 # %% ../../../../nbs/release/deploy/render/01_haproxy.ipynb #e4f3c765
 def haproxy_config(
@@ -34,5 +40,6 @@ def haproxy_config(
             '  retries 2', '  retry-on conn-failure', '  option redispatch 1', *lost],
         ['resolvers docker', '  nameserver dns 127.0.0.11:53', '  timeout resolve 1s', '  timeout retry 1s',
             '  hold valid 1s', f'  hold obsolete {times.stop}s'],
-        ['frontend clients', '  bind :8080', '  default_backend model'], _backend(deployment, name)]
+        ['frontend clients', '  bind :8080', '  default_backend model'], _backend(deployment, name),
+        *_calls(deployment, name)]
     return '\n\n'.join('\n'.join(part) for part in parts) + '\n'

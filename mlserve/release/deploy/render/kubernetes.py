@@ -10,7 +10,8 @@ __all__ = ['METRIC', 'scales', 'workload', 'service', 'network_policy', 'budget'
 from collections.abc import Iterator
 from typing import Any
 from ..deployment import Deployment
-from .pod import metadata, object_name, pod, selector, served_labels, spread
+from .pod import (
+    container_ports, metadata, object_name, pod, selector, served_labels, spread)
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #e7b236c0
 def scales(
@@ -40,16 +41,20 @@ def service(
     deployment:Deployment, # planned
 )->dict[str, Any]: # `Service` of v1
     "One name for all pods"
-    port = {'name': 'http', 'port': deployment.options.port, 'targetPort': 'http', 'protocol': 'TCP'}
+    options = deployment.options
+    ports = [{'name': 'http', 'port': options.port, 'targetPort': 'http', 'protocol': 'TCP'}]
+    if options.grpc_port: ports.append({'name': 'grpc', 'port': options.grpc_port, 'targetPort': 'grpc',
+        'protocol': 'TCP', 'appProtocol': 'kubernetes.io/h2c'})
     return {'apiVersion': 'v1', 'kind': 'Service', 'metadata': metadata(deployment),
-        'spec': {'type': 'ClusterIP', 'selector': served_labels(deployment), 'ports': [port]}}
+        'spec': {'type': 'ClusterIP', 'selector': served_labels(deployment), 'ports': ports}}
 def network_policy(
     deployment:Deployment, # planned
 )->dict[str, Any]: # `NetworkPolicy` of networking.k8s.io/v1
     "Who may talk to the pods, and to whom they may talk"
+    ports = [{'port': port['containerPort'], 'protocol': 'TCP'} for port in container_ports(deployment)]
     return {'apiVersion': 'networking.k8s.io/v1', 'kind': 'NetworkPolicy', 'metadata': metadata(deployment),
         'spec': {'podSelector': {'matchLabels': served_labels(deployment)}, 'policyTypes': ['Ingress','Egress'],
-            'ingress': [{'ports': [{'port': 8080, 'protocol': 'TCP'}]}], 'egress': [{}] if deployment.remote else []}}
+            'ingress': [{'ports': ports}], 'egress': [{}] if deployment.remote else []}}
 
 # %% ../../../../nbs/release/deploy/render/06_kubernetes.ipynb #b37b83cd
 def budget(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['USER', 'hardened', 'limits_of', 'given_by_shell', 'mounts_of', 'volumes_of', 'model_service', 'proxy_service',
-           'proxy_limits']
+           'published_ports', 'proxy_limits']
 
 # %% ../../../../nbs/release/deploy/render/02_service.ipynb #b39de0a0
 from collections.abc import Mapping
 from typing import Any
-from ..deployment import Deployment, environment_of, deployment_labels
+from ..deployment import GRPC, Deployment, environment_of, deployment_labels
 from .haproxy import haproxy_config
 
 # %% ../../../../nbs/release/deploy/render/02_service.ipynb #245b8261
@@ -85,6 +85,12 @@ def proxy_service(
         'environment': {'HAPROXY_CONFIG': haproxy_config(deployment, name)}, 'healthcheck': started,
         'stop_signal': 'SIGUSR1',
         'labels': {'io.mlserve.target': deployment.target}}
+def published_ports(
+    deployment:Deployment, # planned
+)->list[tuple[int, int]]: # port of the proxy, port that clients ask
+    "The ports that a proxy owns"
+    options = deployment.options
+    return [(8080, options.port), *([(GRPC, options.grpc_port)] if options.grpc_port else [])]
 def proxy_limits()->Mapping[str, Any]: # of its container
     "What the proxy may use"
     return {'cpus': '1', 'memory': str(256 * 2**20), 'pids': 64}

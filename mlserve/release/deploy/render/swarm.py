@@ -8,7 +8,8 @@ __all__ = ['stack_file']
 # %% ../../../../nbs/release/deploy/render/04_swarm.ipynb #229aa725
 from typing import Any
 from ..deployment import Deployment, deployment_labels
-from .service import limits_of, model_service, proxy_limits, proxy_service, volumes_of
+from .service import (
+    limits_of, model_service, proxy_limits, proxy_service, published_ports, volumes_of)
 
 # %% ../../../../nbs/release/deploy/render/04_swarm.ipynb #55960932
 def _replaced(deployment):
@@ -40,8 +41,9 @@ def stack_file(
     resources = {'limits': limits_of(deployment)} | _reserved(deployment)
     model = _written(model_service(deployment)) | {'deploy': _placed({}, replicas=deployment.options.replicas,
         labels=deployment_labels(deployment), **_replaced(deployment)) | {'resources': resources}}
-    published = {'target': 8080, 'published': deployment.options.port, 'protocol': 'tcp', 'mode': 'host'}
-    front = _written(proxy_service(deployment, 'tasks.model')) | {'ports': [published],
+    published = [{'target': target, 'published': port, 'protocol': 'tcp', 'mode': 'host'}
+        for target,port in published_ports(deployment)]
+    front = _written(proxy_service(deployment, 'tasks.model')) | {'ports': published,
         'deploy': _placed(proxy_limits(), replicas=1, labels={'io.mlserve.target': deployment.target})}
     file = {'version': '3.9', 'services': {'model': model, 'proxy': front},
         'networks': {'inside': {'driver': 'overlay'}}}
