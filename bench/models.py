@@ -5,7 +5,8 @@
 The largest difference is from the model that was trained, in its own library, over 320 rows that it has never seen, one in ten of which has a gap
 in a column. A kind fails where a difference is above 1e-6 (1e-5 of a regression, whose numbers reach 10), or a label differs that is no tie. CatBoost
 and statsmodels bring what the project does not need and lie in `state/tools`, where `make models` puts them. The kinds *in Python* are classes of
-`bench/python_models.py` on the libraries' own files, served with `format="python"`.
+`bench/python_models.py` on the libraries' own files, served with `format="python"`. *Voice activity with state* is silero-vad's own file: two
+streams in turn, 60 chunks each, whose state the client carries, beside the original alone.
 """
 import argparse
 import io
@@ -38,7 +39,7 @@ from mlserve.serving.server import serve_local
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests/package"), str(ROOT / "tests")]
-TOOLS = [str(ROOT / "state/tools" / name) for name in ("catboost", "statsmodels")]
+TOOLS = [str(ROOT / "state/tools" / name) for name in ("catboost", "statsmodels", "silero")]
 sys.path += TOOLS
 os.environ["PYTHONPATH"] = os.pathsep.join(TOOLS)  # for the processes of `serve_local`
 import python_models  # noqa: E402
@@ -153,6 +154,51 @@ def measure_python(folder, name, cls, file, kind, columns, expected, labels):
                  handler=python_models.__file__, files=[folder / file])
 
 
+def streams():
+    "Voice activity: name, model, what it is called with for some rows, and what the original answers"
+    import torch
+    from onnxruntime import InferenceSession
+    folder = ROOT / "state/tools/silero/silero_vad/data"
+    session, script = InferenceSession(str(folder / "silero_vad.onnx")), torch.jit.load(str(folder / "silero_vad.jit"))._model
+
+    def by_script(input, state, sr=None):
+        with torch.inference_mode():
+            return [t.numpy() for t in script(torch.from_numpy(input), torch.from_numpy(state))]
+    yield "voice activity with state, ONNX", str(folder / "silero_vad.onnx"), {"sr": 16000}, lambda **given: session.run(None, given | {"sr": np.array(16000)})
+    yield "voice activity with state, TorchScript", script, {}, by_script
+
+
+def measure_stream(name, model, scalars, alone):
+    "One row of the table: two clients in turn, each with the state of its own stream"
+    time_axis = np.arange(62 * 512) / 16000
+    waves = [(0.3 * np.sin(2 * np.pi * pitch * time_axis * (1 + time_axis)) * np.sin(9 * time_axis)).astype("f4") for pitch in (180, 320)]
+    axes = {"state": 1, "stateN": 1} | dict.fromkeys(scalars)
+    example = {"input": np.stack([waves[0][i * 512:i * 512 + 576] for i in range(4)]), "state": np.zeros((2, 4, 128), "f4")} | scalars
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        package = save_package(model, Path(folder) / "p", name="voice", inputs=example, outputs=["output", "stateN"], batch_axis=axes)
+        saved = time.perf_counter() - start
+        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+        with serve_local(package.path) as url, Client(url) as client:
+            wires = {"JSON": client.predict, "V2": lambda given: client.infer(given, binary=False), "V2 binary": lambda given: client.infer(given, binary=True)}
+            found = {wire: streamed(ask, waves, scalars, alone) for wire, ask in wires.items()}
+    assert all(worst < 1e-6 for worst in found.values()), (name, found)
+    told = {wire: f"{worst:.1g}" for wire, worst in found.items()}
+    return [name, f"{len(example)} tensors", f"{saved:.1f}", f"{size / 1000:.0f}", told["JSON"], "–", told["V2"], told["V2 binary"]]
+
+
+def streamed(ask, waves, scalars, alone):
+    "The largest difference of answers and states over 60 chunks of each stream"
+    worst, own, theirs = 0.0, [np.zeros((1, 2, 128), "f4") for _ in waves], [np.zeros((2, 1, 128), "f4") for _ in waves]
+    for chunk in range(60):
+        for i, wave in enumerate(waves):
+            samples = wave[None, chunk * 512:chunk * 512 + 576]
+            told = ask({"input": samples, "state": own[i]} | scalars)
+            own[i], (speech, theirs[i]) = told["stateN"], alone(input=samples, state=theirs[i])
+            worst = max(worst, float(np.abs(told["output"] - speech).max()), float(np.abs(own[i] - np.moveaxis(theirs[i], 1, 0)).max()))
+    return worst
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
@@ -161,6 +207,7 @@ def main():
     out, folder = given.out, Path(tempfile.mkdtemp())
     table, code = [], 0
     every = [(measure, *kind) for kind in kinds()] + [(lambda *row: measure_python(folder, *row), *kind) for kind in in_python(folder)]
+    every += [(measure_stream, *kind) for kind in streams()]
     for measured, name, *rest in every:
         if given.only not in name:
             continue
@@ -171,7 +218,7 @@ def main():
             code, table = 1, [*table, [name, f"**failed**: {type(e).__name__}: {e}", *[""] * 6]]
     head = ["kind", "columns", "saved and proved in s", "package kB", "JSON", "CSV", "V2", "V2 binary"]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---", "---", *["--:"] * 6], *table)]
-    versions = ", ".join(f"{p} {version(p)}" for p in ("scikit-learn", "xgboost-cpu", "lightgbm", "catboost", "statsmodels", "skl2onnx", "onnxmltools", "onnxruntime", "pandas"))
+    versions = ", ".join(f"{p} {version(p)}" for p in ("scikit-learn", "xgboost-cpu", "lightgbm", "catboost", "statsmodels", "silero-vad", "skl2onnx", "onnxmltools", "onnxruntime", "pandas"))
     text = "\n".join([f"# Kinds of models, {time.strftime('%Y-%m-%d')}", "", f"`make models` on Python {platform.python_version()}: {versions}.", "",
                       " ".join(__doc__.split("\n\n")[2].split()), "", *lines, ""])
     print(text)

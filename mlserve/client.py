@@ -170,17 +170,22 @@ def speaks_binary(
     return self._binary
 
 # %% ../nbs/04_client.ipynb #4d4a121d
+def _rows(inputs:Mapping[str, Any])->dict[str, np.ndarray]:
+    "Arrays of a request; a single value stands for each row"
+    arrays = {name: text_bytes(np.asarray(value)) for name,value in inputs.items()}
+    rows = next((len(a) for a in arrays.values() if a.ndim), 1)
+    return {name: a if a.ndim else np.repeat(a, rows) for name,a in arrays.items()}
 _json,_header = {'Content-Type': 'application/json'},'Inference-Header-Content-Length'
 @patch
 def infer(
     self:Client,
-    inputs:Mapping[str, np.ndarray], # name to array, batch first; texts may be `str`
+    inputs:Mapping[str, Any], # name to array, batch first, texts may be `str`; a single number is one for all rows
     outputs:Sequence[str]=(), # names of the outputs wanted; none means all
     timeout:float|None=None, # seconds until the server may give up
     binary:bool|None=None, # tensors as bytes; as the server can, if not given
 )->dict[str, np.ndarray]: # name to array
     "Predictions by V2"
-    inputs = {name: text_bytes(np.asarray(array)) for name,array in inputs.items()}
+    inputs = _rows(inputs)
     if binary is None: binary = self.speaks_binary()
     body,headers = b'',_json
     if binary:
@@ -198,8 +203,7 @@ def predict(
 )->dict[str, np.ndarray]: # name to array
     "Predictions by the plain format, whose types are in the metadata"
     specs = [TensorSpec.from_dict(d) for d in self.metadata()['outputs']]
-    given = {name: text_bytes(np.asarray(array)) for name,array in inputs.items()}
-    response = self.ask('POST', '/predict', content=encode_predict_request(given), headers=_json)
+    response = self.ask('POST', '/predict', content=encode_predict_request(_rows(inputs)), headers=_json)
     return decode_predict_response(response.content, specs)
 
 # %% ../nbs/04_client.ipynb #7ce65861

@@ -86,6 +86,7 @@ class TensorSpec:
     free: Mapping[int, Size]|None = field(default=None, hash=False) # dimensions behind the batch that vary, by place
     classes: tuple[Any, ...]|None = field(default=None, hash=False, repr=False) # of places in the last dimension
     step: tuple[float, int]|None = field(default=None, hash=False, repr=False) # scale, and the integer for 0
+    shared: bool = field(default=False, hash=False, repr=False) # a request has one value, the same in each row
 
     def __post_init__(self):
         dtype_of(self.datatype)
@@ -103,6 +104,7 @@ class TensorSpec:
         if self.free: known['free'] = {str(axis): asdict(size) for axis,size in self.free.items()}
         if self.classes: known['classes'] = list(self.classes)
         if self.step: known['step'] = list(self.step)
+        if self.shared: known['shared'] = True
         return known if self.optional is None else known | {'optional': self.optional}
     def __repr__(self)->str:
         shown = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.repr}
@@ -111,8 +113,9 @@ class TensorSpec:
     def __str__(self)->str:
         free = self.free or {}
         sizes = [str(free.get(axis, 'n' if n < 0 else n)) for axis,n in enumerate(self.shape)]
-        step = f' of {self.step[0]:g} × (value − {self.step[1]})' if self.step else ''
-        return f"{self.name} {self.datatype} [{', '.join(sizes)}]{step}"
+        more = f' of {self.step[0]:g} × (value − {self.step[1]})' if self.step else ''
+        if self.shared: more += ', one value a request'
+        return f"{self.name} {self.datatype} [{', '.join(sizes)}]{more}"
     @classmethod
     def from_dict(cls,
         d:Mapping[str, Any], # as `to_dict` makes it
@@ -120,7 +123,7 @@ class TensorSpec:
         "A contract from JSON"
         free = {int(axis): Size(**size) for axis,size in d['free'].items()} if 'free' in d else None
         return cls(d['name'], d['datatype'], tuple(d['shape']), d.get('optional'), free, d.get('classes'),
-            d.get('step'))
+            d.get('step'), d.get('shared', False))
 
 # %% ../nbs/02_tensors.ipynb #69103592
 def spec_of(

@@ -1121,6 +1121,12 @@ def padding_is_believed(put):
     put("package.export.size_proofs.prove_padding", never)
 
 
+@plant
+def a_rate_is_no_part_of_the_key(put):
+    "Requests share a call whatever a request has one value of"
+    put("serving.process.loading.call_key", lambda inputs=(), padding=None: now("serving.batching.execution.shape_key"))
+
+
 # ---- local modules
 
 
@@ -1306,7 +1312,7 @@ def what_was_changed_in_the_run_is_built(put):
 
 @plant
 def any_framework_is_taken(put):
-    put("package.warn_of_stack", never)
+    put("package.export.given.warn_of_stack", never)
 
 
 @plant

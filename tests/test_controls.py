@@ -37,6 +37,7 @@ import test_python
 import test_reference
 import test_server
 import test_sizes
+import test_streaming
 import test_uploads
 import torch
 
@@ -56,6 +57,9 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
     ("A1", test_sizes.test_A1_a_length_that_a_trace_took_from_the_example_is_refused, {}, "only_the_examples_size_is_proved", "DID NOT RAISE"),
     ("A2", test_sizes.test_A2_padding_that_changes_an_answer_is_refused, {}, "padding_is_believed", "DID NOT RAISE"),
+    ("A2", test_streaming.test_A2_requests_of_another_rate_never_share_a_call, {}, "a_rate_is_no_part_of_the_key", "answered at another rate"),
+    ("A2", test_streaming.test_A2_a_state_whose_batch_nobody_declared_is_refused, {}, "python_is_taken_at_its_word", "DID NOT RAISE"),
+    ("A2", test_streaming.test_A2_a_state_that_is_mixed_between_rows_is_refused, {}, "python_is_taken_at_its_word", "DID NOT RAISE"),
     ("A4", T.test_A4_a_server_that_was_told_nothing_claims_nothing, {}, "an_untold_version_is_1", r"\[\"versions\"\] == \[\]"),
     ("A5", test_local_code.test_A5_code_that_was_edited_after_its_import_is_not_what_the_notebook_tried, {}, "the_first_module_of_a_name_is_everybodys", "DID NOT RAISE"),
     ("A5", test_local_code.test_A5_two_packages_of_one_process_have_each_their_own_code, {}, "the_first_module_of_a_name_is_everybodys", r"they answered"),

@@ -14,27 +14,27 @@ from .code.python_program import PythonProgram, built, python_program
 from .convert import prove_table, table_tolerance
 from .convert.original import TableModel
 from .export.confined import ConfinedProgram
-from .environment import environment, warn_of_stack
+from .environment import environment
 from ..errors import IntegrityError, LocalResource, MlserveError, UsageError
 from .folder import check_replaceable, copy_files, install_folder
-from .programs import FileProgram, check_format, read_program
+from .programs import FileProgram, read_program
 from .programs.onnx_program import Engines
 from .programs.torch_program import Program, TorchProgram
 from .export import Live, freeze, live_program, unused
-from .export.given import Given, as_given, read_example
+from .export.given import Given, as_given, check_together, read_example
 from .export.classes import prove_classes, with_classes
 from .export.recorded import read_golden, write_golden
 from .export.size_proofs import check_padding, prove_recorded
 from .export.sizes import answered_pairs, output_specs, with_sizes
 from .export.example import check_order, first_answer
-from .programs.half import check_dtype, half_tolerance
+from .programs.half import half_tolerance
 from .holdout import beside, check_beside, discard, live_answers
 from .holdout import move_beside, reference_of, write_holdout
 from .export.invariance import halve, prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
-from .mlmodel import PROVIDERS, check_outputs, check_providers, check_tolerance, check_types
-from .mlmodel import check_ways, check_width, default_tolerance, example_files, check_model_name, mlmodel
-from .mlmodel import check_dynamic, description, parse_mlmodel
+from .mlmodel import PROVIDERS, check_outputs, check_tolerance, check_types
+from .mlmodel import check_width, default_tolerance, example_files, check_model_name, mlmodel
+from .mlmodel import description, parse_mlmodel
 from .trial.card import package_card, package_text
 from ..patch import patch
 from ..tensors import Arrays, TensorSpec
@@ -62,6 +62,7 @@ class Package:
     dtype: str|None=None # 'float16' or 'bfloat16', where the program computes in half precision
     providers: tuple[str,...]=PROVIDERS[0] # of onnxruntime on a GPU; or ('tensorrt', 'cuda')
     padding: dict[str,float]|None=None # values by which rows of unequal sizes share a batch
+    batch_axis: dict[str,int|None]|None=None # where the model has it, if not first; the program moves it
     def __repr__(self)->str: return package_text(self)
     def _repr_html_(self)->str: return package_card(self)
     def serve(self, port:int|None=None)->'LocalServer': # ready, on a free port by default
@@ -167,7 +168,8 @@ def _proven(temp:Path, ours:dict[str,Any], given:Given, origin:Live, live:Live, 
     def fresh()->list[Program]: return [unused(origin)] if foreign else [unused(origin), load_program(saved)]
     batch,nonfinite = ours.get('batch', True),bool(ours.get('nonfinite'))
     if isinstance(live, TableModel): prove_table(live, program, ours['tolerance'])
-    else: prove_program(live, program, given.arrays, given.names, own, ours['tolerance'], batch, nonfinite, fresh)
+    else: prove_program(live, program, given.arrays, given.names, own, ours['tolerance'], batch, nonfinite, fresh,
+        shared=[spec.name for spec in specs[0] if spec.shared])
     return program,saved
 
 # %% ../../nbs/package/09_package.ipynb #2541a059
@@ -176,7 +178,7 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     from mlserve.package.code.local_modules import copy_code
     from mlserve.package.handler import write_handler
     batch,nonfinite = ours.get('batch', True),ours.get('nonfinite')
-    origin = live_program(given.model, temp/ours['file'], ours['format'])
+    origin = live_program(given.model, temp/ours['file'], ours['format'], given.moves)
     live = unused(origin) if isinstance(origin, (TorchProgram, PythonProgram)) else origin
     check_order(live, list(given.arrays))
     copy_files(given.files, temp)
@@ -251,6 +253,7 @@ def save_package(
     dynamic:dict[str,dict[int,Any]]|None=None, # names of sizes that vary; by default those that differ in two examples
     padding:dict[str,float]|None=None, # values of inputs that vary, where rows of unequal sizes share a batch
     classes:Any=None, # what each column of an answer stands for; by output, where several fit; by default `classes_`
+    batch_axis:dict[str,int|None]|None=None, # where a tensor has its batch, if not first; None: one value a request
     holdout:tuple|None=None, # inputs and labels that training did not see; their answers are kept beside the folder
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
@@ -258,16 +261,15 @@ def save_package(
         code=code, arguments=arguments)
     check_outputs(outputs)
     if tolerance: check_tolerance(tolerance)
-    check_ways(batch, nonfinite)
     path = Path(path).absolute()
     check_model_name(name)
     format,model,handler = as_given(format, model, inputs, handler)
-    for ask in (check_format, warn_of_stack): ask(format)
-    check_dtype(dtype, model, format)
-    check_providers(providers, format, batch)
-    check_dynamic(dynamic, padding, batch, providers, inputs)
+    check_together(format, model, batch=batch, nonfinite=nonfinite, dtype=dtype, providers=providers, dynamic=dynamic,
+        padding=padding, inputs=inputs, outputs=outputs, batch_axis=batch_axis)
     for check in (check_replaceable, check_beside): check(path)
     ours = description(model, format, handler, code, arguments, name=name, batch=batch, dtype=dtype or None,
-        nonfinite=nonfinite or None, providers=tuple(providers), tolerance=tolerance or {})
-    given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding, code=code, classes=classes)
+        nonfinite=nonfinite or None, providers=tuple(providers), tolerance=tolerance or {},
+        batch_axis=batch_axis)
+    given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding, code=code, classes=classes,
+        axes=batch_axis or {})
     return _save(path, ours, read_example(given, optional))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_tensors', 'load_tensors', 'check_described', 'batch_sizes', 'tile', 'at_sizes', 'Padding', 'laid_together',
-           'calls', 'gathered']
+           'calls', 'gathered', 'shared_values']
 
 # %% ../../nbs/package/00_arrays.ipynb #6a3dd26f
 import json, math
@@ -14,7 +14,7 @@ from typing import Any, Hashable, Iterator, Mapping, Sequence
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from ..errors import IntegrityError, LocalResource, UsageError
+from ..errors import IntegrityError, InvalidInput, LocalResource, UsageError
 from ..tensors import Arrays, TensorSpec, sizes_of, spec_of
 
 # %% ../../nbs/package/00_arrays.ipynb #1b6cd326
@@ -186,3 +186,15 @@ def gathered(
             whole[index] = answer[name]
         made[name] = whole
     return made
+
+# %% ../../nbs/package/00_arrays.ipynb #7722926f
+def shared_values(
+    arrays:Mapping[str, np.ndarray], # by name, rows first
+    specs:Sequence[TensorSpec], # the contracts
+)->list[Any]: # of each input of which a request has one value; equal where they are
+    "Values that are the same in all rows of a request"
+    shared = [(s.name, arrays[s.name]) for s in specs if s.shared]
+    for name,array in shared:
+        if (array != array[:1]).any(): raise InvalidInput(f"Input '{name}' has several values in one request; "
+            'the model takes one, the same in each row.', mend='Ask in one request for each value.')
+    return [tuple(a[:1].flat) if a.dtype == object else a[:1].tobytes() for _,a in shared]

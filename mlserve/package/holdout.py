@@ -11,7 +11,7 @@ import os, shutil, sys
 from pathlib import Path
 from typing import Any, Mapping, Protocol, Sequence
 import numpy as np
-from .arrays import calls, gathered, laid_together, load_tensors, save_tensors
+from .arrays import calls, gathered, laid_together, load_tensors, save_tensors, shared_values
 from ..errors import CheckFailed, IntegrityError, InvalidInput, MlserveError, Refused, UsageError
 from .evaluation import as_labels
 from .convert.columns import to_arrays
@@ -47,6 +47,7 @@ def held_rows(
         raise UsageError(f'The held-back data has {rows} rows, and labels of shape {list(labels.shape)}; '
             'each row has one.')
     inputs,sizes = laid_together(batches, specs) if len(batches) > 1 else (batches[0], {})
+    shared_values(inputs, specs)
     return {s.name: inputs[s.name] for s in specs},labels,sizes
 
 # %% ../../nbs/package/04_holdout.ipynb #6b7daa47

@@ -110,10 +110,14 @@ def _are_specs(value:Any)->bool:
     if not isinstance(value, list) or not value: return False
     names = {TensorSpec.from_dict(spec).name for spec in value}
     keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'},{'name', 'datatype', 'shape', 'free'}
-    return len(names) == len(value) and all(set(spec) - {'classes', 'step'} in keys for spec in value)
+    extra = {'classes', 'step', 'shared'}
+    return len(names) == len(value) and all(set(s) - extra in keys and s.get('shared', True) is True for s in value)
 def _are_numbers(value:Any)->bool:
     "Whether something is numbers by name"
     return isinstance(value, dict) and all(type(number) in (int, float, bool) for number in value.values())
+def _are_places(value:Any)->bool:
+    "Whether something says where tensors have their batch"
+    return isinstance(value, dict) and all(axis is None or type(axis) is int and axis >= 0 for axis in value.values())
 def _is_module(value:Any)->bool:
     "Whether something says which class takes the weights"
     if value is None: return True
@@ -132,7 +136,7 @@ _required:dict[str,Callable[[Any], bool]] = {'name': is_name, 'file': lambda v: 
 _optional:dict[str,Callable[[Any], bool]] = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module,
     'batch': lambda v: type(v) is bool, 'nonfinite': lambda v: v in (None, 'strings'),
     'dtype': lambda v: v in (None, 'float16', 'bfloat16'), 'providers': lambda v: v in map(list, PROVIDERS),
-    'padding': _are_numbers}
+    'padding': _are_numbers, 'batch_axis': _are_places}
 def _holds(check:Callable[[Any], bool], value:Any)->bool:
     "Whether a value passes its check, or even survives it"
     try: return check(value)

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 import numpy as np
 from ..arrays import at_sizes
+from ..axes.declared import Moves
+from ..axes.moved_graph import move_graph
+from ..axes.moved_module import moved_module, save_moved
 from ..programs.audit import audit
 from ..programs.external_data import external_files
 from .confined import ConfinedProgram
@@ -233,6 +236,7 @@ def file_program(
     source:str, # a model file
     file:str, # where it goes
     format:str, # a key of `FORMATS`
+    *moves:Any, # the fields of `Moves`, where something is moved
 )->tuple: # the program, and what is asked about its module
     "Copy a model file into the package, unless it is refused, and load it"
     origin,copied = Path(source),Path(file)
@@ -241,8 +245,13 @@ def file_program(
     for name in external_files(origin) if format == 'onnx' else ():
         (copied.parent/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin.parent/name, copied.parent/name)
-    if format == 'onnx': mend_file(copied)
+    if format == 'onnx':
+        move_graph(copied, Moves(*moves))
+        mend_file(copied)
     program = read_program(copied, format)
+    if moves and format == 'torchscript':
+        save_moved(getattr(program, 'module'), copied, Moves(*moves))
+        program = read_program(copied, format)
     module = getattr(program, 'module', None)
     return program,{'takes': parameter_names(module), 'weights': weight_types(module), 'tables': table_sizes(module)}
 
@@ -258,18 +267,20 @@ def live_program(
     model:Any, # a torch module, a table model that was converted, or the path of a model file
     file:str|Path, # where the model's file goes
     format:str, # a key of `FORMATS`
-)->Live: # answers as the model does
+    moves:Moves=Moves(), # where the model has the batch of each tensor
+)->Live: # answers as the model does, rows first
     "The program that the frozen one must agree with; a model that is a file is copied"
     file = Path(file)
     if isinstance(model, (str, Path)):
         _check_source(Path(model), format)
-        arguments = [str(Path(model).absolute()), str(file.absolute()), format]
+        arguments = [str(Path(model).absolute()), str(file.absolute()), format, *(moves if moves.axes else ())]
         return ConfinedProgram(model, 'mlserve.package.export:file_program', arguments)
     if isinstance(model, PythonProgram): return model
     if isinstance(model, TableModel):
         model.write(file)
         return model
     import torch
+    if isinstance(model, torch.nn.Module): model = moved_module(model, moves)
     if isinstance(model, torch.jit.ScriptModule) and format == 'torchscript':
         torch.jit.save(model, str(file))
         program = read_program(file, format)

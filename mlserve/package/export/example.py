@@ -10,6 +10,7 @@ __all__ = ['example_arrays', 'parameter_names', 'check_order', 'weight_types', '
 import inspect
 from typing import Any, Mapping, Sequence
 import numpy as np
+from ..axes.declared import axis_mend
 from ...wire.json_body import word_of
 from .confined import ConfinedProgram
 from ...errors import CheckFailed, MlserveError, UsageError
@@ -27,7 +28,8 @@ def _array(name:str, value)->np.ndarray:
         if 'bfloat16' in str(kind): mend = f'Give float32, and cast in forward: {name}.to(torch.bfloat16).'
         raise UsageError(f"Example '{name}' ({kind}) cannot become an array.", mend) from e
     if not array.ndim:
-        raise UsageError(f"Example '{name}' is a single value; the first dimension of an input must be the batch.")
+        raise UsageError(f"Example '{name}' is a single value; the first dimension of an input must be the batch.",
+            mend=f"If a request has one value of it, say batch_axis={{'{name}': None}}.")
     return np.ascontiguousarray(text_bytes(array))
 def example_arrays(
     inputs:Mapping[str,Any], # example tensors, arrays or nested lists by name
@@ -127,7 +129,8 @@ def example_specs(
         if array.shape[:1] == (rows,): continue
         gave = f'{len(array)} rows' if array.ndim else 'a single value'
         raise UsageError(f"The model gave {gave} of '{name}' for a batch of {rows}; "
-            'the first dimension of an output must be the batch.')
+            'the first dimension of an output must be the batch.',
+            mend=axis_mend({name: array.shape.index(rows)} if rows in array.shape else {}))
     specs = tuple(spec_of(name, array) for name,array in arrays.items())
     check_tensors(arrays, specs)
     return specs

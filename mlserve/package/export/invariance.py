@@ -60,6 +60,7 @@ def _unlike(example:np.ndarray, ends:Iterable[int])->Arrays:
 def companions(
     arrays:Arrays, # an example batch by name
     ends:Iterable[int]=(), # sizes of the vocabularies that the model has
+    shared:Iterable[str]=(), # inputs of which a request has one value
 )->list[tuple[str,Arrays]]: # what each is, and one row by name
     "Rows unlike the first row of an example"
     unlike = {name: _unlike(array, ends) for name,array in arrays.items()}
@@ -69,7 +70,8 @@ def companions(
     for what in kinds:
         changed = {name: unlike[name][what] for name in arrays if what in unlike[name]}
         each = [{name: other} for name,other in changed.items()] if len(arrays) > 1 else []
-        pairs += [(what, row | new) for new in (changed, *each)]
+        rest = {name: other for name,other in changed.items() if name not in shared}
+        pairs += [(what, row | new) for new in (rest, *each)]
     return [(what, other) for what,other in pairs if any((other[name] != row[name]).any() for name in row)]
 
 # %% ../../../nbs/package/export/04_invariance.ipynb #316ec403
@@ -245,6 +247,7 @@ def prove_program(
     nonfinite:bool=False, # an answer may hold what is no number
     fresh:Callable[[], Iterable[Program]]=lambda: (), # makes programs, live and saved, that were asked nothing yet
     held:Callable[[str], object]=lambda proof: None, # told each proof that held
+    shared:Iterable[str]=(), # inputs of which a request has one value, so no batch has two
 )->None: # or CheckFailed
     "Hold a saved program against the live one, and its rows against each other"
     def near(want:Arrays, answered:Arrays)->Comparison: return compare(want, answered, **tolerance, nan=nonfinite)
@@ -258,7 +261,7 @@ def prove_program(
     if not again.passed: raise CheckFailed(f'Asked again, the model answers otherwise: by {again.max_abs:.3g} '
         f'at {again.where}. Nothing was saved.', mend='Take what is random, or remembered, out of the model.')
     held('asked again')
-    pairs = companions(arrays, _vocabularies(live))
+    pairs = companions(arrays, _vocabularies(live), shared)
     rows = 1 if batch else len(next(iter(arrays.values())))
     asked = _asked(live, pairs, rows, names, nonfinite)
     own = _prove_unlike(live, saved, asked, names, near)
@@ -268,7 +271,8 @@ def prove_program(
     for program in dict.fromkeys((live, saved)): _prove_forgetful(program, [], arrays, names, expected, near)
     held('after other requests')
     answered = {id(given) for _,given,_ in own}
-    mates = [m for m in pairs if batch and (id(m[1]) in answered or _taken(saved, m[1], names, nonfinite))]
+    fits = [m for m in pairs if all((m[1][name] == arrays[name][:1]).all() for name in shared)]
+    mates = [m for m in fits if batch and (id(m[1]) in answered or _taken(saved, m[1], names, nonfinite))]
     if batch: _prove_rows(saved, arrays, names, expected, near, mates)
     _prove_still(before, _state(saved))
     if batch: held('beside other rows')
@@ -283,8 +287,9 @@ def halve(
 )->tuple[TorchProgram,Arrays]: # the program in half precision, and its answers
     "A program in half precision, whose answers are near those in single"
     batch,nonfinite,single = ours.get('batch', True),bool(ours.get('nonfinite')),unused(origin)
+    shared = [name for name,axis in ours.get('batch_axis', {}).items() if axis is None]
     tolerance = default_tolerance(example_specs(expected))
-    prove_program(single, single, arrays, names, expected, tolerance, batch, nonfinite)
+    prove_program(single, single, arrays, names, expected, tolerance, batch, nonfinite, shared=shared)
     half = halved(origin, ours['dtype'], names)
     own = unused(half).run(arrays, names)
     check_half(expected, own, ours['dtype'], ours['tolerance'], nonfinite)

@@ -14,6 +14,8 @@ import numpy as np
 from ..code.python_program import PythonProgram
 from ..convert.columns import as_frame, table_columns
 from ..convert.original import TableModel, ordered
+from ..arrays import shared_values
+from ..axes.declared import BatchAxis, Moves
 from ..export import live_program
 from ..export.example import check_order
 from ..holdout import Contract, answers, given_arrays
@@ -30,6 +32,8 @@ class Terms(Contract, Protocol):
     def batch(self)->bool: ...
     @property
     def nonfinite(self)->str|None: ...
+    @property
+    def batch_axis(self)->BatchAxis|None: ...
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #605f24a2
 def row_arrays(
@@ -39,6 +43,7 @@ def row_arrays(
     "Rows as the package takes them, or a sentence that says why not"
     arrays = given_arrays(inputs, terms.inputs)
     check_tensors(arrays, terms.inputs)
+    shared_values(arrays, terms.inputs)
     return {spec.name: arrays[spec.name] for spec in terms.inputs}
 def model_answers(
     model:Any, # a torch module, a fitted table model, or the path of a model file
@@ -54,7 +59,9 @@ def model_answers(
             table = TableModel(model, table_columns(ordered(model, as_frame(inputs))), names)
             table.types = {spec.name: dtype_of(spec.datatype) for spec in terms.outputs}
             live = table
-        else: live = live_program(model, Path(folder)/'model', terms.format)
+        else:
+            moves = Moves(terms.batch_axis, [s.name for s in terms.inputs], names) if terms.batch_axis else Moves()
+            live = live_program(model, Path(folder)/'model', terms.format, moves)
         arrays = row_arrays(inputs, terms)
         check_order(live, list(arrays))
         rows = 32 if terms.batch else count_rows(arrays)

@@ -83,11 +83,13 @@ class _Terms(NamedTuple):
     format: str
     batch: bool
     nonfinite: str|None
+    batch_axis: dict[str,int|None]|None
 def _terms(path:str|Path)->_Terms:
     "What the package in a folder takes and gives"
     ours = parse_mlmodel(read_small(Path(path)/'MLmodel'))
     inputs,outputs = (tuple(map(TensorSpec.from_dict, ours[key])) for key in ('inputs', 'outputs'))
-    return _Terms(inputs, outputs, ours['tolerance'], ours['format'], ours.get('batch', True), ours.get('nonfinite'))
+    return _Terms(inputs, outputs, ours['tolerance'], ours['format'], ours.get('batch', True), ours.get('nonfinite'),
+        ours.get('batch_axis'))
 
 # %% ../../../nbs/package/trial/04_local_server.ipynb #26937af3
 @patch

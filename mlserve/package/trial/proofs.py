@@ -90,7 +90,7 @@ def _trials(package:Proven, load:Callable[[],Program], recorded:Sequence[tuple[A
         begin[0] = now
     inputs,expected = recorded[0]
     try: prove_program(load(), load(), inputs, list(expected), expected, package.tolerance, package.batch,
-        bool(package.nonfinite), lambda: [load(), load()], held)
+        bool(package.nonfinite), lambda: [load(), load()], held, [s.name for s in package.inputs if s.shared])
     except MlserveError as e:
         found = str(e).replace(' Nothing was saved.', '')
         proofs.append(Proof('asked otherwise', False, found, time.perf_counter() - begin[0]))

@@ -16,7 +16,7 @@ from ...patch import patch
 from ...errors import DeadlinePassed, MlserveError, Unavailable
 from ...package.arrays import Padding
 from ...tensors import Arrays
-from .execution import DeviceLost, Predict, Runner, run_jobs, shape_key
+from .execution import DeviceLost, Predict, Runner, call_key, run_jobs
 from .threads import start_thread
 from .queue import Callback, LongTicket, RequestQueue, Ticket, take, waiting_since
 from .report import Report, Stats, execute
@@ -46,7 +46,7 @@ class Batcher:
         self.max_batch,self.queue,self.threads,self.serial,self.inline = max_batch,queue,threads,serial,inline
         self.prepare,self.on_batch,self.on_fault = prepare or (lambda: None),on_batch,on_fault or (lambda fault: None)
         self.limit,self.draining,self.closed,self.lend = max_batch if joined else math.inf,False,False,lend
-        self.padding,self.key = padding,padding.key if padding else shape_key
+        self.padding,self.key = padding,call_key((), padding)
         most,delay = (max_batch, max_delay_ms / 1000) if joined else (1, 0.)
         self.far,self.near = RequestQueue(most, delay),RequestQueue(most, 0)
         self.near_rows,self.busy = max_batch if inline else -1,dict[int|str, float]()

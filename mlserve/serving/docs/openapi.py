@@ -57,6 +57,7 @@ def _bounds(spec, axis):
     return {'minItems': n, 'maxItems': n} if n > 0 else {}
 def _of_classes(spec):
     "What the places of a tensor's last dimension stand for, in words"
+    if spec.shared: return {'description': 'One value a request: the same in each row'}
     if not spec.classes: return {}
     names = [json.dumps(c, ensure_ascii=False) for c in spec.classes[:100]]
     more = f', and {len(spec.classes) - 100} more in the metadata of V2' if spec.classes[100:] else ''

@@ -155,7 +155,8 @@ def _decoded(self:Inference, call:Call, body:bytes)->InferRequest:
 @patch
 def _key(self:Inference, arrays:Arrays)->Hashable:
     "What two requests must share to run together"
-    if self.fixed is None: self.fixed = all(n > 0 for spec in self.loaded.package.inputs for n in spec.shape[1:])
+    takes = self.loaded.package.inputs
+    if self.fixed is None: self.fixed = all(min(s.shape[1:], default=1) > 0 and not s.shared for s in takes)
     return None if self.fixed else self.loaded.batcher.key(arrays)
 @patch
 def _submit(self:Inference, call:Call, request:InferRequest)->None:

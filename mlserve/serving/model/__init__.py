@@ -14,6 +14,7 @@ import numpy as np
 from ...patch import patch
 from ...errors import GpuRefused, InvalidInput, MlserveError, ModelFailed
 from ...package import Package, golden, load_package, load_program
+from ...package.arrays import shared_values
 from ...package.programs.onnx_program import Engines
 from .device import Device, torch_name
 from .failures import in_short, reason_of
@@ -84,6 +85,7 @@ def predict(self:Model,
 )->dict[str, np.ndarray]: # outputs by name, each [rows, …]
     "One forward pass, in the calling thread"
     rows = check_tensors(arrays, self.package.inputs)
+    shared_values(arrays, self.package.inputs)
     outputs = _forward(self, arrays)
     for s in self.package.outputs: _check_output(s, outputs[s.name], rows)
     return outputs

@@ -16,6 +16,7 @@ from ...package.arrays import Padding, tile
 from ...package.environment import skew
 from ...settings import Settings
 from ...tensors import dtype_of
+from ..batching.execution import call_key
 from ..batching.scheduler import Batcher
 from ..batching.tuning import plan
 from ..observability.logging import log, trace
@@ -68,10 +69,12 @@ def _batcher(life:Lifecycle, model:'Model', report:WarmupReport, settings:Settin
     padding = Padding(package.inputs, package.outputs, package.padding) if package.padding else None
     log('capacity', max_batch=chosen.max_batch, inline=inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in package.outputs}
-    return Batcher(model.forward, chosen.max_batch, settings.max_delay_ms, settings.queue, threads, serial=not cpu,
+    batcher = Batcher(model.forward, chosen.max_batch, settings.max_delay_ms, settings.queue, threads, serial=not cpu,
         inline=inline, expected=expected, prepare=prepare, free_memory=free_memory,
         computes=partial(computes, life.probe), joined=package.batch, padding=padding,
         lend=package.format == 'onnx')
+    batcher.key = call_key(package.inputs, padding)
+    return batcher
 
 # %% ../../../nbs/serving/process/06_loading.ipynb #87d4ad0c
 def load(
