@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import orjson
 from ..errors import InvalidInput, TooLarge
+from .binary import claimed_shape
 from .json_body import read_object
-from ..tensors import DATATYPES, WIDTHS, TensorSpec, check_shape, claimed_shape, dtype_of, finite, objects
+from ..tensors import DATATYPES, WIDTHS, TensorSpec, check_shape, dtype_of, finite, objects
 
 # %% ../../nbs/wire/02_lists.ipynb #7af717a9
 def _check_size(n, spec, limit):
@@ -283,8 +284,7 @@ def read_lists(
     word,rest,at = secrets.token_hex(8),list[Any](),0
     lists = {f'{word}.{start}': LongList(body, start, stop) for start,stop in spans}
     for name,found in lists.items():
-        rest += [memoryview(body)[at:found.start], f'"{name}"'.encode()]
-        at = found.stop
+        rest,at = [*rest, memoryview(body)[at:found.start], f'"{name}"'.encode()],found.stop
     try:
         o = read_object(b''.join([*rest, memoryview(body)[at:]]), allowed)
         if _put_back(o, lists) == len(lists): return o

@@ -13,7 +13,7 @@ from ..tensors import TensorSpec
 
 # %% ../../nbs/wire/08_metadata.ipynb #113307a5
 def _tensor(s:TensorSpec)->dict[str, Any]:
-    "A tensor in V2's words; parameters say what may be missing, what varies, what is shared, what values and columns are"
+    "A tensor in V2's words; parameters say what may miss, varies or is shared, and what values and columns are"
     told:dict[str, Any] = {} if s.optional is None else {'optional': s.optional}
     if s.free: told['sizes'] = ', '.join(map(str, s.free.values()))
     if s.step: told |= {'scale': s.step[0], 'zero_point': s.step[1]}

@@ -10,12 +10,12 @@ __all__ = ['MOST_ENTRIES', 'decode_infer', 'encode_infer', 'encode_infer_binary'
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 import numpy as np
-from .binary import Pieces, from_base64, from_bytes, from_raw, split, to_bytes, whole
+from .binary import Pieces, claimed_shape, from_base64, from_bytes, from_raw, split, to_bytes, whole
 from .json_body import (check_keys, dump, has_gaps, jsonable, lift_words, may_hold_booleans, put_words,
     read_object, with_nulls)
 from ..errors import InvalidInput, MlserveError, ModelFailed
 from .predict import InferRequest, chosen_outputs
-from ..tensors import TensorSpec, check_names, claimed_shape, count_rows, datatype_of, objects
+from ..tensors import TensorSpec, check_names, count_rows, datatype_of, objects
 from .lists import from_flat, read_lists, suits
 
 # %% ../../nbs/wire/05_v2.ipynb #ce5a7ca9

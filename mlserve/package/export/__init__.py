@@ -103,8 +103,7 @@ def _onnx(module:'torch.nn.Module', file:Path, arrays:dict[str,np.ndarray], name
     for graph in program.model.graphs():
         for part in (*graph, *graph.inputs, *graph.outputs, *graph.initializers.values()): part.metadata_props.clear()
         graph.metadata_props.clear()
-    size = sum(tensor.nbytes for tensor in module.state_dict().values())
-    program.save(str(file), external_data=size > 2**30)
+    program.save(str(file), external_data=sum(t.nbytes for t in module.state_dict().values()) > 2**30)
 
 # %% ../../../nbs/package/export/03_export.ipynb #64aca8fd
 def _script(module:'torch.nn.Module', file:Path, arrays:dict[str,np.ndarray], names:list[str],
