@@ -54,11 +54,11 @@ def _nodes(value:'onnx.ValueInfoProto', inner:str, order:list[int]|None, gives:b
 def move_graph(
     file:Path, # an ONNX file, written again
     moves:Moves, # where it has the batch of each tensor
-)->None:
+)->Path: # the same file
     "Let a graph take and give its rows first"
     import numpy as np, onnx
     from onnx import numpy_helper
-    if not moves.axes: return
+    if not moves.axes: return file
     model = onnx.load(str(file), load_external_data=False)
     graph = model.graph
     front:list[onnx.NodeProto] = []
@@ -76,3 +76,4 @@ def move_graph(
     del graph.node[:]
     graph.node.extend([*front, *own, *back])
     onnx.save(model, str(file))
+    return file

@@ -244,9 +244,7 @@ def file_program(
     for name in external_files(origin) if format == 'onnx' else ():
         (copied.parent/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(origin.parent/name, copied.parent/name)
-    if format == 'onnx':
-        move_graph(copied, Moves(*moves))
-        mend_file(copied)
+    if format == 'onnx': mend_file(move_graph(copied, Moves(*moves)))
     program = read_program(copied, format)
     if moves and format == 'torchscript':
         save_moved(getattr(program, 'module'), copied, Moves(*moves))
