@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, Mapping
 import numpy as np
 from . import unused
 from .confined import ConfinedProgram
-from .example import example_specs, first_answer, table_sizes
+from .example import check_batch, example_specs, first_answer, table_sizes
 from ...errors import CheckFailed, Refused
 from ..mlmodel import default_tolerance
 from ..programs.half import check_half, halved
@@ -169,7 +169,9 @@ def _asked(live:Program, pairs:list, rows:int, names:list[str], nonfinite:bool)-
     "What companions are, the batches of them that a live program answers, and its answers"
     batches = [(what, _repeated(row, rows)) for what,row in pairs if _inside(row)]
     answers = [(what, given, _answer(live, given, names, nonfinite)) for what,given in batches]
-    return [(what, given, answer) for what,given,answer in answers if answer is not None]
+    asked = [(what, given, answer) for what,given,answer in answers if answer is not None]
+    for what,_,answer in asked: check_batch(answer, rows, what)
+    return asked
 
 # %% ../../../nbs/package/export/04_invariance.ipynb #a094eafd
 def _rounding(live:Program, given:Arrays, names:list[str], wanted:Arrays, near:Near)->float:
