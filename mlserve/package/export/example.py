@@ -122,8 +122,8 @@ def check_batch(
         by = _counting(outputs, rows, len(array)) if array.ndim else ''
         ragged = f" '{by}' adds up to {len(array)}: it counts what belongs to each row." if by else ''
         raise UsageError(f"The model gave {gave} of '{name}' for a batch of {rows}{what and f' ({what})'}; "
-            f'the first dimension of an output must be the batch.{ragged}', mend=axis_mend(there) or (_filled if array.ndim else ''))
-
+            f'the first dimension of an output must be the batch.{ragged}',
+            mend=_filled if by else axis_mend(there) or (_filled if array.ndim else ''))
 
 # %% ../../../nbs/package/export/02_example.ipynb #4692fee6
 def first_answer(

@@ -130,6 +130,7 @@ def _prove_rows(saved:Program, arrays:Arrays, names:list[str], expected:Arrays, 
         except Exception as e:
             raise CheckFailed(f'The model answers each of {len(places)} rows alone, and raises {type(e).__name__} '
                 'on them together. Nothing was saved.', mend=_ways) from e
+        check_batch(answered, len(places), what)
         wanted = {name: array[[places[i] for i in ours]] for name,array in expected.items()}
         result = near(wanted, {name: array[ours] for name,array in answered.items()})
         output = result.where.partition('[')[0]
