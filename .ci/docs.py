@@ -23,7 +23,7 @@ from traitlets.config import Config
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 SOURCE = f"{get_config().git_url}/blob/{get_config().branch}"
-FIRST = ["first_release", "my_own_model", "which_model", "text_of_any_length", "any_python_model", "calling_the_model", "which_delivery", "on_a_gpu", "release_from_your_ci", "deploy_and_roll_back", "behind_a_corporate_proxy"]
+FIRST = ["first_release", "my_own_model", "which_model", "text_of_any_length", "detectors", "any_python_model", "calling_the_model", "which_delivery", "on_a_gpu", "release_from_your_ci", "deploy_and_roll_back", "behind_a_corporate_proxy"]
 THEN = ["when_something_is_wrong", "looking_into_an_image", "building_images", "deployment_files"]  # tutorials for whoever has released once
 WINGS = {"wire": "Wire", "package": "Package", "serving": "Serving", "release": "Release", "notebook": "Notebook", "mends": "Mends", "scaffolds": "Scaffolds", "pipelines": "Pipelines"}
 LINK = re.compile(r"\]\((?:nbs/)?((?:[\w.-]+/)*)(?:\d\d_)?([\w-]+)\.ipynb")  # the README is read from the root; a page has no number

@@ -7,6 +7,7 @@ in a column. A kind fails where a difference is above 1e-6 (1e-5 of a regression
 and statsmodels bring what the project does not need and lie in `state/tools`, where `make models` puts them. The kinds *in Python* are classes of
 `bench/python_models.py` on the libraries' own files, served with `format="python"`. *Voice activity with state* is silero-vad's own file: two
 streams in turn, 60 chunks each, whose state the client carries, beside the original alone.
+The detector of the tutorial is asked about 320 pictures with none to three squares, and its counts must be equal.
 """
 import argparse
 import io
@@ -199,6 +200,30 @@ def streamed(ask, waves, scalars, alone):
     return worst
 
 
+def measure_detector(name, format):
+    "One row of the table: boxes of 320 pictures with none to three squares, filled up to four places"
+    from test_detectors import EXAMPLE, OUTPUTS, Detector, Filled, expected, pictures
+    places = np.random.default_rng(1).integers(2, 14, (320, 3, 2)).tolist()
+    images = pictures(*(some[:i % 4] for i, some in enumerate(places)))["image"]
+    want = expected(images)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        package = save_package(Filled(Detector().eval(), 4), Path(folder) / "p", "detector", EXAMPLE, OUTPUTS, format)
+        saved = time.perf_counter() - start
+        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+        with serve_local(package.path) as url, Client(url) as client:
+            ways = client.predict, lambda given: client.infer(given, binary=False), lambda given: client.infer(given, binary=True)
+            parts = [[way({"image": some}) for some in np.split(images, 20)] for way in ways]
+    worst = []
+    for told in parts:
+        whole = {n: np.concatenate([part[n] for part in told]) for n in OUTPUTS}
+        assert (whole["counts"] == want["counts"]).all(), (name, np.flatnonzero(whole["counts"] != want["counts"]))
+        worst.append(max(float(np.abs(whole[n] - want[n]).max()) for n in OUTPUTS))
+    assert max(worst) < 1e-6, (name, worst)
+    shown = [f"{one:.1g}" for one in worst]
+    return [name, f"1 ({want['counts'].sum()} boxes)", f"{saved:.1f}", f"{size / 1000:.0f}", shown[0], "–", *shown[1:]]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
@@ -208,6 +233,7 @@ def main():
     table, code = [], 0
     every = [(measure, *kind) for kind in kinds()] + [(lambda *row: measure_python(folder, *row), *kind) for kind in in_python(folder)]
     every += [(measure_stream, *kind) for kind in streams()]
+    every += [(measure_detector, f"detector with NMS, {format}", format) for format in ("torchscript", "export", "onnx")]
     for measured, name, *rest in every:
         if given.only not in name:
             continue

@@ -1117,6 +1117,12 @@ def only_the_examples_size_is_proved(put):
 
 
 @plant
+def rows_are_counted_in_the_example_alone(put):
+    for page in ("example", "invariance"):
+        put(f"package.export.{page}.check_batch", lambda outputs, rows, what="": None)
+
+
+@plant
 def padding_is_believed(put):
     put("package.export.size_proofs.prove_padding", never)
 

@@ -20,6 +20,7 @@ import test_classes
 import test_scheduler
 import test_conformance
 import test_decoding
+import test_detectors
 import test_endurance
 import test_evaluation
 import test_gpu
@@ -56,6 +57,8 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", R.test_A1_a_value_of_the_first_call_is_never_frozen, {"lazy": R.LazyNumber, "format": "torchscript"}, "no_program_is_fresh", "DID NOT RAISE"),
     ("A1", R.test_A1_the_answers_of_another_model_are_never_taken, {}, "held_back_answers_are_anybodys", "DID NOT RAISE"),
     ("A1", test_sizes.test_A1_a_length_that_a_trace_took_from_the_example_is_refused, {}, "only_the_examples_size_is_proved", "DID NOT RAISE"),
+    ("A2", test_detectors.test_A2_boxes_that_are_as_many_as_pictures_are_no_rows, {"each": ([(4, 4)], [(11, 8)])}, "rows_are_counted_in_the_example_alone", "nothing to compare|DID NOT RAISE"),
+    ("A2", test_detectors.test_A2_every_batch_that_is_tried_is_counted, {}, "rows_are_counted_in_the_example_alone", "DID NOT RAISE"),
     ("A2", test_sizes.test_A2_padding_that_changes_an_answer_is_refused, {}, "padding_is_believed", "DID NOT RAISE"),
     ("A2", test_streaming.test_A2_requests_of_another_rate_never_share_a_call, {}, "a_rate_is_no_part_of_the_key", "answered at another rate"),
     ("A2", test_streaming.test_A2_a_state_whose_batch_nobody_declared_is_refused, {}, "python_is_taken_at_its_word", "DID NOT RAISE"),

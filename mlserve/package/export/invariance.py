@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, Mapping
 import numpy as np
 from . import unused
 from .confined import ConfinedProgram
-from .example import example_specs, first_answer, table_sizes
+from .example import check_batch, example_specs, first_answer, table_sizes
 from ...errors import CheckFailed, Refused
 from ..mlmodel import default_tolerance
 from ..programs.half import check_half, halved
@@ -130,6 +130,7 @@ def _prove_rows(saved:Program, arrays:Arrays, names:list[str], expected:Arrays, 
         except Exception as e:
             raise CheckFailed(f'The model answers each of {len(places)} rows alone, and raises {type(e).__name__} '
                 'on them together. Nothing was saved.', mend=_ways) from e
+        check_batch(answered, len(places), what)
         wanted = {name: array[[places[i] for i in ours]] for name,array in expected.items()}
         result = near(wanted, {name: array[ours] for name,array in answered.items()})
         output = result.where.partition('[')[0]
@@ -169,7 +170,9 @@ def _asked(live:Program, pairs:list, rows:int, names:list[str], nonfinite:bool)-
     "What companions are, the batches of them that a live program answers, and its answers"
     batches = [(what, _repeated(row, rows)) for what,row in pairs if _inside(row)]
     answers = [(what, given, _answer(live, given, names, nonfinite)) for what,given in batches]
-    return [(what, given, answer) for what,given,answer in answers if answer is not None]
+    asked = [(what, given, answer) for what,given,answer in answers if answer is not None]
+    for what,_,answer in asked: check_batch(answer, rows, what)
+    return asked
 
 # %% ../../../nbs/package/export/04_invariance.ipynb #a094eafd
 def _rounding(live:Program, given:Arrays, names:list[str], wanted:Arrays, near:Near)->float:
