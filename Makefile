@@ -124,10 +124,15 @@ bench-images: setup engine-start ## our images beside MLflow's and the tutorials
 RUNTIMES := 1.29.0 1.30.0 1.32.0
 VERSIONS ?=
 
+# what `mlserve[keras]` brings beside what the project has
+KERAS := tensorflow-cpu==2.21.0 keras==3.15.1 tf2onnx==1.17.0 absl-py==2.5.1 gast==0.7.0 google-pasta==0.2.0 h5py==3.14.0 namex==0.1.0 \
+	opt-einsum==3.4.0 optree==0.20.0 termcolor==3.3.0
+
 models: setup ## every kind of table model, saved, served and asked over each wire, as a table
 	@[ -d state/tools/catboost/catboost ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/catboost catboost==1.2.10 graphviz==0.21 2> >(grep -v '^WARNING: Location' >&2)
 	@[ -d state/tools/statsmodels/statsmodels ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/statsmodels statsmodels==0.15.0 formulaic==1.2.1 interface_meta==1.3.0 patsy==1.0.1 wrapt==2.5.2 2> >(grep -v '^WARNING: Location' >&2)
 	@[ -d state/tools/silero/silero_vad ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/silero silero-vad==6.2.3 2> >(grep -v '^WARNING: Location' >&2)
+	@[ -d state/tools/keras/tensorflow ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/keras $(KERAS) 2> >(grep -v '^WARNING: Location' >&2)
 	@$(BIN)/python -W ignore bench/models.py $(BENCH)
 	@for v in $(RUNTIMES); do [ -d state/tools/onnxruntime-$$v/onnxruntime ] || $(BIN)/pip install -q --disable-pip-version-check --no-deps --target state/tools/onnxruntime-$$v onnxruntime==$$v 2> >(grep -v '^WARNING: Location' >&2); done
 	@$(BIN)/python -W ignore bench/versions.py $(VERSIONS)

@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "uploads", "torch", "onnx", "tflite", "s3", "gs", "az", "hf", "registry", "tables", "otel", "grpc", "release", "dev")}
+wings = {name: cfg[f"{name}_requirements"].split() for name in ("serving", "uploads", "torch", "onnx", "tflite", "s3", "gs", "az", "hf", "registry", "tables", "keras", "otel", "grpc", "release", "dev")}
 
 setup(
     name=cfg["lib_name"],
@@ -37,6 +37,7 @@ setup(
         "hf": wings["hf"],
         "registry": wings["registry"],
         "tables": wings["tables"],
+        "keras": wings["keras"],
         "otel": wings["otel"],
         "grpc": wings["grpc"],
         "release": wings["release"],

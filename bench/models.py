@@ -42,6 +42,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests/package"), str(ROOT / "tests")]
 TOOLS = [str(ROOT / "state/tools" / name) for name in ("catboost", "statsmodels", "silero")]
 sys.path += TOOLS
+KERAS = str(ROOT / "state/tools/keras")  # not for those processes
+os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "KERAS_BACKEND": "tensorflow"}
 os.environ["PYTHONPATH"] = os.pathsep.join(TOOLS)  # for the processes of `serve_local`
 import python_models  # noqa: E402
 from test_tables import BOTH, HELD, MODELS, NUMBERS, TRAIN, categories, pipeline  # noqa: E402
@@ -104,6 +106,79 @@ def answers(url, frame, outputs):
         for name, binary in (("V2", False), ("V2 binary", True)):
             given = client.infer(to_arrays(frame, client_specs(client)), binary=binary)
             yield name, {n: np.array([v.decode() if isinstance(v, bytes) else v for v in given[n]]) for n in outputs}
+
+
+def keras_mlp():
+    "An MLP of Keras, fitted; its answers to held-back rows"
+    import keras
+    random = np.random.default_rng(0)
+    x = random.normal(size=(600, 6)).astype("float32")
+    layers = [keras.layers.Dense(16, activation="relu"), keras.layers.BatchNormalization(), keras.layers.Dropout(0.3), keras.layers.Dense(3, activation="softmax")]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(x, (x[:, 0] > 0).astype(int) + (x[:, 1] > 0), verbose=0)
+    return model, [{"x": x[:16]}], [{"x": random.normal(size=(320, 6)).astype("float32")}], True
+
+
+def keras_lstm():
+    "Embedding, LSTM and a layer of Keras, at four lengths"
+    import keras
+    random = np.random.default_rng(0)
+    model = keras.Sequential([keras.Input((None,), dtype="int32"), keras.layers.Embedding(50, 8, mask_zero=True), keras.layers.LSTM(12), keras.layers.Dense(2)])
+    examples = [{"ids": random.integers(1, 50, (8, n))} for n in (6, 9)]
+    return model, examples, [{"ids": random.integers(0, 50, (80, n)).astype("int32")} for n in (3, 6, 9, 17)], False
+
+
+def keras_two_inputs():
+    "A functional model of Keras: a picture and numbers, in another order than it declares them"
+    import keras
+    random = np.random.default_rng(0)
+    picture, numbers = keras.Input((8, 8, 3), name="picture"), keras.Input((4,), name="numbers")
+    seen = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(5, 3, activation="relu")(picture))
+    model = keras.Model([picture, numbers], keras.layers.Dense(2)(keras.layers.Concatenate()([seen, numbers])))
+    def given(n):
+        return {"numbers": random.normal(size=(n, 4)).astype("float32"), "picture": random.random((n, 8, 8, 3)).astype("float32")}
+    return model, [given(8)], [given(320)], False
+
+
+NETWORKS = {"Keras, MLP": keras_mlp, "Keras, LSTM at four lengths": keras_lstm, "Keras, picture and numbers": keras_two_inputs}
+
+
+def measure_network(name, made):
+    "One row of the table, of a network that takes tensors; its server finds nothing of TensorFlow"
+    sys.path.append(KERAS)
+    model, examples, held, table = made()
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        package = save_package(model, Path(folder) / "p", name="network", inputs=examples if examples[1:] else examples[0], outputs=["answer"])
+        saved = time.perf_counter() - start
+        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+        found = dict.fromkeys(("JSON", "CSV", "V2", "V2 binary"), 0.0)
+        with serve_local(package.path) as url:
+            for given in held:
+                expected = np.asarray(model(given if given.keys() - {"x", "ids"} else next(iter(given.values())), training=False))
+                for wire, told in network_answers(url, given, table):
+                    found[wire] = max(found[wire], float(np.abs(told - expected).max()))
+    assert max(found.values()) < 1e-6, (name, found)
+    cells = {wire: f"{worst:.1g}" for wire, worst in found.items()} | ({} if table else {"CSV": "–"})
+    return [name, f"{len(package.inputs)} tensors" if package.inputs[1:] else "1 tensor", f"{saved:.1f}", f"{size / 1000:.0f}", *cells.values()]
+
+
+def network_answers(url, given, table):
+    "By wire: what the server said"
+    only = next(iter(given.values()))
+    def asked(path, key, body, media):
+        answer = httpx.post(url + path, content=body, headers={"Content-Type": media}, trust_env=False, timeout=60)
+        answer.raise_for_status()
+        return np.array(answer.json()[key])
+    body = {name: array.tolist() for name, array in given.items()} if len(given) > 1 else only.tolist()
+    yield "JSON", asked("/predict", "outputs", json.dumps({"inputs": body}), "application/json")
+    if table:
+        text = pd.DataFrame(only).to_csv(index=False, header=False)
+        yield "CSV", asked("/invocations", "predictions", text, "text/csv")
+    with Client(url) as client:
+        for name, binary in (("V2", False), ("V2 binary", True)):
+            yield name, client.infer(given, binary=binary)["answer"]
 
 
 def client_specs(client):
@@ -234,6 +309,7 @@ def main():
     every = [(measure, *kind) for kind in kinds()] + [(lambda *row: measure_python(folder, *row), *kind) for kind in in_python(folder)]
     every += [(measure_stream, *kind) for kind in streams()]
     every += [(measure_detector, f"detector with NMS, {format}", format) for format in ("torchscript", "export", "onnx")]
+    every += [(measure_network, *kind) for kind in NETWORKS.items()]
     for measured, name, *rest in every:
         if given.only not in name:
             continue

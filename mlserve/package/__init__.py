@@ -234,7 +234,7 @@ def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
 
 # %% ../../nbs/package/09_package.ipynb #cc3d4194
 def save_package(
-    model:Any, # a live torch module, a fitted table model, a class of yours, or the path of a model file
+    model:Any, # a live torch module, a model of Keras, a fitted table model, a class of yours, or a model file's path
     path:str|Path, # the folder to make; a package there is replaced
     name:str, # of the model: lower-case letters, digits, `.`, `_` and `-`
     inputs:Any, # one example batch by name, in call order; two, where sizes vary; or the rows of a table

@@ -23,6 +23,7 @@ from .example import parameter_names, table_sizes, weight_types
 from ..code.python_program import PythonProgram
 from ..convert import is_table_model
 from ..convert.boosters import mend_file
+from ..convert.keras import TensorFlowModel
 from ..convert.original import TableModel
 from ...errors import LocalResource, Refused, UsageError
 from ..programs import FILES, FORMATS, read_program
@@ -32,7 +33,7 @@ if TYPE_CHECKING: import torch
 
 # %% ../../../nbs/package/export/03_export.ipynb #13a44731
 Specs = Sequence[TensorSpec]
-Live = TorchProgram|ConfinedProgram|TableModel|PythonProgram
+Live = TorchProgram|ConfinedProgram|TableModel|TensorFlowModel|PythonProgram
 Writer = Callable[['torch.nn.Module', Path, dict[str,np.ndarray], list[str], Specs], None]
 def _weights(module:'torch.nn.Module', file:Path, arrays:dict[str,np.ndarray], names:list[str],
     inputs:Specs=())->None:
@@ -163,7 +164,7 @@ def unused(
 )->Live: # a program that was asked nothing yet
     "A copy of a live program that shares its weights; a foreign one is loaded again"
     if isinstance(live, (ConfinedProgram, PythonProgram)): return live.again()
-    if isinstance(live, TableModel): return live
+    if isinstance(live, (TableModel, TensorFlowModel)): return live
     return TorchProgram(_uncalled(live.module))
 def _uncalled(module:'torch.nn.Module')->'torch.nn.Module':
     "A copy of a module that shares its weights"
@@ -261,7 +262,7 @@ def _computed(module:'torch.nn.Module')->dict[int,Any]:
 
 # %% ../../../nbs/package/export/03_export.ipynb #58421abc
 def live_program(
-    model:Any, # a torch module, a table model that was converted, or the path of a model file
+    model:Any, # a torch module, a model that was converted, or the path of a model file
     file:str|Path, # where the model's file goes
     format:str, # a key of `FORMATS`
     moves:Moves=Moves(), # where the model has the batch of each tensor
@@ -273,7 +274,7 @@ def live_program(
         arguments = [str(Path(model).absolute()), str(file.absolute()), format, *(moves if moves.axes else ())]
         return ConfinedProgram(model, 'mlserve.package.export:file_program', arguments)
     if isinstance(model, PythonProgram): return model
-    if isinstance(model, TableModel):
+    if isinstance(model, (TableModel, TensorFlowModel)):
         model.write(file)
         return model
     import torch

@@ -15,10 +15,12 @@ from ..code.python_program import PythonProgram
 from ..lite.lite_program import with_steps
 from ..convert import convert_table, format_of, golden_rows
 from ..convert.columns import as_frame, table_columns, to_arrays
+from ..convert.keras import as_declared, is_keras, is_tensorflow, keras_module
 from ..convert.original import TableModel
 from ..convert.rows import golden_places, take
 from ..axes.declared import BatchAxis, Moves, check_batch_axis, check_rows, first_names
 from ..axes.declared import rows_first, with_scalars
+from ..convert.tf_graph import convert_tensorflow
 from .example import example_arrays, example_specs
 from ..environment import warn_of_stack
 from ..mlmodel import check_dynamic, check_providers, check_ways
@@ -40,7 +42,7 @@ def vary(
 # %% ../../../nbs/package/export/05_given.ipynb #24f7bbdc
 class Given(NamedTuple):
     "What `save_package` was given"
-    model: Any # a torch module, a table model that was converted, a Python program, or the path of a model file
+    model: Any # a torch module, a model that was converted, a Python program, or the path of a model file
     arrays: Any # the example: arrays by name, once it was read
     names: list[str] # of the outputs
     handler: Any=None # as `write_handler` takes it
@@ -89,6 +91,14 @@ def _of_frame(given:Given, optional:Sequence[str])->Given:
 def _moved(arrays:Any, axes:BatchAxis)->Arrays:
     "An example with its rows first, as arrays"
     return rows_first(example_arrays(with_scalars(arrays, axes)), axes)
+def _of_keras(given:Given, arrays:Arrays, others:list[Arrays])->Given:
+    "Arrays for Keras or TensorFlow, in the types of the model, which is converted or a module of torch"
+    model = given.model
+    if is_tensorflow(model):
+        live,arrays,others = convert_tensorflow(model, arrays, given.names, others, given.dynamic)
+        return given._replace(model=live, arrays=arrays, others=tuple(others))
+    arrays,*others = (as_declared(model, example) for example in (arrays, *others))
+    return given._replace(model=keras_module(model, list(arrays)), arrays=arrays, others=tuple(others))
 def read_example(
     given:Given, # with an example as the notebook has it
     optional:Sequence[str]=(), # columns of a table that may miss a value
@@ -100,9 +110,13 @@ def read_example(
         check_rows(arrays, *others)
         if given.axes and given.holdout and isinstance(given.holdout[0], Mapping):
             given = given._replace(holdout=(_moved(given.holdout[0], given.axes), *given.holdout[1:]))
+        if is_tensorflow(given.model) or is_keras(given.model): return _of_keras(given, arrays, others)
         _check_texts(given.model, arrays)
         return given._replace(arrays=arrays, others=tuple(others))
     if isinstance(given.model, PythonProgram): return _of_frame(given, optional)
+    if is_tensorflow(given.model) or is_keras(given.model):
+        raise UsageError('A network takes tensors; inputs is a table.',
+            mend="Give inputs={'x': df.to_numpy('float32')}; or an array for each of its inputs, by name.")
     live = convert_table(given.model, given.arrays, given.names, optional)
     return given._replace(model=live, arrays=golden_rows(live))
 
@@ -114,7 +128,13 @@ def as_given(
     handler:Any, # as `write_handler` takes it, or nothing
 )->tuple[str,Any,Any]: # the format, the model and the handler that are meant
     "What `save_package` was given, where the notebook left it open"
-    format = format or format_of(model, inputs)
+    suffix = Path(model).suffix if isinstance(model, (str, Path)) else ''
+    if suffix in ('.keras', '.h5'): raise UsageError(f'{model} is a file of Keras.',
+        mend="Give the model: keras.saving.load_model(file), which does not run what others put in.")
+    if is_tensorflow(model) and format not in (None, 'onnx', 'python'):
+        raise UsageError(f"A model of Keras or TensorFlow is asked for as format '{format}'; it becomes 'onnx'.",
+            mend='Leave format out.')
+    format = format or ('onnx' if is_tensorflow(model) else format_of(model, inputs))
     if format != 'python': return format,model,handler
     return format,PythonProgram(model),True if handler is None else handler
 

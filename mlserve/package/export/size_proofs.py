@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from ...errors import CheckFailed, Refused, UsageError
 from ..arrays import Padding, tile
+from ..convert.keras import TensorFlowModel
+from ..convert.tf_graph import prove_mixed
 from .given import Given
 from .sizes import Pair, sizes_text
 from ..programs.torch_program import Program
@@ -100,5 +102,7 @@ def prove_recorded(
     "Prove a saved program at other sizes than the example's, and padded"
     def near(want:Arrays, answered:Arrays)->Comparison:
         return compare(want, answered, **ours['tolerance'], nan=bool(ours.get('nonfinite')))
+    if isinstance(given.model, TensorFlowModel) and ours.get('batch', True):
+        prove_mixed(given.model, saved, given.arrays, given.names, ours['tolerance'], bool(ours.get('nonfinite')))
     prove_sizes(saved, given.inputs, pairs[1:], near, ours.get('batch', True))
     if padding: prove_padding(saved, padding, pairs, near)
