@@ -103,7 +103,7 @@ def warn_of_stack(
 )->None: # or Refused
     "Refuse a framework that cannot be served, and warn of one that no test runs"
     warning = check_stack(format, installed_stack())
-    if warning: warnings.warn(warning, stacklevel=3)
+    if warning: warnings.warn(warning, stacklevel=4)
 def told_stack()->list[str]: # sentences
     "What there is to say of the frameworks that are installed here, before anybody knows which one will be used"
     told = []
