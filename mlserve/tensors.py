@@ -220,7 +220,8 @@ def count_rows(
     "The number of rows, when it is the same in all arrays"
     rows = {n: len(a) for n,a in arrays.items()}
     if len(set(rows.values())) > 1:
-        raise InvalidInput(f'Inputs differ in rows: {str(rows)[:300]}; a batch has one number of rows.')
+        one = next((f" '{s.name}' has one value a request, which stands in each row." for s in specs if s.shared), '')
+        raise InvalidInput(f'Inputs differ in rows: {str(rows)[:300]}; a batch has one number of rows.{one}')
     if specs: sizes_of(arrays, specs)
     return next(iter(rows.values()), 0)
 

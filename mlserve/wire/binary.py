@@ -45,7 +45,7 @@ def claimed_shape(
     spec:TensorSpec, # the contract
 )->tuple[int, ...]: # the same sizes
     "A stranger's shape, when it is one and the contract's"
-    if type(shape) is not list or set(map(type, shape)) != {int} or max(map(abs, shape)) >= 2**63:
+    if type(shape) is not list or not {*map(type, shape)} <= {int} or max(map(abs, shape), default=0) >= 2**63:
         raise InvalidInput(f"The shape of input '{spec.name}' is not a list of 64-bit whole numbers; "
             f'the model takes {list(spec.shape)}.')
     shape = tuple(shape)

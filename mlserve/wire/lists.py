@@ -162,10 +162,10 @@ def _brackets(text):
         found.append(part[len(last):].translate(None, b'0'))
         last = part[-1:]
     return b''.join(found)
-def _box(marks):
-    "The shape of nested lists by their brackets and commas, or None where they are no box"
+def _box(marks, most):
+    "The shape of nested lists by their brackets and commas, or None where they are no box of so many levels"
     rank = len(marks) - len(marks.lstrip(b'['))
-    if not 0 < rank <= 32: return None
+    if not 0 < rank <= most: return None
     items = marks.find(b']') - rank + 1
     unit,shape = b'[' + b',' * (items - 1) + b']',[items]
     for depth in range(2, rank + 1):
@@ -197,9 +197,8 @@ class LongList:
 # %% ../../nbs/wire/02_lists.ipynb #10a60009
 def _read_long(data, spec, limit, shape=None):
     "The array of a long list, or None where it needs a closer look"
-    box = _box(_brackets(data.text) or b'') if spec.datatype in _codes else None
-    if box is None: return None
-    if shape is None and len(box) != len(spec.shape): return None
+    box = _box(_brackets(data.text) or b'', len(spec.shape)) if spec.datatype in _codes else None
+    if box is None or shape is None and len(box) != len(spec.shape): return None
     if shape is not None and box != shape and box != (math.prod(shape),): return None
     size,at = math.prod(box),0
     _check_size(size, spec, limit)
@@ -288,5 +287,6 @@ def read_lists(
     try:
         o = read_object(b''.join([*rest, memoryview(body)[at:]]), allowed)
         if _put_back(o, lists) == len(lists): return o
+        del o # one copy at a time: it may be fifty times the text
     except InvalidInput: pass # the whole body is told what is wrong with it
     return read_object(body, allowed)

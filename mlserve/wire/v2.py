@@ -16,7 +16,7 @@ from .json_body import (check_keys, dump, has_gaps, jsonable, lift_words, may_ho
 from ..errors import InvalidInput, MlserveError, ModelFailed
 from .predict import InferRequest, chosen_outputs
 from ..tensors import TensorSpec, check_names, count_rows, datatype_of, objects
-from .lists import from_flat, read_lists, suits
+from .lists import LongList, from_flat, read_lists, suits
 
 # %% ../../nbs/wire/05_v2.ipynb #ce5a7ca9
 _top = dict.fromkeys(['inputs', 'outputs', 'id', 'parameters', 'model_name', 'model_version'])
@@ -26,6 +26,7 @@ MOST_ENTRIES = 1024 # of a list of tensors
 def _entries(o, key, allowed):
     "V2's list of named objects, each name once, as a dict"
     value,entries = o.get(key, []),{}
+    if type(value) is LongList: value = [0] # numbers, where objects should be
     if type(value) is not list: raise InvalidInput(f"{key!r} is not a list.")
     if len(value) > MOST_ENTRIES:
         raise InvalidInput(f'{key!r} has {len(value)} entries; allowed are {MOST_ENTRIES}.')

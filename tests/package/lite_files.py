@@ -26,7 +26,7 @@ def dense(inputs, output, relu):
     return step
 
 
-def lite_bytes(int8=False, free=True, custom=None, rows=1):
+def lite_bytes(int8=False, free=True, custom=None, rows=1, gives=("scores",)):
     "A file: `x` of four numbers → `scores` of three"
     rng = np.random.default_rng(0)
     weights = [rng.normal(size=shape).astype(np.float32) for shape in ((8, 4), 8, (3, 8), 3)]
@@ -39,7 +39,8 @@ def lite_bytes(int8=False, free=True, custom=None, rows=1):
     graph, model, code = schema.SubGraphT(), schema.ModelT(), schema.OperatorCodeT()
     flows = [tensor(name, (rows, n), kind, 0, free, *(STEPS[name] if int8 else ())) for name, n in (("x", 4), ("hidden", 8), ("scores", 3))]
     constants = [tensor(f"w{i}", w.shape, types[w.dtype], i + 1, False, s) for i, (w, s) in enumerate(zip(weights, scales))]
-    graph.tensors, graph.inputs, graph.outputs = flows + constants, [0], [2]
+    flows[1].name, flows[2].name = (gives + ("hidden",))[1], gives[0]
+    graph.tensors, graph.inputs, graph.outputs = flows + constants, [0], [2, 1][:len(gives)]
     graph.operators = [dense([0, 3, 4], 1, True), dense([1, 5, 6], 2, False)]
     code.builtinCode = code.deprecatedBuiltinCode = CUSTOM if custom else FULLY_CONNECTED
     code.customCode, code.version = custom, 4 if int8 else 1

@@ -126,3 +126,22 @@ def test_what_cannot_be_a_lite_package_is_said(tmp_path):
     file.write_bytes(lite_bytes())
     with pytest.raises(MlserveError, match="The file takes x; given was y"):
         save_package(file, tmp_path / "out", "lite", {"y": example("float", 4)}, ["scores"])
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["any rows", "one row"])
+def test_outputs_go_by_the_names_of_the_file(tmp_path, free):
+    file, x = tmp_path / "two.tflite", np.ones((3, 4), np.float32)
+    file.write_bytes(lite_bytes(free=free, gives=("a", "b")))
+    own = load_program(save_package(file, tmp_path / "own", "m", {"x": x})).run({"x": x}, ["a", "b"])
+    assert own["a"].shape == (3, 3) and own["b"].shape == (3, 8)
+    for names, expected in ((["b", "a"], {"a": "a", "b": "b"}), (["one", "two"], {"one": "a", "two": "b"}), (["b"], {"b": "b"})):
+        package = save_package(file, tmp_path / "named", "m", {"x": x}, names)
+        given = load_program(package).run({"x": x}, names)
+        assert list(given) == names == [s.name for s in package.outputs]
+        assert all(np.array_equal(given[name], own[expected[name]]) for name in names)
+    for names in (["a", "b", "c"], ["a", "c"], ["c"]):
+        with pytest.raises(UsageError, match="The file gives a, b"):
+            save_package(file, tmp_path / "wrong", "m", {"x": x}, names)
+    file.write_bytes(lite_bytes(free=free, gives=("same", "same")))
+    with pytest.raises(Refused, match="no names of their own"):
+        save_package(file, tmp_path / "wrong", "m", {"x": x})

@@ -1,4 +1,6 @@
 """A model that carries state: its batch is not first, a request has one sampling rate, and two clients never see each other's stream."""
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -158,3 +160,50 @@ def test_A2_requests_of_another_rate_never_share_a_call(tmp_path):
 def test_the_proofs_are_made_again_with_the_live_model(tmp_path):
     proofs = save(voice(), tmp_path / "p").check(voice())
     assert proofs.passed and "the live model, golden rows" in str(proofs)
+
+
+class Parts(NamedTuple):
+    y: torch.Tensor
+    h: torch.Tensor
+    c: torch.Tensor
+
+
+class InParts(torch.nn.Module):
+    def forward(self, x: torch.Tensor, s: torch.Tensor) -> Parts:
+        return Parts(x + s.sum(0), s * 2, s * 100)
+
+
+def test_parts_of_a_named_tuple_go_by_their_names(tmp_path):
+    x, s = np.ones((4, 3), np.float32), np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    package = save_package(torch.jit.script(InParts()), tmp_path / "p", "m", {"x": x, "s": s}, ["y", "c", "h"], batch_axis={"s": 1, "h": 1, "c": 1})
+    answers = load_program(package).run({"x": x[:1], "s": np.ones((1, 2, 3), np.float32)}, ["y", "c", "h"])
+    assert answers["c"].max() == 100 and answers["h"].max() == 2
+
+
+@pytest.mark.parametrize("inner", ["carried", "state"])
+def test_a_loop_of_a_graph_keeps_the_values_that_are_its_own(tmp_path, inner):
+    "The body of a loop may call its own value as the graph calls another"
+    import onnx
+    import onnxruntime
+    from onnx import helper as h
+    def value(name, shape, kind=onnx.TensorProto.FLOAT):
+        return h.make_tensor_value_info(name, kind, shape)
+    body = h.make_graph([h.make_node("Add", [inner, "x"], ["sum"]), h.make_node("Identity", ["on"], ["on_again"])], "body",
+                        [value("i", [], onnx.TensorProto.INT64), value("on", [], onnx.TensorProto.BOOL), value(inner, [2, "n", 3])],
+                        [value("on_again", [], onnx.TensorProto.BOOL), value("sum", [2, "n", 3])])
+    nodes = [h.make_node("Loop", ["five", "", "state"], ["next"], body=body), h.make_node("ReduceSum", ["next", "first"], ["y"], keepdims=0)]
+    constants = [onnx.numpy_helper.from_array(np.array(v), name) for name, v in (("five", 5), ("first", [0]))]
+    graph = h.make_graph(nodes, "g", [value("x", ["n", 3]), value("state", [2, "n", 3])], [value("y", ["n", 3]), value("next", [2, "n", 3])], constants)
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    x, state = np.random.default_rng(0).normal(size=(4, 3)).astype("f4"), np.random.default_rng(1).normal(size=(2, 4, 3)).astype("f4")
+    y, after = onnxruntime.InferenceSession(str(tmp_path / "m.onnx")).run(["y", "next"], {"x": x, "state": state})
+    package = save_package(tmp_path / "m.onnx", tmp_path / "p", "m", {"x": x, "state": state}, ["y", "next"], batch_axis={"state": 1, "next": 1})
+    got = load_program(package).run({"x": x, "state": state.swapaxes(0, 1).copy()}, ["y", "next"])
+    assert np.array_equal(got["y"], y) and np.array_equal(got["next"].swapaxes(0, 1), after)
+
+
+def test_a_name_for_what_goes_in_and_comes_out_is_refused_where_a_graph_cannot_have_it(tmp_path):
+    x, s = np.ones((4, 3), np.float32), np.ones((2, 4, 3), np.float32)
+    with pytest.raises(UsageError, match="an input and an output") as e:
+        save_package(InParts(), tmp_path / "p", "m", {"x": x, "s": s}, ["y", "s", "c"], batch_axis={"s": 1, "c": 1}, format="onnx")
+    assert "next_s" in str(e.value)

@@ -203,12 +203,12 @@ def test_an_onnx_file_with_maps_or_for_one_row_is_taken(tmp_path):
     assert not save_package(inputs={"X": frame[:1]}, batch=False, **given).batch
 
 
-@pytest.mark.parametrize("names", [["probabilities", "label"], ["scores", "label"], ["probabilities"]], ids=" ".join)
+@pytest.mark.parametrize("names", [["probabilities", "label"], ["scores", "label"], ["probabilities"], ["proba", "class"], ["Prob", "kind"]], ids=" ".join)
 def test_names_of_outputs_in_the_wrong_order_are_refused(names, tmp_path):
     "A label under the name of its probabilities was served"
     frame = TRAIN[0][NUMBERS]
     model = HistGradientBoostingClassifier(max_iter=2).fit(frame, TRAIN[1])
-    with pytest.raises(UsageError, match="the first answer of a HistGradientBoostingClassifier is its label, the second its probabilities. Name them"):
+    with pytest.raises(UsageError, match="the first answer of a HistGradientBoostingClassifier is its label, the second its probabilities. Give outputs="):
         save_package(model, tmp_path / "p", "t", frame, names)
     assert not list(tmp_path.iterdir())
 

@@ -42,6 +42,10 @@ def check_batch_axis(
     if format in ('safetensors', 'python'):
         raise UsageError(f"batch_axis is given with format='{format}', whose class has its own forward.",
             mend="Move the dimension there, such as state.movedim(0, 1); or give format='torchscript' or 'onnx'.")
+    both = [name for name in gives if name in takes]
+    if both and format == 'onnx':
+        raise UsageError(f"'{both[0]}' is an input and an output, which no graph of ONNX can have.",
+            mend=f"Name the output otherwise, such as 'next_{both[0]}'.")
     for name,axis in axes.items():
         if name not in (*takes, *gives):
             raise UsageError(f"batch_axis names '{name}'; inputs has {', '.join(takes)}, "

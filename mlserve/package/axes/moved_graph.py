@@ -20,12 +20,12 @@ def _rename(graph:'onnx.GraphProto', names:Mapping[str,str])->None:
         for values in (node.input, node.output):
             for i,name in enumerate(values): values[i] = names.get(name, name)
         inner = [part for a in node.attribute for part in (*([a.g] if a.HasField('g') else []), *a.graphs)]
-        for part in inner:
-            _rename(part, names)
-            for output in part.output: output.name = names.get(output.name, output.name)
-    kept = [value for value in graph.value_info if value.name not in names]
-    del graph.value_info[:]
-    graph.value_info.extend(kept)
+        for part in inner: # of a loop or a branch, which may have values of its own under these names
+            own = {value.name for value in (*part.input, *part.initializer)}.union(*(step.output for step in part.node))
+            outer = {name: new for name,new in names.items() if name not in own}
+            _rename(part, outer)
+            for output in part.output: output.name = outer.get(output.name, output.name)
+    for value in [v for v in graph.value_info if v.name in names]: graph.value_info.remove(value)
 
 # %% ../../../nbs/package/axes/02_moved_graph.ipynb #4e6bf754
 def _order(value:'onnx.ValueInfoProto', axis:int)->list[int]:

@@ -52,15 +52,18 @@ def _scripted(module:'torch.jit.ScriptModule', moves:Moves)->'torch.jit.ScriptMo
     if {str(part) for part in parts} != {'Tensor'} or len(parts) != len(axes):
         raise UsageError(f"The script gives {returns}; outputs names {', '.join(moves.gives) or 'nothing'}.",
             mend='With batch_axis, let forward give one tensor for each name of outputs.')
-    results = ['made'] if parts == [returns] else [f'made[{i}]' for i in range(len(parts))]
-    moved = ', '.join(f'{value}.movedim({axis}, 0)' if axis else value for value,axis in zip(results, axes))
-    takes = ', '.join(f'x{i}' for i in range(len(moves.takes)))
-    class Adapter(torch.nn.Module):
-        def __init__(self): super().__init__(); self.model = module
-    adapter = torch.jit.script(Adapter())
-    adapter.define(f"def forward(self, {takes}):\n    made = self.model({', '.join(_arguments(module, moves))})\n"
-        f'    return ({moved}{"," if len(parts) > 1 else ""})\n')
-    return adapter.eval()
+    by_place = ['made'] if parts == [returns] else [f'made[{i}]' for i in range(len(parts))]
+    takes,given = ', '.join(f'x{i}' for i in range(len(moves.takes))),', '.join(_arguments(module, moves))
+    def adapted(results:list[str])->torch.jit.ScriptModule:
+        class Adapter(torch.nn.Module):
+            def __init__(self): super().__init__(); self.model = module
+        moved = ', '.join(f'{value}.movedim({axis}, 0)' if axis else value for value,axis in zip(results, axes))
+        adapter = torch.jit.script(Adapter())
+        adapter.define(f'def forward(self, {takes}):\n    made = self.model({given})\n'
+            f'    return ({moved}{"," if len(parts) > 1 else ""})\n')
+        return adapter.eval()
+    try: return adapted([f'made.{name}' for name in moves.gives]) # of a named tuple
+    except (RuntimeError, SyntaxError): return adapted(by_place)
 
 # %% ../../../nbs/package/axes/01_moved_module.ipynb #f656e83f
 def moved_module(

@@ -6,6 +6,7 @@
 __all__ = ['is_table_model', 'is_own_class', 'format_of', 'convert_table', 'prove_table', 'table_tolerance', 'golden_rows']
 
 # %% ../../../nbs/package/convert/07_convert.ipynb #dfbf4df5
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,10 +53,12 @@ def _answers(model:Any, outputs:Sequence[str])->list[str]:
     most = 2 if hasattr(model, 'predict_proba') else 1
     one = 'label' if hasattr(model, 'classes_') else 'prediction'
     if not outputs: return ['label', 'probabilities'] if most == 2 else [one]
-    if one == 'label' and (outputs[0] == 'probabilities' or list(outputs[1:]) == ['label']):
+    first,rest = outputs[0],' '.join(outputs[1:])
+    swapped = re.search('prob|^scores?$', first, re.I) or re.fullmatch('labels?|class(es)?', rest, re.I)
+    if one == 'label' and swapped:
         second = ', the second its probabilities' if most == 2 else ''
         raise UsageError(f"outputs names {', '.join(outputs)}; the first answer of a {type(model).__name__} is its "
-            f'label{second}.', mend='Name them in that order.')
+            f'label{second}.', mend="Give outputs=['label', 'probabilities'], or other names in that order.")
     if len(outputs) <= most: return list(outputs)
     gives = 'a label and its probabilities' if most == 2 else 'one answer: a label or a number'
     raise UsageError(f"outputs names {', '.join(outputs)}; a {type(model).__name__} gives {gives}.",

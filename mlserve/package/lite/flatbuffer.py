@@ -112,6 +112,8 @@ def check_graph(
     tensors = graph.tables(0)
     for tensor in tensors: check_tensor(tensor, buffers)
     steps = graph.tables(3)
+    if sum(step.vector(field, 4)[1] for step in steps for field in (1, 2)) > len(graph.data):
+        raise ValueError('its steps name more tensors than the file has bytes for')
     places = [n for step in steps for field in (1, 2) for n in step.numbers(field, 'i')]
     places += [*graph.numbers(1, 'i'), *graph.numbers(2, 'i')]
     for n in places:
@@ -148,7 +150,9 @@ def _named(root:Table, graph:Table, field:int, tensors:Sequence[Table])->dict[st
     places = graph.numbers(field, 'i')
     signatures = [s for s in root.tables(7) if not s.value(4, 'I')]
     given = {t.value(1, 'I'): t.text(0) for s in signatures[:1] for t in s.tables(field - 1)}
-    return {given.get(i) or tensors[i].text(3): _tensor(tensors, i) for i in places}
+    keys = [given.get(i) or tensors[i].text(3) for i in places]
+    if '' in keys or len(set(keys)) < len(keys): raise ValueError(f'its tensors {keys} have no names of their own')
+    return {key: _tensor(tensors, i) for key,i in zip(keys, places)}
 
 # %% ../../../nbs/package/lite/00_flatbuffer.ipynb #ed017026
 def read_lite(

@@ -6,12 +6,13 @@
 __all__ = ['message_classes', 'write_message', 'read_message', 'head_size', 'split_message', 'decode_message', 'encode_message']
 
 # %% ../../../nbs/serving/grpc/00_messages.ipynb #445f0e86
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 import numpy as np
 from ...errors import InvalidInput, TooLarge
-from ...tensors import DATATYPES, Arrays, TensorSpec, datatype_of
+from ...tensors import DATATYPES, WIDTHS, Arrays, TensorSpec, datatype_of
 from ...wire.binary import to_bytes
 from ...wire.json_body import dump
 from ...wire.predict import InferRequest, chosen_outputs
@@ -131,12 +132,17 @@ _lists = {'bool': ('bool', 'BOOL'), 'int': ('i4', 'INT8 INT16 INT32'), 'int64': 
     'uint': ('u4', 'UINT8 UINT16 UINT32'), 'uint64': ('u8', 'UINT64'), 'fp32': ('f4', 'FP32'), 'fp64': ('f8', 'FP64'),
     'bytes': ('O', 'BYTES')} # list to the type of its numbers, and the datatypes that it is for
 _list_of = {datatype: f'{name}_contents' for name,(_,datatypes) in _lists.items() for datatype in datatypes.split()}
-def _contents(tensor:Any)->bytes:
+def _contents(tensor:Any, limit:int)->bytes:
     "The values of a tensor that stand in the message, as raw bytes"
     what,lists = f'Input {ascii(tensor.name[:80])} is {ascii(tensor.datatype[:40])}',tensor.contents.ListFields()
     if not lists: return b''
     (field,values),*more = lists
-    if more or field.name != _list_of.get(tensor.datatype):
+    if tensor.datatype not in _list_of:
+        raise InvalidInput(f'{what}, which has no list of contents; allowed are raw contents, and '
+            f'{", ".join(_list_of)} in lists.')
+    if len(values) * WIDTHS[tensor.datatype] > limit:
+        raise TooLarge(f'{what} with {len(values)} values; the limit is {limit} bytes.')
+    if more or field.name != _list_of[tensor.datatype]:
         raise InvalidInput(f'{what}; its contents are in the list of another type.')
     if field.name == 'bytes_contents': return b''.join(p for v in values for p in (len(v).to_bytes(4, 'little'), v))
     wide = np.fromiter(values, _lists[field.name.removesuffix('_contents')][0], len(values))
@@ -149,6 +155,9 @@ def _contents(tensor:Any)->bytes:
 def _parameters(pairs:Sequence[Any], **more:Any)->dict[str, Any]:
     "A map of parameters, in V2's words"
     chosen = [(pair.key, pair.value, pair.value.WhichOneof('choice')) for pair in pairs]
+    for key,value,kind in chosen:
+        if kind != 'double_param' or math.isfinite(value.double_param): continue
+        raise InvalidInput(f'The parameter {ascii(key[:40])} is {value.double_param}; allowed are finite numbers.')
     return {key: getattr(value, kind) if kind else None for key,value,kind in chosen} | more
 def _check_count(m:Any)->None:
     "Refuse more parts than a request has, before any is looked at"
@@ -156,14 +165,14 @@ def _check_count(m:Any)->None:
     if count <= MOST_ENTRIES: count += sum(len(t.parameters) for t in (*m.inputs, *m.outputs))
     if count > MOST_ENTRIES:
         raise InvalidInput(f'The message has {count} inputs, outputs and parameters; allowed are {MOST_ENTRIES}.')
-def _values(m:Any, raw:Sequence[memoryview])->list[memoryview]:
+def _values(m:Any, raw:Sequence[memoryview], limit:int)->list[memoryview]:
     "The raw bytes of each input, in their order"
     typed = next((tensor.name for tensor in m.inputs if tensor.HasField('contents')), None)
     if raw and typed is not None: raise InvalidInput(f'Input {ascii(typed[:80])} has contents, and the message has raw '
         'contents; allowed is one of them.')
     if raw and len(raw) != len(m.inputs):
         raise InvalidInput(f'The message has {len(m.inputs)} inputs and {len(raw)} raw contents; each input has one.')
-    return list(raw) or [memoryview(_contents(tensor)) for tensor in m.inputs]
+    return list(raw) or [memoryview(_contents(tensor, limit)) for tensor in m.inputs]
 def decode_message(
     body:bytes, # a `ModelInferRequest`
     inputs_specs:Sequence[TensorSpec], # contracts of the inputs
@@ -174,7 +183,7 @@ def decode_message(
     head,raw = split_message(body)
     m = read_message('ModelInferRequest', head)
     _check_count(m)
-    values = _values(m, raw)
+    values = _values(m, raw, limit)
     o: dict[str, Any] = {key: getattr(m, key) for key in ('model_name', 'model_version', 'id') if getattr(m, key)}
     o['parameters'] = _parameters(m.parameters, binary_data_output=True)
     o['inputs'] = [{'name': t.name, 'datatype': t.datatype, 'shape': list(t.shape),
