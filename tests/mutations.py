@@ -899,7 +899,7 @@ def some_connections_leave_a_thread(put):
 
 @plant
 def rows_are_asked_beside_rows_like_theirs(put):
-    put("package.export.invariance.companions", lambda arrays, ends=(): [("itself", {n: a[:1] for n, a in arrays.items()})])
+    put("package.export.invariance.companions", lambda arrays, ends=(), shared=(): [("itself", {n: a[:1] for n, a in arrays.items()})])
 
 
 @plant
