@@ -66,7 +66,7 @@ class Given(NamedTuple):
     @property
     def moves(self)->Moves:
         "Where the model has the batch of each tensor"
-        return Moves(self.axes, list(self.arrays), self.names) if self.axes else Moves()
+        return Moves(self.axes, list(self.arrays), self.names)
     @property
     def rows(self)->int:
         "How many rows the example has"
@@ -147,7 +147,8 @@ def check_together(
     "Refuse what does not fit together"
     batch,inputs,axes = given['batch'],given['inputs'],given['batch_axis']
     check_ways(batch, given['nonfinite'])
-    for ask in (check_format, warn_of_stack): ask(format)
+    check_format(format)
+    warn_of_stack(format)
     check_dtype(given['dtype'], model, format)
     check_providers(given['providers'], format, batch)
     check_dynamic(given['dynamic'], given['padding'], batch, given['providers'], inputs)

@@ -7,8 +7,7 @@ __all__ = ['Shapes', 'LiteProgram', 'own_names', 'read_tflite', 'with_steps']
 
 # %% ../../../nbs/package/lite/01_lite_program.ipynb #0cbe8471
 import threading
-from collections.abc import Sequence
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -41,16 +41,16 @@ class Batcher:
         on_fault:Callable[[MlserveError], object]|None=None, # called with `Broken` or `DeviceLost`
         joined:bool=True, # requests may share a call and large ones be cut; else a request is one call
         padding:Padding|None=None, # by which requests of unequal sizes share a call
+        key:Callable[[Arrays], Hashable]|None=None, # equal for requests that may share a call; their shapes, by default
         lend:bool=False): # the model never writes to what it gets, so a request alone is not copied
         self.predict,self.expected,self.free_memory,self.computes = predict,expected,free_memory,computes
         self.max_batch,self.queue,self.threads,self.serial,self.inline = max_batch,queue,threads,serial,inline
+        self.padding,self.key,self.lend = padding,key or call_key(padding=padding),lend
         self.prepare,self.on_batch,self.on_fault = prepare or (lambda: None),on_batch,on_fault or (lambda fault: None)
-        self.limit,self.draining,self.closed,self.lend = max_batch if joined else math.inf,False,False,lend
-        self.padding,self.key = padding,call_key((), padding)
+        self.limit,self.near_rows = max_batch if joined else math.inf,max_batch if inline else -1
         most,delay = (max_batch, max_delay_ms / 1000) if joined else (1, 0.)
-        self.far,self.near = RequestQueue(most, delay),RequestQueue(most, 0)
-        self.near_rows,self.busy = max_batch if inline else -1,dict[int|str, float]()
-        self.lock,self.idle,self.stats,self.pace = threading.Lock(),0,Stats(),0.
+        self.far,self.near,self.draining,self.closed = RequestQueue(most, delay),RequestQueue(most, 0),False,False
+        self.lock,self.idle,self.stats,self.pace,self.busy = threading.Lock(),0,Stats(),0.,dict[int|str, float]()
         self.open,self.tokens = OpenRequests(self.lock, self.stats),SimpleQueue[bool]()
         self.broken: MlserveError|None = None
         self.lost: MlserveError|None = None

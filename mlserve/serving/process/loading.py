@@ -69,12 +69,10 @@ def _batcher(life:Lifecycle, model:'Model', report:WarmupReport, settings:Settin
     padding = Padding(package.inputs, package.outputs, package.padding) if package.padding else None
     log('capacity', max_batch=chosen.max_batch, inline=inline, threads=threads)
     expected = {s.name: dtype_of(s.datatype) for s in package.outputs}
-    batcher = Batcher(model.forward, chosen.max_batch, settings.max_delay_ms, settings.queue, threads, serial=not cpu,
+    return Batcher(model.forward, chosen.max_batch, settings.max_delay_ms, settings.queue, threads, serial=not cpu,
         inline=inline, expected=expected, prepare=prepare, free_memory=free_memory,
         computes=partial(computes, life.probe), joined=package.batch, padding=padding,
-        lend=package.format == 'onnx')
-    batcher.key = call_key(package.inputs, padding)
-    return batcher
+        key=call_key(package.inputs, padding), lend=package.format == 'onnx')
 
 # %% ../../../nbs/serving/process/06_loading.ipynb #87d4ad0c
 def load(

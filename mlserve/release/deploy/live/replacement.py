@@ -18,7 +18,7 @@ from .history import Place, entry_for, write_entry, write_outcome, write_place
 from .proxy import reopen, set_routes, slots_for, slots_of, wait_idle, wait_up, weights_for
 from .rollout import SHARED, STEPS, Rollout, Scene, advance, sort_out
 from .target import (
-    refuse_calls, alone, port_of, refuse_elsewhere, refuse_other, refuse_share, refuse_taken, with_port)
+    alone, port_of, refuse_calls, refuse_elsewhere, refuse_other, refuse_share, refuse_taken, with_port)
 from ..recorded import planned
 if TYPE_CHECKING: from docker.models.containers import Container
 
