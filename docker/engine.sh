@@ -37,22 +37,36 @@ install_packages() { # COMMAND:PACKAGE …, for commands that are not here
     || fail "apt-get could not install ${missing[*]}." "Read $dir/apt.log."
 }
 
-start_dockerd() {
-  if ! alive dockerd; then
-    say "starting dockerd, data under $dir/data"
-    mkdir -p "$dir/data" "$run"
-    local below=$run/exec/containerd/containerd.pid # of a dockerd that was killed; the next one would wait for it, dead or not
+run_dockerd() { # until it is asked to end; one that crashed is started again, as by systemd, and what it ended with is kept
+  local below=$run/exec/containerd/containerd.pid began code # of a dockerd that was killed; the next one would wait for it, dead or not
+  while began=$SECONDS; do
     if ours "$below" "$run"; then kill -KILL "$(cat "$below")"; fi
     rm -f "$run/docker.pid" "$run/docker.sock" "$below"
-    # its own session, so that it outlives this shell; loopback publishing needs no firewall rule
-    setsid dockerd --data-root "$dir/data" --exec-root "$run/exec" --pidfile "$run/docker.pid" -H "unix://$run/docker.sock" \
-      --bridge none --iptables=false --ip-forward=false --ip-masq=false \
-      >"$log" 2>&1 </dev/null &
+    # loopback publishing needs no firewall rule
+    dockerd --data-root "$dir/data" --exec-root "$run/exec" --pidfile "$run/docker.pid" -H "unix://$run/docker.sock" \
+      --bridge none --iptables=false --ip-forward=false --ip-masq=false >>"$log" 2>&1 </dev/null &
     echo $! >"$dir/dockerd.pid"
+    code=0; wait $! || code=$?
+    [ $code != 0 ] && [ $((SECONDS - began)) -ge 3 ] || return $code # it was asked to, or cannot start
+    { printf 'dockerd ended with %s at %s; it is started again\n' $code "$(date -u +%FT%TZ)"
+      grep -aE -A 12 '^(panic|fatal error|SIG[A-Z]+): ' "$log" | tail -n 13 || true
+      dmesg 2>/dev/null | grep -i 'killed process.*dockerd' | tail -n 1 || true; } >>"$dir/crashes"
+  done
+}
+
+start_dockerd() {
+  if ! alive supervisor; then
+    stop_one dockerd # of a supervisor that was killed
+    say "starting dockerd, data under $dir/data"
+    mkdir -p "$dir/data" "$run"
+    : >"$log"; rm -f "$dir/crashes"
+    # its own session, so that it outlives this shell
+    setsid bash "$here/docker/engine.sh" run-dockerd "$dir/dockerd.pid" >/dev/null 2>&1 </dev/null &
+    echo $! >"$dir/supervisor.pid"
   fi
   for _ in $(seq 120); do
     timeout 10 "$(client)" -H "unix://$run/docker.sock" info >/dev/null 2>&1 && return
-    kill -0 "$(cat "$dir/dockerd.pid")" 2>/dev/null || fail "dockerd ended while starting." "Read $log."
+    kill -0 "$(cat "$dir/supervisor.pid")" 2>/dev/null || fail "dockerd ended while starting." "Read $log."
     sleep 0.5
   done
   fail "dockerd did not answer in 60 s." "Read $log."
@@ -199,12 +213,13 @@ case "${1:-}" in
   stop)
     # bridges outlive dockerd, and every engine of this machine draws their addresses from the same few pools
     if alive dockerd; then docker -H "unix://$run/docker.sock" network prune -f >/dev/null 2>&1 || true; fi
-    stop_one dockerd; stop_one registry
+      stop_one supervisor; stop_one dockerd; stop_one registry # who would start it again ends first
     # dockerd leaves its own network namespace mounted; one that was killed, its data and the layers in it, too
     awk -v a="$dir/data" -v b="$run" '$2 == a || index($2, a "/") == 1 || index($2, b "/") == 1 {print $2}' /proc/mounts | tac | xargs -r umount -l 2>/dev/null || true
     rm -rf "$run"
     ;;
   env) env_lines ;;
   debug-base) debug_base ;;
+  run-dockerd) run_dockerd ;; # by `start`
   *) sed -n '2,7p' "$0"; exit 2 ;;
 esac

@@ -837,6 +837,16 @@ def connections_end_with_the_signal(put):
 
 
 @plant
+def who_is_idle_in_the_drain_is_closed_at_once(put):
+    good = now("serving.http.listener._wind_up")
+
+    def wind_up(connection, now, begun):
+        connection.answered = -math.inf
+        return good(connection, now, begun)
+    put("serving.http.listener._wind_up", wind_up)
+
+
+@plant
 def the_port_closes_before_the_drain(put):
     good = now("serving.process.worker._drain")
 

@@ -209,6 +209,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("L2", S.test_L2_a_load_that_fails_ends_with_its_code, {}, "the_digest_is_not_compared", HELD),
     ("L2", S.test_L2_a_wrong_setting_or_argument_ends_with_2, {}, "unknown_settings_are_passed_over", HELD),
     ("L3", S.test_L3_a_stop_under_load_loses_no_answer, {"kind": "process 1", "share": 1, "stops": 1}, "connections_end_with_the_signal", "lost"),
+    ("L3", S.test_L3_a_client_that_had_an_answer_just_now_may_ask_once_more, {}, "who_is_idle_in_the_drain_is_closed_at_once", "lost"),
     ("L3", S.test_L3_in_the_drain_delay_it_serves_and_is_not_ready, {}, "the_port_closes_before_the_drain", "refused"),
     ("L4", S.test_L4_after_the_grace_the_client_is_told_and_the_exit_code_is_75, {}, "the_grace_has_no_end", "disconnected|ReadError"),
     ("L4", S.test_L4_a_model_that_holds_the_lock_cannot_keep_the_process, {}, "the_parent_waits_for_ever", HELD),

@@ -347,6 +347,18 @@ def test_L3_in_the_drain_delay_it_serves_and_is_not_ready(double, tmp_path, pool
         assert right([(1, WAIT + 1)], slow.result()) and s.ended(20) == 0
 
 
+def test_L3_a_client_that_had_an_answer_just_now_may_ask_once_more(double, tmp_path):
+    "On the connection that it keeps; the answer says that it is the last"
+    one = request(body=b'{"inputs": [[1, 0]]}')
+    with Server(double, tmp_path) as s, Wire(s.port) as w:
+        assert w.send(one).answer()[0] == 200
+        s.process.terminate()
+        time.sleep(0.6)
+        status, headers, _ = w.send(one).answer() or (None, {}, b"")
+        assert status == 200 and headers["connection"] == "close", "lost"
+        assert s.ended(8) == 0
+
+
 def test_L3_a_request_that_is_not_sent_to_its_end_does_not_hold_the_stop(double, tmp_path):
     "It would have 30 s for its body; a platform kills after 10"
     whole = request(body=b'{"inputs": [[1, 0]]}')

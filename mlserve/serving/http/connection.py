@@ -39,6 +39,7 @@ class Connection(Reader):
     )->None:
         super().__init__(web)
         self.write_deadline = math.inf # when the client must have read what was written
+        self.answered = -math.inf # when it had its last answer
     def connection_made(self, transport:asyncio.Transport)->None: # type: ignore[override] # as uvicorn has it
         "A client is there"
         super().connection_made(transport)
@@ -123,7 +124,9 @@ def _answered(self:Connection, keep:bool)->None:
     self.web.life.in_flight -= 1
     if not keep: return self.leave()
     if self.waiting: self.loop.call_soon(self._advance)
-    elif self.phase == SILENT: self.deadline = self.loop.time() + self.limits.keep_alive
+    elif self.phase == SILENT:
+        self.answered = self.loop.time()
+        self.deadline = self.answered + self.limits.keep_alive
     elif self.owed: self._go_on()
 
 # %% ../../../nbs/serving/http/07_connection.ipynb #40348c71

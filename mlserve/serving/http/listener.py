@@ -8,9 +8,11 @@ __all__ = ['Later', 'Listener']
 # %% ../../../nbs/serving/http/09_listener.ipynb #df155933
 import asyncio, contextlib, threading, time
 from collections import deque
+from fcntl import ioctl
 from collections.abc import Callable
 from email.utils import formatdate
 from socket import SHUT_RDWR, socket
+from termios import FIONREAD
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
@@ -201,11 +203,20 @@ async def refuse_more(self:Listener)->None:
     self.own.close()
 
 # %% ../../../nbs/serving/http/09_listener.ipynb #79de10f3
-def _wind_up(connection:Connection, now:float)->None:
+def _sent(connection:Connection)->bool:
+    "Whether the kernel has bytes of the client that were not read yet"
+    waits = bytearray(4)
+    own = connection.transport.get_extra_info('socket')
+    with contextlib.suppress(OSError, ValueError): ioctl(own.fileno(), FIONREAD, waits)
+    return any(waits)
+def _wind_up(connection:Connection, now:float, begun:float)->bool: # whether it may ask still
     "Leave, if there is nothing to answer; who is still sending has two seconds"
     c = connection
     if c.phase in (HEAD, BODY): c.deadline = min(c.deadline, now + 2)
-    elif c.current is None and not c.waiting and c.phase == SILENT: c.transport.close()
+    if c.current is not None or c.waiting or c.phase != SILENT: return False
+    if now < max(begun + 0.25, c.answered + 1) or _sent(c): return True
+    c.transport.close()
+    return False
 def _give_up(connection:Connection)->int:
     "The grace is over: tell the client, and how many answers were lost"
     e = connection.current
@@ -222,13 +233,13 @@ async def stop(self:Listener,
     grace:float, # seconds to finish what was accepted
 )->int: # answers that were given up
     "Close, and lose nothing within the grace"
-    self.stopping,end,pauses = True,self.loop.time() + grace,Pauses()
+    self.stopping,begun,pauses = True,self.loop.time(),Pauses()
     await self.refuse_more()
-    if self.connections: await asyncio.sleep(min(0.25, grace))
+    end = begun + grace
     while True:
         end += pauses.lost()
-        for c in list(self.connections): _wind_up(c, self.loop.time())
-        if not self.busy or self.loop.time() >= end: break
+        may_ask = [_wind_up(c, self.loop.time(), begun) for c in list(self.connections)]
+        if not (any(may_ask) or self.busy) or self.loop.time() >= end: break
         await asyncio.sleep(0.01)
     cut = sum(map(_give_up, list(self.connections)))
     await asyncio.sleep(0.05) # what was cut is still told so
