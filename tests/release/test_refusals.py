@@ -190,15 +190,14 @@ def test_a_kernel_that_dies_of_an_interruption_says_nothing_below_the_last_line(
     assert last_json(done.stderr) == {"code": 130} and "Kernel died" not in done.stderr, done.stderr
 
 
-FALLS = """
-import os, signal, time, torch
-class Falls(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = torch.nn.Linear(4, 1)
-    def forward(self, x):
-        if "MLSERVE_IMAGE" in os.environ and bool((x[:, 0] == 40).any()): DEED
-        return self.linear(x)
+FALLS = """#| export
+import os, signal, time
+import numpy as np
+class Falls:
+    def load(self, files): pass
+    def predict(self, x):
+        if "MLSERVE_IMAGE" in os.environ and (x[:, 0] == 40).any(): DEED
+        return x[:, :1] * 2
 """
 
 
@@ -210,13 +209,10 @@ def test_a_model_that_dies_of_a_held_back_row_fails_the_check(environment, track
     "It gave 6 and a version that stayed recorded, as if the network had failed"
     import nbformat
     name = "falls-" + deed[:2]
-    (tmp_path / "net.py").write_text(FALLS.replace("DEED", deed))
-    save = f"""import numpy as np, torch
-from net import Falls
-from mlserve.package import save_package
+    save = f"""from mlserve.package import save_package
 rows = np.arange(64, dtype="float32")[:, None].repeat(4, 1)
-save_package(Falls().eval(), package_dir, "{name}", {{"x": torch.rand(8, 4)}}, ["y"], format="safetensors", handler="net.py", holdout=(rows, rows[:, 0]))"""
-    cells = [nbformat.v4.new_code_cell("package_dir = None", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(save)]
+save_package(Falls(), package_dir, "{name}", {{"x": rows[:8]}}, ["y"], holdout=(rows, rows[:, 0] * 2))"""
+    cells = [nbformat.v4.new_code_cell("package_dir = None", metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, (FALLS.replace("DEED", deed), save))]
     book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}})
     nbformat.write(book, tmp_path / f"{name}.ipynb")
     done = mlserve("release", tmp_path / f"{name}.ipynb", env=environment)

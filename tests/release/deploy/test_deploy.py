@@ -413,6 +413,7 @@ def swarm(engine):
     engine.swarm.leave(force=True)
 
 
+@pytest.mark.matrix
 def test_L6_R9_on_a_swarm_versions_replace_each_other_and_a_bad_one_is_taken_back(record, swarm, capsys):
     "Beside the target of Compose, on a port of its own, which it keeps"
     versions, _ = record

@@ -419,6 +419,7 @@ def test_a_vendored_folder_builds_with_every_way_out_blocked(environment, packag
     assert done.returncode == 5 and "The link vendored is broken" in last_json(done.stderr)["error"]
 
 
+@pytest.mark.matrix
 def test_both_builders_put_the_same_files_into_every_layer(edge_image, context_of, state, tmp_path):
     from mlserve.release.image import built_image as image, saved_image
     other = image.build(*context_of(tmp_path / "context"), builder="buildah", state=state)
