@@ -614,10 +614,10 @@ def test_an_answer_without_end_stops_at_its_limit(store, uri, settings, endless,
 
 
 def test_a_download_that_is_cut_all_the_time_goes_on_from_where_it_was(store, uri, stored_package, settings, tmp_path):
-    "Every connection ends after some thousand bytes of its answer, and the budget is far shorter than the whole"
+    "Every connection ends after some thousand bytes of its answer: whoever begins again never ends; on a machine that is busy each costs its time"
     store.proxy.every = 2500
     try:
-        opened = open_package(settings(uri, MLSERVE_FETCH_SECONDS=20))
+        opened = open_package(settings(uri, MLSERVE_FETCH_SECONDS=60))
     finally:
         store.proxy.every = None
     assert tree(opened.path) == tree(stored_package.path)
