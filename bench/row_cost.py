@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """What one row costs the server: processor time of a request by `/predict`, beside the runtime itself, asked in turn in one run.
 
-    row_cost.py FOLDER [--rounds 9] [--count 300]
+    row_cost.py FOLDER [--rounds 9] [--count 300] [--before TREE]
 
 FOLDER keeps the packages. One client on one connection, so that no request shares a batch. *Itself* is one run of the same row in the runtime alone, with
 arrays made before (`InferenceSession.run`; set, invoke and get of LiteRT's interpreter), one thread. The MLP is one model of Keras in two forms: ONNX by
-`save_package`, and the `.tflite` file of TensorFlow's converter. Keras lies in `state/tools`, where `make models` puts it. Medians of the rounds.
+`save_package`, and the `.tflite` file of TensorFlow's converter. Keras lies in `state/tools`, where `make models` puts it. *The floor* is a protocol of
+uvloop that reads a body and writes two bytes: what the kernel and an event loop take of a request, which a load of the machine makes several times as much.
+TREE is an earlier tree of this project, measured in the same run. Medians of the rounds.
 """
 import argparse
 import contextlib
@@ -20,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench")]
 import models  # noqa: E402
-from large import Server, cpu, post  # noqa: E402
+from large import PROTOCOL, Server, cpu, post  # noqa: E402
 from test_tables import BOTH, HELD, MODELS, TRAIN  # noqa: E402
 
 from mlserve.package import load_package, load_program, save_package  # noqa: E402
@@ -60,7 +62,7 @@ def itself(package, arrays):
         names = [spec.name for spec in package.outputs]
         return lambda: program.session.run(names, feeds)
     from ai_edge_litert.interpreter import Interpreter
-    interpreter, [[name, array]] = Interpreter(str(package.path / package.file), num_threads=1), arrays.items()
+    interpreter, [array] = Interpreter(str(package.path / package.file), num_threads=1), arrays.values()
     interpreter.allocate_tensors()
     takes, gives = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
 
@@ -71,10 +73,10 @@ def itself(package, arrays):
     return run
 
 
-def serving(package):
+def serving(package, tree):
     env = {"MLSERVE_PACKAGE": str(package.path), "MLSERVE_HOST": "127.0.0.1", "MLSERVE_PORT": "{port}", "MLSERVE_PROVE_SECONDS": "3600",
            "MLSERVE_KEEP_ALIVE_SECONDS": "3600", "MLSERVE_DEVICE": "cpu", "MLSERVE_THREADS": "1"}
-    return Server([sys.executable, "-m", "mlserve.serving.server"], env, b"/v2/health/ready", ROOT)
+    return Server([sys.executable, "-m", "mlserve.serving.server"], env, b"/v2/health/ready", tree)
 
 
 def main():
@@ -82,35 +84,40 @@ def main():
     ap.add_argument("root", type=Path)
     ap.add_argument("--rounds", type=int, default=9)
     ap.add_argument("--count", type=int, default=300)
+    ap.add_argument("--before")
     a = ap.parse_args()
     root = a.root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     kinds = [(name, *table(root / name.replace(" ", "-"), key)) for name, key in TABLES.items()] + [*networks(root)]
+    trees = {"": str(ROOT)} | ({", before": a.before} if a.before else {})
     with contextlib.ExitStack() as stack:
-        ways = {}
+        ways, alone = {}, {}
         for name, package, body, arrays in kinds:
-            server = stack.enter_context(serving(package))
             request = b"".join(post(b"/predict", [json.dumps({"inputs": body}).encode()], content_type=b"application/json"))
+            for tree, folder in trees.items():
+                ways[name + tree] = stack.enter_context(serving(package, folder)), request
+                alone[name + tree] = itself(package, arrays)
+        ways["the floor"], alone["the floor"] = (stack.enter_context(Server([sys.executable, "-c", PROTOCOL, "{port}"], {})), request), lambda: None
+        for name, (server, request) in ways.items():
             assert server.ask(request).startswith(b"HTTP/1.1 200"), name
-            ways[name] = server, request, itself(package, arrays)
-        asked, alone = {name: [] for name in ways}, {name: [] for name in ways}
+        asked, own = {name: [] for name in ways}, {name: [] for name in ways}
         for turn in range(a.rounds + 1):
-            for name, (server, request, run) in ways.items():
+            for name, (server, request) in ways.items():
                 start = cpu(server.process.pid)
                 for _ in range(a.count):
                     server.ask(request)
                 spent = cpu(server.process.pid) - start
                 start = time.thread_time_ns()
                 for _ in range(a.count):
-                    run()
+                    alone[name]()
                 if turn:
                     asked[name].append(spent / a.count / 1e3)
-                    alone[name].append((time.thread_time_ns() - start) / a.count / 1e3)
+                    own[name].append((time.thread_time_ns() - start) / a.count / 1e3)
                 time.sleep(0.02)
     print("| model | by `/predict`, µs | the runtime itself, µs | beside it, µs | least and most of a round |\n| --- | --: | --: | --: | --: |")
     for name in ways:
-        beside = [whole - own for whole, own in zip(asked[name], alone[name])]
-        numbers = statistics.median(asked[name]), statistics.median(alone[name]), statistics.median(beside)
+        beside = [whole - run for whole, run in zip(asked[name], own[name])]
+        numbers = statistics.median(asked[name]), statistics.median(own[name]), statistics.median(beside)
         print(f"| {name} | " + " | ".join(f"{n:.0f}" if n > 20 else f"{n:.1f}" for n in numbers) + f" | {min(beside):.0f}–{max(beside):.0f} |")
 
 
