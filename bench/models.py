@@ -41,6 +41,7 @@ from xgboost import XGBRegressor
 
 from mlserve.client import Client
 from mlserve.package import save_package
+from mlserve.package.environment import environment
 from mlserve.serving.server import serve_local
 
 ROOT = Path(__file__).parent.parent
@@ -381,7 +382,7 @@ def main():
     parser.add_argument("--only", default="", help="kinds with this in their name")
     given = parser.parse_args()
     out, folder = given.out, Path(tempfile.mkdtemp())
-    table, code = [], 0
+    table, code, before = [], 0, os.getloadavg()[0]
     every = [(measure, *kind) for kind in kinds()] + [(lambda *row: measure_python(folder, *row), *kind) for kind in in_python(folder)]
     every += [(measure_stream, *kind) for kind in streams()]
     every += [(measure_detector, f"detector with NMS, {format}", format) for format in ("torchscript", "export", "onnx")]
@@ -398,7 +399,9 @@ def main():
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---", "---", *["--:"] * 6], *table)]
     sys.path.append(KERAS)  # where the versions stand
     versions = ", ".join(f"{p} {version(p)}" for p in ("scikit-learn", "xgboost-cpu", "lightgbm", "catboost", "statsmodels", "silero-vad", "tensorflow-cpu", "keras", "tf2onnx", "ai-edge-litert", "transformers", "torch", "skl2onnx", "onnxmltools", "onnxruntime", "pandas"))
+    cpu = environment()["cpu"]
     text = "\n".join([f"# Kinds of models, {time.strftime('%Y-%m-%d')}", "", f"`make models` on Python {platform.python_version()}: {versions}.", "",
+                      f"{os.cpu_count()} cores ({cpu['name']}), load {before:.1f} before and {os.getloadavg()[0]:.1f} after.", "",
                       " ".join(__doc__.split("\n\n")[2].split()), "", *lines, ""])
     print(text)
     if out:
