@@ -7,11 +7,13 @@ FOLDER keeps the packages. One client on one connection, so that no request shar
 arrays made before (`InferenceSession.run`; set, invoke and get of LiteRT's interpreter), one thread. The MLP is one model of Keras in two forms: ONNX by
 `save_package`, and the `.tflite` file of TensorFlow's converter. Keras lies in `state/tools`, where `make models` puts it. *The floor* is a protocol of
 uvloop that reads a body and writes two bytes: what the kernel and an event loop take of a request, which a load of the machine makes several times as much.
-TREE is an earlier tree of this project, measured in the same run. Medians of the rounds.
+The last column is the same request on sixteen connections at once, whose rows share batches. TREE is an earlier tree of this project, measured in the
+same run. Medians of the rounds.
 """
 import argparse
 import contextlib
 import json
+import socket
 import statistics
 import sys
 import time
@@ -79,6 +81,21 @@ def serving(package, tree):
     return Server([sys.executable, "-m", "mlserve.serving.server"], env, b"/v2/health/ready", tree)
 
 
+def together(server, request, clients=16):
+    "Processor time of a request, in µs, where so many connections ask at once: 300 of each"
+    sockets, left, spent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(clients)], 300, 0
+    for turn in range(left + 20):
+        if turn == 20:
+            spent = cpu(server.process.pid)
+        for s in sockets:
+            s.sendall(request)
+        for s in sockets:
+            assert s.recv(65536).startswith(b"HTTP/1.1 200")
+    for s in sockets:
+        s.close()
+    return (cpu(server.process.pid) - spent) / left / clients / 1e3
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     ap.add_argument("root", type=Path)
@@ -114,11 +131,16 @@ def main():
                     asked[name].append(spent / a.count / 1e3)
                     own[name].append((time.thread_time_ns() - start) / a.count / 1e3)
                 time.sleep(0.02)
-    print("| model | by `/predict`, µs | the runtime itself, µs | beside it, µs | least and most of a round |\n| --- | --: | --: | --: | --: |")
+        many = {name: [] for name in ways}
+        for _ in range(3):
+            for name, (server, request) in ways.items():
+                many[name].append(together(server, request))
+    head = "model", "by `/predict`, µs", "the runtime itself, µs", "beside it, µs", "least and most of a round", "by `/predict`, 16 at once, µs"
+    print("| " + " | ".join(head) + " |\n| --- | --: | --: | --: | --: | --: |")
     for name in ways:
         beside = [whole - run for whole, run in zip(asked[name], own[name])]
         numbers = statistics.median(asked[name]), statistics.median(own[name]), statistics.median(beside)
-        print(f"| {name} | " + " | ".join(f"{n:.0f}" if n > 20 else f"{n:.1f}" for n in numbers) + f" | {min(beside):.0f}–{max(beside):.0f} |")
+        print(f"| {name} | " + " | ".join(f"{n:.0f}" if n > 20 else f"{n:.1f}" for n in numbers) + f" | {min(beside):.0f}–{max(beside):.0f} | {statistics.median(many[name]):.0f} |")
 
 
 if __name__ == "__main__":
