@@ -8,6 +8,11 @@ and statsmodels bring what the project does not need and lie in `state/tools`, w
 `bench/python_models.py` on the libraries' own files, served with `format="python"`. *Voice activity with state* is silero-vad's own file: two
 streams in turn, 60 chunks each, whose state the client carries, beside the original alone.
 The detector of the tutorial is asked about 320 pictures with none to three squares, and its counts must be equal.
+The rows of Keras and LiteRT are one model each; its server finds nothing of TensorFlow, which lies in `state/tools` too. The `.tflite` files are what
+TensorFlow's converter makes of that model: the float one is held against the model, the int8 one against the interpreter alone. *BERT* is a classifier of
+transformers with weights from a seed, 80 rows at each of four lengths, some of them padded, and is
+asked for its mask before its words, the other way round than it was saved. As ONNX it has `attn_implementation="eager"`: the fused attention of torch
+answers a text that is masked from end to end otherwise than ONNX does, and such a save is refused.
 """
 import argparse
 import io
@@ -36,6 +41,7 @@ from xgboost import XGBRegressor
 
 from mlserve.client import Client
 from mlserve.package import save_package
+from mlserve.package.environment import environment
 from mlserve.serving.server import serve_local
 
 ROOT = Path(__file__).parent.parent
@@ -114,10 +120,76 @@ def keras_mlp():
     random = np.random.default_rng(0)
     x = random.normal(size=(600, 6)).astype("float32")
     layers = [keras.layers.Dense(16, activation="relu"), keras.layers.BatchNormalization(), keras.layers.Dropout(0.3), keras.layers.Dense(3, activation="softmax")]
-    model = keras.Sequential([keras.Input((6,)), *layers])
+    model = keras.Sequential([keras.Input((6,), name="x"), *layers])
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(x, (x[:, 0] > 0).astype(int) + (x[:, 1] > 0), verbose=0)
-    return model, [{"x": x[:16]}], [{"x": random.normal(size=(320, 6)).astype("float32")}], True
+    return model, asks(model), [{"x": x[:16]}], [{"x": random.normal(size=(320, 6)).astype("float32")}], True
+
+
+def asks(model):
+    "How a model of Keras is asked itself"
+    return lambda given: np.asarray(model(given if given.keys() - {"x", "ids"} else next(iter(given.values())), training=False))
+
+
+def lite(model, folder, example):
+    "A `.tflite` file that TensorFlow's converter makes of a model, in integers where it is shown rows"
+    import tensorflow as tf
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    if example is not None:
+        converter.optimizations, converter.representative_dataset = [tf.lite.Optimize.DEFAULT], lambda: ([row[None]] for row in example)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+    file = folder / "mlp.tflite"
+    file.write_bytes(converter.convert())
+    return file
+
+
+def lite_float():
+    "The MLP of Keras as a file for LiteRT, beside the model itself"
+    model, ask, [example], held, table = keras_mlp()
+    return lite(model, Path(tempfile.mkdtemp()), None), ask, [example], held, table
+
+
+def lite_int8():
+    "The same in integers, beside the interpreter alone"
+    from ai_edge_litert.interpreter import Interpreter
+    model, _, [example], [held], table = keras_mlp()
+    file = lite(model, Path(tempfile.mkdtemp()), held["x"])
+    alone = Interpreter(str(file), num_threads=1)
+    alone.allocate_tensors()
+    [takes], [gives] = alone.get_input_details(), alone.get_output_details()
+    scale, zero = takes["quantization"]
+
+    def ask(given):
+        found = []
+        for row in given["x"]:
+            alone.set_tensor(takes["index"], row[None])
+            alone.invoke()
+            found.append(alone.get_tensor(gives["index"])[0])
+        return np.array(found, "i4")
+    example, held = ({"x": np.clip(np.round(given["x"] / scale) + zero, -128, 127).astype("i1")} for given in (example, held))
+    return file, ask, [example], [held], table
+
+
+def bert(attention="sdpa"):
+    "A classifier of transformers at four lengths"
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "max_position_embeddings": 64}
+    model = BertForSequenceClassification(BertConfig(vocab_size=500, num_labels=3, attn_implementation=attention, **sizes)).eval()
+    random = np.random.default_rng(0)
+
+    def given(rows, length, padded=True):
+        lengths = random.integers(max(1, length // 2), length + 1, rows) if padded else np.full(rows, length)
+        mask = (np.arange(length) < lengths[:, None]).astype("int64")
+        return {"input_ids": random.integers(1, 500, (rows, length)) * mask, "attention_mask": mask}
+
+    def ask(some):
+        with torch.inference_mode():
+            return model(**{name: torch.from_numpy(array) for name, array in some.items()}).logits.numpy()
+    held = [dict(reversed(given(80, length).items())) for length in (1, 9, 24, 64)]
+    return model, ask, [given(8, 12, False), given(8, 16)], held, False
 
 
 def keras_lstm():
@@ -126,7 +198,7 @@ def keras_lstm():
     random = np.random.default_rng(0)
     model = keras.Sequential([keras.Input((None,), dtype="int32"), keras.layers.Embedding(50, 8, mask_zero=True), keras.layers.LSTM(12), keras.layers.Dense(2)])
     examples = [{"ids": random.integers(1, 50, (8, n))} for n in (6, 9)]
-    return model, examples, [{"ids": random.integers(0, 50, (80, n)).astype("int32")} for n in (3, 6, 9, 17)], False
+    return model, asks(model), examples, [{"ids": random.integers(0, 50, (80, n)).astype("int32")} for n in (3, 6, 9, 17)], False
 
 
 def keras_two_inputs():
@@ -138,33 +210,38 @@ def keras_two_inputs():
     model = keras.Model([picture, numbers], keras.layers.Dense(2)(keras.layers.Concatenate()([seen, numbers])))
     def given(n):
         return {"numbers": random.normal(size=(n, 4)).astype("float32"), "picture": random.random((n, 8, 8, 3)).astype("float32")}
-    return model, [given(8)], [given(320)], False
+    return model, asks(model), [given(8)], [given(320)], False
 
 
-NETWORKS = {"Keras, MLP": keras_mlp, "Keras, LSTM at four lengths": keras_lstm, "Keras, picture and numbers": keras_two_inputs}
+NETWORKS = {"BERT at four lengths, torchscript": (bert, "torchscript"), "BERT at four lengths, export": (bert, "export"), "BERT at four lengths, onnx": (lambda: bert("eager"), "onnx"),
+            "Keras, MLP": (keras_mlp,), "LiteRT, the same MLP": (lite_float,), "LiteRT, the same MLP in int8": (lite_int8,),
+            "Keras, LSTM at four lengths": (keras_lstm,), "Keras, picture and numbers": (keras_two_inputs,)}
 
 
-def measure_network(name, made):
+def measure_network(name, made, format=None):
     "One row of the table, of a network that takes tensors; its server finds nothing of TensorFlow"
-    sys.path.append(KERAS)
-    model, examples, held, table = made()
+    words = name.startswith("BERT")
+    if KERAS not in sys.path and not words:
+        sys.path.append(KERAS)
+    model, ask, examples, held, table = made()
+    answer = "logits" if words else "answer"
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        package = save_package(model, Path(folder) / "p", name="network", inputs=examples if examples[1:] else examples[0], outputs=["answer"])
+        package = save_package(model, Path(folder) / "p", name="network", inputs=examples if examples[1:] else examples[0], outputs=[answer], format=format)
         saved = time.perf_counter() - start
         size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
         found = dict.fromkeys(("JSON", "CSV", "V2", "V2 binary"), 0.0)
         with serve_local(package.path) as url:
             for given in held:
-                expected = np.asarray(model(given if given.keys() - {"x", "ids"} else next(iter(given.values())), training=False))
-                for wire, told in network_answers(url, given, table):
+                expected = ask(given)
+                for wire, told in network_answers(url, given, table, answer):
                     found[wire] = max(found[wire], float(np.abs(told - expected).max()))
     assert max(found.values()) < 1e-6, (name, found)
     cells = {wire: f"{worst:.1g}" for wire, worst in found.items()} | ({} if table else {"CSV": "–"})
     return [name, f"{len(package.inputs)} tensors" if package.inputs[1:] else "1 tensor", f"{saved:.1f}", f"{size / 1000:.0f}", *cells.values()]
 
 
-def network_answers(url, given, table):
+def network_answers(url, given, table, output):
     "By wire: what the server said"
     only = next(iter(given.values()))
     def asked(path, key, body, media):
@@ -178,7 +255,7 @@ def network_answers(url, given, table):
         yield "CSV", asked("/invocations", "predictions", text, "text/csv")
     with Client(url) as client:
         for name, binary in (("V2", False), ("V2 binary", True)):
-            yield name, client.infer(given, binary=binary)["answer"]
+            yield name, client.infer(given, binary=binary)[output]
 
 
 def client_specs(client):
@@ -305,11 +382,11 @@ def main():
     parser.add_argument("--only", default="", help="kinds with this in their name")
     given = parser.parse_args()
     out, folder = given.out, Path(tempfile.mkdtemp())
-    table, code = [], 0
+    table, code, before = [], 0, os.getloadavg()[0]
     every = [(measure, *kind) for kind in kinds()] + [(lambda *row: measure_python(folder, *row), *kind) for kind in in_python(folder)]
     every += [(measure_stream, *kind) for kind in streams()]
     every += [(measure_detector, f"detector with NMS, {format}", format) for format in ("torchscript", "export", "onnx")]
-    every += [(measure_network, *kind) for kind in NETWORKS.items()]
+    every += [(measure_network, name, *made) for name, made in NETWORKS.items()]
     for measured, name, *rest in every:
         if given.only not in name:
             continue
@@ -320,8 +397,11 @@ def main():
             code, table = 1, [*table, [name, f"**failed**: {type(e).__name__}: {e}", *[""] * 6]]
     head = ["kind", "columns", "saved and proved in s", "package kB", "JSON", "CSV", "V2", "V2 binary"]
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---", "---", *["--:"] * 6], *table)]
-    versions = ", ".join(f"{p} {version(p)}" for p in ("scikit-learn", "xgboost-cpu", "lightgbm", "catboost", "statsmodels", "silero-vad", "skl2onnx", "onnxmltools", "onnxruntime", "pandas"))
+    sys.path.append(KERAS)  # where the versions stand
+    versions = ", ".join(f"{p} {version(p)}" for p in ("scikit-learn", "xgboost-cpu", "lightgbm", "catboost", "statsmodels", "silero-vad", "tensorflow-cpu", "keras", "tf2onnx", "ai-edge-litert", "transformers", "torch", "skl2onnx", "onnxmltools", "onnxruntime", "pandas"))
+    cpu = environment()["cpu"]
     text = "\n".join([f"# Kinds of models, {time.strftime('%Y-%m-%d')}", "", f"`make models` on Python {platform.python_version()}: {versions}.", "",
+                      f"{os.cpu_count()} cores ({cpu['name']}), load {before:.1f} before and {os.getloadavg()[0]:.1f} after.", "",
                       " ".join(__doc__.split("\n\n")[2].split()), "", *lines, ""])
     print(text)
     if out:

@@ -11,7 +11,7 @@ from linters import checkov, kubernetes_validate, promtool, workflow_linters  # 
 from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, store, stored_package  # noqa: F401
 
 ENGINE = {"cuda_image", "debug", "deploy", "hardened", "memory", "release"}  # read one release of the example, and run its containers
-RELEASES = {"engine_script", "refusals", "release_outages", "scaffold", "resume", "supply_chain"}  # make releases of their own
+RELEASES = {"engine_script", "refusals", "release_outages", "runtimes", "scaffold", "resume", "supply_chain"}  # make releases of their own
 IMAGES = {"image", "matrix"}  # build images of their own
 SERVERS = {"conformance", "fuzz", "gpu_check", "grpc", "handler", "large_bodies", "ledger", "local_code", "outages", "python", "sizes", "sources", "trial"}  # ask servers, whenever they answer
 CONTROLS = {"controls"}  # plant a bug and see the test fail, with a clock

@@ -1365,3 +1365,14 @@ def the_framework_of_training_is_not_asked_before_a_build(put):
 @plant
 def outputs_are_named_in_any_order(put):
     put("package.convert._answers", lambda model, outputs: list(outputs) or ["label", "probabilities"])
+
+
+@plant
+def inputs_of_keras_go_by_their_order(put):
+    takes = now("package.convert.keras.declared")
+    put("package.convert.keras._of_keras", lambda model, names: lambda given: model(dict(zip(takes(model), given.values())), training=False))
+
+
+@plant
+def an_image_can_convert_what_it_serves(put):
+    put("release.lock.dependencies._frameworks", now("release.lock.dependencies._frameworks") | {"onnx": "tables"})

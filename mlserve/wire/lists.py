@@ -126,9 +126,9 @@ def suits(
 _letters = dict(UINT8='B', UINT16='H', UINT32='I', UINT64='Q', INT8='b', INT16='h', INT32='i', INT64='q',
     FP32='f', FP64='d')
 _codes = {name: (letter, DATATYPES[name]) for name,letter in _letters.items()}
-def _quick(flat, shape, spec):
+def _quick(flat, shape, spec, booleans=False):
     "An array from a list without booleans, or None when something needs a closer look"
-    if spec.datatype not in _codes: return None
+    if spec.datatype not in _codes or booleans and bool in set(map(type, flat)): return None
     letter,dtype = _codes[spec.datatype]
     try: a = np.frombuffer(array(letter, flat), dtype)
     except (TypeError, OverflowError): return None
@@ -226,7 +226,7 @@ def to_array(
         return to_array(data.plain(), spec, limit) if read is None else read
     flat,shape = _flatten(data, spec, limit, len(spec.shape))
     check_shape(shape, spec)
-    quick = None if booleans else _quick(flat, shape, spec)
+    quick = _quick(flat, shape, spec, booleans)
     if quick is not None: return quick
     if list in set(map(type, flat)):
         raise InvalidInput(f"Input '{spec.name}' is nested too deeply; the model takes {list(spec.shape)}.")
@@ -251,7 +251,7 @@ def from_flat(
         claim = f'shape {str(list(shape))[:200]} needs {str(math.prod(shape))[:40]}'
         raise InvalidInput(f"Input '{spec.name}' has {len(data)} values; {claim}.")
     _check_size(len(data), spec, limit)
-    quick = None if booleans else _quick(data, shape, spec)
+    quick = _quick(data, shape, spec, booleans)
     return _build(data, shape, spec) if quick is None else quick
 
 def _nested(data, shape, spec, limit, booleans):

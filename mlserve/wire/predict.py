@@ -71,7 +71,8 @@ def _by_column(value, specs, key):
     if type(value) is not list or not value:
         raise InvalidInput(f'{key!r} is not a list of rows, nor an object with the cells of each column.')
     if all(type(row) is dict for row in value):
-        strange = next((name for row in value for name in row if all(name != s.name for s in specs)), None)
+        known = {s.name for s in specs}
+        strange = next((name for row in value for name in row if name not in known), None)
         if strange is not None: check_names([*(s.name for s in specs), strange], specs)
         return {s.name: [row.get(s.name) for row in value] for s in specs}
     for i,row in enumerate(value):

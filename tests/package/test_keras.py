@@ -1,6 +1,7 @@
 """Keras without TensorFlow: what stands on no page. The real models are run by `make models`."""
 import types
 
+import mutations
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,12 @@ PAIR = {"right": np.full((2, 3), 1.0), "left": np.full((2, 3), 5.0)}
 def test_on_torch_inputs_are_met_by_name_in_inference_mode_and_in_the_types_of_the_model(tmp_path):
     package = save_package(OnTorch(), tmp_path / "p", name="k", inputs=PAIR, outputs=["difference"])
     assert (golden(package)[1]["difference"] == 4).all() and {spec.datatype for spec in package.inputs} == {"FP32"}
+
+
+def test_control_inputs_that_go_by_their_order_are_seen(tmp_path, monkeypatch):
+    mutations.MUTATIONS["inputs_of_keras_go_by_their_order"](lambda where, value: monkeypatch.setattr(*mutations.find(where)[:2], value))
+    with pytest.raises(AssertionError):
+        test_on_torch_inputs_are_met_by_name_in_inference_mode_and_in_the_types_of_the_model(tmp_path)
 
 
 @pytest.mark.parametrize("format, error, words", [("torchscript", UsageError, "it becomes 'onnx'"), (None, LocalResource, r"mlserve\[keras\]")])

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.matrix
 
 SERVER = set("""annotated-doc annotated-types anyio certifi click fastapi h11 httpcore httptools httpx idna numpy opentelemetry-api orjson prometheus-client pydantic
                 pydantic-core safetensors starlette typing-extensions typing-inspection uvicorn uvloop""".split())
-NEEDED = {"onnx": {"onnxruntime", "flatbuffers", "packaging", "protobuf"}, "torchscript": {"torch"}, "python": set()}  # beside the server, by format
+NEEDED = {"onnx": {"onnxruntime", "flatbuffers", "packaging", "protobuf"}, "torchscript": {"torch"}, "tflite": {"ai-edge-litert"}, "python": set()}  # beside the server, by format
 KEPT = re.compile("models/package/(package.lock|MLmodel)$")
 
 
@@ -36,7 +36,7 @@ def check_files(reference):
     assert packages == SERVER | NEEDED[format], packages ^ (SERVER | NEEDED[format])
     ours = {path.removeprefix("models/package/") for path in files if path.startswith("models/")}
     assert ours == {"package.lock", *(line.rsplit(" ", 2)[0] for line in told["package.lock"].splitlines())}
-    strange = "|".join({"torch", "onnxruntime", "sklearn", "scipy", "pandas", "onnx", "skl2onnx", "tokenizers", "nvidia"} - NEEDED[format])
+    strange = "|".join({"torch", "onnxruntime", "sklearn", "scipy", "pandas", "onnx", "skl2onnx", "tokenizers", "nvidia", "ai_edge_litert"} - {n.replace("-", "_") for n in NEEDED[format]})
     assert not [path for path in files if re.search(f"site-packages/({strange})/", path)]
     assert {path.removeprefix("opt/mlserve/") for path in files if path.startswith("opt/") and not path.startswith("opt/venv/") and not path.endswith(".pyc")} == set(code_of())
     return format

@@ -183,11 +183,12 @@ def _rounding(live:Program, given:Arrays, names:list[str], wanted:Arrays, near:N
 # %% ../../../nbs/package/export/04_invariance.ipynb #7c1e02a7
 _frozen = ('What Python took from the example stays in the file: write it as operations on tensors, '
     'save torch.jit.script(model), or move it into the handler.')
+_fused = " A model of transformers becomes ONNX with attn_implementation='eager'." # for a row that is masked
 def _prove_unlike(live:Program, saved:Program, asked:list, names:list[str], near:Near)->list[tuple[str,Arrays,Arrays]]:
     "What the saved program answers to what is unlike the example, if it is what the live one does"
     def no(what:str, how:str)->CheckFailed:
         return CheckFailed(f'The saved program answers otherwise than the live model for {what}: {how}. '
-            'Nothing was saved.', mend=_frozen)
+            'Nothing was saved.', mend=_frozen + _fused * hasattr(getattr(live, 'module', None), 'config'))
     if saved is live: return asked
     own = []
     for what,given,wanted in asked:

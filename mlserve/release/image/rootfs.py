@@ -79,7 +79,8 @@ def beside(
 _system = ['/etc/ssl/certs/ca-certificates.crt', '/etc/ssl/openssl.cnf', '/etc/nsswitch.conf', '/etc/services',
     '/etc/protocols', '/etc/os-release', '/etc/debian_version', '/etc/localtime', '/usr/share/zoneinfo',
     '/usr/lib/locale/C.utf8', '/etc/ld.so.conf', '/etc/ld.so.conf.d']
-_users = {'etc/passwd': 'root:x:0:0:root:/root:/usr/sbin/nologin\n'
+_written = {'etc/machine-id': 'uninitialized\n',
+    'etc/passwd': 'root:x:0:0:root:/root:/usr/sbin/nologin\n'
         'mlserve:x:10001:10001:mlserve:/tmp:/usr/sbin/nologin\n',
     'etc/group': 'root:x:0:\nmlserve:x:10001:\n'}
 def system(
@@ -93,7 +94,7 @@ def system(
         files = [below, *sorted(below.rglob('*'))] if below.is_dir() else [below]
         for f in files: made |= take('/' + str(f.relative_to(root)), out, root)
     for folder in ('dev', 'proc', 'sys', 'run', 'tmp', 'etc'): (Path(out) / folder).mkdir(exist_ok=True)
-    for name,text in _users.items(): (Path(out) / name).write_text(text)
+    for name,text in _written.items(): (Path(out) / name).write_text(text)
     cafile = Path(out) / ssl.get_default_verify_paths().openssl_cafile[1:]
     bundle = Path(out) / 'etc/ssl/certs/ca-certificates.crt'
     if bundle.exists() and not cafile.exists():

@@ -199,7 +199,7 @@ def _lead(path, files, base): # a finding about a link
     return path,f'a link to {target}' if made else 'no such link',f'a link to {target}'
 
 # %% ../../../nbs/release/supply_chain/03_image_inspection.ipynb #8f93fedf
-_made = re.compile(r'etc/(passwd|group|ld\.so\.cache)|opt/venv/(pyvenv\.cfg|bin/[Aa]ctivate(\.\w+)?)')
+_made = re.compile(r'etc/(passwd|group|machine-id|ld\.so\.cache)|opt/venv/(pyvenv\.cfg|bin/[Aa]ctivate(\.\w+)?)')
 def base_in(
     files:Mapping[str, File], # of the image
     base:Mapping[str, File], # of the base, and of `package_lists`
