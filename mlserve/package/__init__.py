@@ -190,8 +190,9 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     inputs,reference,own = given.inputs,live,expected
     outputs = with_classes(live, given, output_specs(given, pairs), pairs)
     if padding := check_padding(given, outputs): ours['padding'] = padding.values
+    dtype = 'bfloat16' if given.rounded else ours.get('dtype')
     if isinstance(live, TableModel): ours['tolerance'] = table_tolerance(live) | (ours['tolerance'] or {})
-    ours['tolerance'] = ours['tolerance'] or half_tolerance(ours.get('dtype'), live) or default_tolerance(outputs)
+    ours['tolerance'] = ours['tolerance'] or half_tolerance(dtype, live) or default_tolerance(outputs)
     check_width(ours['tolerance'], expected)
     if ours.get('dtype'):
         assert isinstance(origin, TorchProgram) # `check_dtype` allows live modules only

@@ -910,7 +910,7 @@ def given(**more):
     ({"inputs": {}}, "inputs is empty"),
     ({"inputs": {3: torch.rand(3, 4)}}, "An input is named 3"),
     ({"inputs": {"x": [[1.0, 2.0], [3.0]]}}, "Example 'x' (list) cannot become an array"),
-    ({"inputs": {"x": torch.ones(3, 4, dtype=torch.bfloat16)}}, "Example 'x' (torch.bfloat16) cannot become an array. Give float32, and cast in forward: x.to(torch.bfloat16)."),
+    ({"inputs": {"x": torch.ones(3, 4, dtype=torch.float8_e4m3fn)}}, "Example 'x' (torch.float8_e4m3fn) cannot become an array. Give numbers of a type that NumPy has"),
     ({"inputs": {"x": torch.tensor(3.0)}}, "Example 'x' is a single value"),
     ({"inputs": {"x": None}}, "Example 'x' is a single value"),
     ({"inputs": {"x": ["a", "b"]}}, "Example 'x' holds text; a torch module takes numbers. Let a handler"),

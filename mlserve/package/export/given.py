@@ -25,7 +25,7 @@ from .example import example_arrays, example_specs
 from ..environment import warn_of_stack
 from ..mlmodel import check_dynamic, check_providers, check_ways
 from ..programs import check_format
-from ..programs.half import check_dtype
+from ..programs.half import check_dtype, check_rounded, rounded_names
 from ...errors import UsageError
 from ...tensors import Arrays, Size, TensorSpec
 
@@ -55,18 +55,21 @@ class Given(NamedTuple):
     code: Sequence[str|Path]=() # local modules that the handler imports
     classes: Any=None # what columns of an answer stand for
     axes: BatchAxis={} # where the model has the batch of a tensor, if it is not first
+    rounded: Sequence[str]=() # inputs that the model takes in bfloat16
     @property
     def inputs(self)->tuple[TensorSpec,...]:
         "What the model takes: tensors like the example, or the columns of a table"
         if isinstance(self.model, TableModel): return tuple(column.spec for column in self.model.columns)
         if isinstance(self.model, PythonProgram) and self.model.inputs: return self.model.inputs
         varied = [vary(spec, self.free.get(spec.name)) for spec in example_specs(self.arrays)]
-        specs = tuple(replace(spec, shared=self.axes.get(spec.name, 0) is None) for spec in varied)
+        specs = tuple(replace(spec, shared=self.axes.get(spec.name, 0) is None,
+            rounded='BF16' if spec.name in self.rounded else None) for spec in varied)
         return with_steps(specs, self.model)
     @property
     def moves(self)->Moves:
-        "Where the model has the batch of each tensor"
-        return Moves(self.axes, list(self.arrays), self.names)
+        "Where the model has the batch of each tensor, and which it takes in bfloat16"
+        types = [str(array.dtype) for array in self.arrays.values()]
+        return Moves(self.axes, list(self.arrays), self.names, self.rounded, types)
     @property
     def rows(self)->int:
         "How many rows the example has"
@@ -106,6 +109,7 @@ def read_example(
     "Take an example as arrays; a table is converted for that"
     examples = given.arrays if isinstance(given.arrays, (list, tuple)) else [given.arrays]
     if isinstance(examples[0], Mapping):
+        given = given._replace(rounded=rounded_names(examples[0]))
         arrays,*others = [_moved(example, given.axes) for example in examples]
         check_rows(arrays, *others)
         if given.axes and given.holdout and isinstance(given.holdout[0], Mapping):
@@ -150,6 +154,7 @@ def check_together(
     check_format(format)
     warn_of_stack(format)
     check_dtype(given['dtype'], model, format)
+    check_rounded(inputs, model, format, given['dtype'])
     check_providers(given['providers'], format, batch)
     check_dynamic(given['dynamic'], given['padding'], batch, given['providers'], inputs)
     check_batch_axis(axes, first_names(inputs), given['outputs'], format)
