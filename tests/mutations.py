@@ -1216,6 +1216,18 @@ def bfloat16_is_cut(put):
 
 
 @plant
+def a_fraction_is_cut(put):
+    "The type of an example is no matter to an adapter"
+    good = now("package.axes.moved_module._arguments")
+    put("package.axes.moved_module._arguments", lambda module, moves: good(module, moves._replace(types=())))
+
+
+@plant
+def a_query_is_passed_over(put):
+    put("serving.http.request_head._refuse_query", never)
+
+
+@plant
 def two_bytes_are_a_half(put):
     "Two bytes of bfloat16 are read as V2's FP16"
     import numpy as np

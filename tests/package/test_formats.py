@@ -917,6 +917,8 @@ def given(**more):
     ({"inputs": {"x": [[0.5] * 4]}}, "Example 'x' is float64, the model's weights are float32. Give np.asarray(x, 'float32')."),
     ({"inputs": {"x": [[1] * 4]}}, "Example 'x' is int64, the model's weights are float32."),
     ({"outputs": "y"}, "outputs is of type str; a list of names"),
+    ({"output": ["y"]}, "save_package has no argument 'output'; it has model, path, name, inputs, outputs, "),
+    ({"batch_axes": {"x": 1}}, "Did you mean 'batch_axis'?"),
     ({"outputs": None}, "outputs is of type NoneType"),
     ({"outputs": [1]}, "An output is named 1"),
     ({"outputs": ["y", "y"]}, "Two of the outputs are named 'y'"),
