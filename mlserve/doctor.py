@@ -8,10 +8,11 @@ __all__ = ['check_network', 'check_clock', 'line', 'examine']
 # %% ../nbs/06_doctor.ipynb #1bf734d7
 import os, platform, subprocess, sys, time
 from collections.abc import Callable
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 import httpx
@@ -32,6 +33,7 @@ from .release.registry.client import reach_registry
 from .release.registry.reference import read_reference
 from .release.run import say
 from .release.spec import ReleaseSpec
+if TYPE_CHECKING: from docker import DockerClient
 
 # %% ../nbs/06_doctor.ipynb #a6fe390a
 def _python()->str:
@@ -63,9 +65,26 @@ def check_network(
     raise LocalResource(f'Questions to {caught[0]} go to the proxy {hidden(ways.get("http") or ways["https"])}.',
         mend=f'export NO_PROXY={",".join(["localhost", *caught])}')
 
+# %% ../nbs/06_doctor.ipynb #2836425e
+@dataclass
+class _Known:
+    "What the engine said, for four questions: one that does not answer costs its wait once"
+    silent: LocalResource|None=None # its refusal, when it was asked last
+    def ask(self)->'DockerClient': # of an engine that answers
+        "Ask the engine anew"
+        self.silent = None
+        try: return engine(seconds=10)
+        except LocalResource as e:
+            self.silent = e
+            raise
+    def client(self, seconds:float)->'DockerClient': # of an engine that was not silent
+        "A client of the engine, or what it was refused with"
+        if self.silent: raise self.silent
+        return engine(seconds=seconds)
+
 # %% ../nbs/06_doctor.ipynb #51a721fe
-def _engine(spec:ReleaseSpec)->str:
-    try: client = engine(seconds=10)
+def _engine(spec:ReleaseSpec, known:_Known)->str:
+    try: client = known.ask()
     except LocalResource as e: raise mended_by(e, start_engine(os.environ.get('DOCKER_HOST', ''))) from None
     about = client.info()
     client.close()
@@ -74,21 +93,23 @@ def _engine(spec:ReleaseSpec)->str:
         raise GpuRefused(f'{told}: no NVIDIA Container Toolkit, and device = "cuda".', reason='no_toolkit',
             mend='Install the toolkit, and run `nvidia-ctk runtime configure`.')
     return told
-def _builder(spec:ReleaseSpec)->str:
+def _builder(spec:ReleaseSpec, known:_Known)->str:
     if spec.builder == 'docker':
-        engine(seconds=10).close()
+        known.client(10).close()
         return 'the engine builds'
     return find_buildah(spec.state).command
 def _compose()->str: return ' '.join(find_compose(os.environ))
-def _base(spec:ReleaseSpec)->str:
+def _base(spec:ReleaseSpec, known:_Known)->str:
     if spec.builder == 'buildah': return find_buildah(spec.state).resolve(spec.base)
     import docker
-    client = engine(seconds=20)
+    client = known.client(20)
     try: client.images.get(spec.base)
     except docker.errors.ImageNotFound:
         mend = 'See that the engine reaches its registry, or set MLSERVE_BASE.'
         with remote(f'Asking for the base {spec.base}', mend): client.images.get_registry_data(spec.base)
     return spec.base
+def _containers(known:_Known)->str:
+    return 'no engine answers, so none was asked' if known.silent else check_containers()
 
 # %% ../nbs/06_doctor.ipynb #1f81d0a9
 def _get(url:str)->httpx.Response:
@@ -153,17 +174,18 @@ def line(
 # %% ../nbs/06_doctor.ipynb #db199443
 def _questions(spec:ReleaseSpec, uri:str)->list[tuple[str, Callable[[], str], bool]]:
     "What is asked, how, and whether every release needs it"
-    place,state = read_reference(spec.repository),Path(spec.state).absolute()
+    place,state,known = read_reference(spec.repository),Path(spec.state).absolute(),_Known()
     hosts = [urlsplit(uri).hostname or '', place.host.partition(':')[0]]
     clock = uri if uri.startswith('http') else place.url.partition('/v2/')[0]
     return [('python', _python, True), ('versions', _versions, False), ('state', lambda: check_state(state), True),
         ('disk', lambda: check_room(state, lambda: _index(spec)), True),
-        ('network', lambda: check_network(hosts), False), ('engine', lambda: _engine(spec), True),
-        ('builder', lambda: _builder(spec), True), ('compose', _compose, False), ('base', lambda: _base(spec), True),
+        ('network', lambda: check_network(hosts), False), ('engine', lambda: _engine(spec, known), True),
+        ('builder', lambda: _builder(spec, known), True), ('compose', _compose, False),
+        ('base', lambda: _base(spec, known), True),
         ('login', check_login, False), ('registry', lambda: _registry(spec), True), ('mlflow', _record, True),
         ('store', lambda: _store(spec), True), ('index', lambda: _index(spec), False),
         ('clock', lambda: check_clock(clock), True), ('leftovers', lambda: check_leftovers(state), False),
-        ('containers', check_containers, False), ('builders', lambda: check_builders(state), False)]
+        ('containers', lambda: _containers(known), False), ('builders', lambda: check_builders(state), False)]
 def examine(
     spec:ReleaseSpec, # of the release that is meant
     progress:Callable[[str], Any]=say, # called with a line for each thing

@@ -1197,6 +1197,43 @@ def python_is_taken_at_its_word(put):
     put("package.prove_program", never)
 
 
+@plant
+def bfloat16_is_cut(put):
+    "Numbers are cut to bfloat16, and not rounded"
+    good = now("package.axes.moved_module._wrapped")
+    def wrapped(module, moves):
+        import torch
+        class Cut(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = good(module, moves)
+
+            def forward(self, *tensors):
+                parts = [torch.frexp(t) for t in tensors]
+                return self.model(*[torch.ldexp(torch.trunc(fraction * 256) / 256, power) for fraction, power in parts])
+        return Cut().eval()
+    put("package.axes.moved_module._wrapped", wrapped)
+
+
+@plant
+def a_fraction_is_cut(put):
+    "The type of an example is no matter to an adapter"
+    good = now("package.axes.moved_module._arguments")
+    put("package.axes.moved_module._arguments", lambda module, moves: good(module, moves._replace(types=())))
+
+
+@plant
+def a_query_is_passed_over(put):
+    put("serving.http.request_head._refuse_query", never)
+
+
+@plant
+def two_bytes_are_a_half(put):
+    "Two bytes of bfloat16 are read as V2's FP16"
+    import numpy as np
+    put("wire.v2.from_bf16", lambda data, shape, spec, limit: np.frombuffer(data, "<f2").astype("f4").reshape(shape))
+
+
 # ---- classes
 
 

@@ -16,6 +16,7 @@ import httpx
 import mutations
 import pytest
 import servers
+import test_bfloat16
 import test_classes
 import test_scheduler
 import test_conformance
@@ -147,7 +148,11 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("V2", C.test_V2_V3_wrong_tensors_are_400, {"route": "/predict", "rows": [[1]]}, "shapes_are_believed", "500 == 400"),
     ("V2", C.test_V2_V4_what_is_not_the_contract_is_400, {"change": {"shape": [2, 1]}}, "shapes_are_believed", "500 == 400"),
     ("V3", P.test_v3_a_number_is_exact_or_refused_never_wrapped, {}, "numbers_are_cast", "assert"),
+    ("V3", test_bfloat16.test_V3_a_number_is_rounded_to_bfloat16_as_torch_does, {}, "bfloat16_is_cut", "assert"),
+    ("V3", test_bfloat16.test_V3_two_bytes_of_triton_s_client_are_the_upper_half, {}, "two_bytes_are_a_half", "assert"),
     ("V3", C.test_V2_V3_wrong_tensors_are_400, {"route": "/predict", "rows": [[True, 1]]}, "numbers_are_cast", "200 == 400"),
+    ("V3", test_streaming.test_V3_a_number_with_a_fraction_is_no_int, {"file": False}, "a_fraction_is_cut", "DID NOT RAISE"),
+    ("V4", C.test_V4_a_query_is_refused_where_it_would_be_ignored, {"route": "/predict"}, "a_query_is_passed_over", "200"),
     ("V4", C.test_V2_V4_what_is_not_the_contract_is_400, {"change": {"datatype": "FP64"}}, "the_datatype_is_not_compared", "200 == 400"),
     ("V4", C.test_V4_missing_extra_and_repeated_inputs_and_outputs_are_400, {}, "the_last_of_two_wins", "200 == 400"),
     ("V5", P.test_nul_in_bytes_is_data, {}, "texts_end_at_a_nul", "a.x00b"),

@@ -157,3 +157,23 @@ def test_control_without_the_question_asked_again_a_fix_that_does_nothing_is_bel
     broken = Finding("disk", "missing", "12 MB are free.", fix=Fix("sync", lambda: None))
     assert mend(broken, lambda: broken, lambda finding: True).state == "missing"
     assert mend(broken, lambda: Finding("disk", "ok", ""), lambda finding: True).mended == "sync"
+
+
+def test_an_engine_that_does_not_answer_is_asked_once(monkeypatch, tmp_path):
+    from mlserve import doctor
+    from mlserve.errors import LocalResource
+    from mlserve.mends import leftovers
+    from mlserve.release.spec import ReleaseSpec
+    calls = []
+
+    def silent(seconds=None):
+        calls.append(seconds)
+        raise LocalResource("No Docker Engine answers.", mend="Start it.")
+    for room in (doctor, leftovers):
+        monkeypatch.setattr(room, "engine", silent)
+    spec = ReleaseSpec(name="digits", notebook="digits.ipynb", state=tmp_path, base="python:3.11", repository="localhost:1/digits")
+    questions = {what: (what, question, needed) for what, question, needed in doctor._questions(spec, "http://127.0.0.1:1")}
+    found = [asked(*questions[what]) for what in ("engine", "builder", "base", "containers")]
+    assert len(calls) == 1 and [f.told for f in found[:3]] == ["No Docker Engine answers."] * 3 and found[3].state == "ok"
+    asked(*questions["engine"])
+    assert len(calls) == 2, "after it was mended it is asked anew"

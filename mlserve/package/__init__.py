@@ -21,7 +21,7 @@ from .programs import FileProgram, read_program
 from .programs.onnx_program import Engines
 from .programs.torch_program import Program, TorchProgram
 from .export import Live, freeze, live_program, unused
-from .export.given import Given, as_given, check_together, read_example
+from .export.given import Given, as_given, check_together, read_example, with_nearest
 from .export.classes import prove_classes, with_classes
 from .export.recorded import read_golden, write_golden
 from .export.size_proofs import check_padding, prove_recorded
@@ -190,8 +190,9 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     inputs,reference,own = given.inputs,live,expected
     outputs = with_classes(live, given, output_specs(given, pairs), pairs)
     if padding := check_padding(given, outputs): ours['padding'] = padding.values
+    dtype = 'bfloat16' if given.rounded else ours.get('dtype')
     if isinstance(live, TableModel): ours['tolerance'] = table_tolerance(live) | (ours['tolerance'] or {})
-    ours['tolerance'] = ours['tolerance'] or half_tolerance(ours.get('dtype'), live) or default_tolerance(outputs)
+    ours['tolerance'] = ours['tolerance'] or half_tolerance(dtype, live) or default_tolerance(outputs)
     check_width(ours['tolerance'], expected)
     if ours.get('dtype'):
         assert isinstance(origin, TorchProgram) # `check_dtype` allows live modules only
@@ -233,6 +234,7 @@ def _save(path:Path, ours:dict[str,Any], given:Given)->Package:
     return load_package(path)
 
 # %% ../../nbs/package/09_package.ipynb #cc3d4194
+@with_nearest
 def save_package(
     model:Any, # a live torch module, a model of Keras, a fitted table model, a class of yours, or a model file's path
     path:str|Path, # the folder to make; a package there is replaced
@@ -268,8 +270,7 @@ def save_package(
         padding=padding, inputs=inputs, outputs=outputs, batch_axis=batch_axis)
     for check in (check_replaceable, check_beside): check(path)
     ours = description(model, format, handler, code, arguments, name=name, batch=batch, dtype=dtype or None,
-        nonfinite=nonfinite or None, providers=tuple(providers), tolerance=tolerance or {},
-        batch_axis=batch_axis)
+        nonfinite=nonfinite or None, providers=tuple(providers), tolerance=tolerance or {}, batch_axis=batch_axis)
     given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding, code=code, classes=classes,
         axes=batch_axis or {})
     return _save(path, ours, read_example(given, optional))

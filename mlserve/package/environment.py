@@ -63,13 +63,15 @@ def _minor(version:str)->tuple[int,...]:
 def check_version(
     name:str, # a key of `SUPPORTED`
     version:str, # such as `2.13.0+cpu`
+    wheel:str='', # in which it is installed, if that has another name
 )->str: # a warning, or an empty string; or Refused
     "Hold the version of a framework against the table"
     known = SUPPORTED[name]
     minor,tested = _minor(version),', '.join(known.tested)
     if not _minor(known.least) <= minor < _minor(known.below):
         raise Refused(f'{name} {version} is not supported; allowed are {name} from {known.least} on and below '
-            f'{known.below}, of which {tested} are tested.', mend=f"pip install '{name}=={known.tested[-1]}.*'")
+            f'{known.below}, of which {tested} are tested.',
+            mend=f"pip install '{wheel or name}=={known.tested[-1]}.*'")
     if minor in map(_minor, known.tested): return ''
     return f'{name} {version} is taken, but was not tested with mlserve; tested are {tested}.'
 
@@ -93,7 +95,8 @@ def check_stack(
 )->str: # a warning, or an empty string; or Refused
     "Hold the framework of a package against the table"
     name,version = stack_of(format, packages)
-    return check_version(name, version) if version else ''
+    wheel = name if name in packages else f'{name}-gpu'
+    return check_version(name, version, wheel) if version else ''
 
 # %% ../../nbs/package/01_environment.ipynb #2f81ffc6
 def installed_stack()->dict[str,str]: # name → version
@@ -108,7 +111,7 @@ def warn_of_stack(
 )->None: # or Refused
     "Refuse a framework that cannot be served, and warn of one that no test runs"
     warning = check_stack(format, installed_stack())
-    if warning: warnings.warn(warning, stacklevel=4)
+    if warning: warnings.warn(warning, stacklevel=5)
 def told_stack()->list[str]: # sentences
     "What there is to say of the frameworks that are installed here, before anybody knows which one will be used"
     told = []

@@ -110,8 +110,10 @@ def _are_specs(value:Any)->bool:
     if not isinstance(value, list) or not value: return False
     names = {TensorSpec.from_dict(spec).name for spec in value}
     keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'},{'name', 'datatype', 'shape', 'free'}
-    extra = {'classes', 'step', 'shared'}
-    return len(names) == len(value) and all(set(s) - extra in keys and s.get('shared', True) is True for s in value)
+    extra = {'classes', 'step', 'shared', 'rounded'}
+    rounded = all((s['datatype'], s['rounded']) == ('FP32', 'BF16') for s in value if 'rounded' in s)
+    plain = all(set(s) - extra in keys and s.get('shared', True) is True for s in value)
+    return rounded and plain and len(names) == len(value)
 def _are_numbers(value:Any)->bool:
     "Whether something is numbers by name"
     return isinstance(value, dict) and all(type(number) in (int, float, bool) for number in value.values())

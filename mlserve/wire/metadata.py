@@ -18,6 +18,7 @@ def _tensor(s:TensorSpec)->dict[str, Any]:
     if s.free: told['sizes'] = ', '.join(map(str, s.free.values()))
     if s.step: told |= {'scale': s.step[0], 'zero_point': s.step[1]}
     if s.shared: told['shared'] = True
+    if s.rounded: told['rounded'] = s.rounded
     if s.classes: told['classes'] = json.dumps(s.classes, ensure_ascii=False)
     known:dict[str, Any] = {'name': s.name, 'datatype': s.datatype, 'shape': list(s.shape)}
     return known | ({'parameters': told} if told else {})

@@ -10,7 +10,8 @@ __all__ = ['MOST_ENTRIES', 'decode_infer', 'encode_infer', 'encode_infer_binary'
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 import numpy as np
-from .binary import Pieces, claimed_shape, from_base64, from_bytes, from_raw, split, to_bytes, whole
+from mlserve.wire.binary import (Pieces, claimed_shape, from_base64, from_bf16, from_bytes, from_raw, split, to_bytes,
+    whole)
 from .json_body import (check_keys, dump, has_gaps, jsonable, lift_words, may_hold_booleans, put_words,
     read_object, with_nulls)
 from ..errors import InvalidInput, MlserveError, ModelFailed
@@ -76,24 +77,26 @@ def _column(shape, spec):
 
 # %% ../../nbs/wire/05_v2.ipynb #fd94eb5f
 def _claim(e, spec, codec=None):
-    "What one input of a V2 request claims: its contract, shape, size in bytes or data, and whether that is base64"
+    "What one input of a V2 request claims: contract, shape, size in bytes or data, and the form of these"
     what,size,data,shape = f"Input '{spec.name}'",None,e.get('data'),e.get('shape')
     datatype = e.get('datatype')
-    if datatype != spec.datatype and (data is None or not suits(datatype, spec)):
+    half = datatype == 'BF16' and spec.rounded == 'BF16'
+    if datatype != spec.datatype and not half and (data is None or not suits(datatype, spec)):
         shown = ascii(datatype[:40]) if type(datatype) is str else type(datatype).__name__
-        raise InvalidInput(f'{what} has datatype {shown}; the model takes {spec.datatype}.')
+        wide = ', which holds each number of BF16' if datatype == 'BF16' and spec.datatype == 'FP32' else ''
+        raise InvalidInput(f'{what} has datatype {shown}; the model takes {spec.datatype}{wide}.')
     if 'parameters' in e:
         parameters = _parameters(e, what)
         size = _parameter(parameters, 'binary_data_size', int, 0, None, what)
         codec = _codec(parameters, what) or codec
     if shape is None or (data is None) == (size is None):
         raise InvalidInput(f"{what} needs a shape, and either 'data' or the parameter 'binary_data_size'.")
-    if size is None and spec.datatype == 'FP16':
-        raise InvalidInput(f'{what} is FP16, which has no JSON form in V2; send it as binary.')
+    if size is None and (half or spec.datatype == 'FP16'):
+        raise InvalidInput(f'{what} is {datatype}, which has no JSON form in V2; send it as binary.')
     if codec in ('str', 'base64') and spec.datatype != 'BYTES':
         raise InvalidInput(f'{what} has the content_type {codec}, which is for BYTES; the model takes {spec.datatype}.')
     if codec or spec.optional is not None: shape = _column(shape, spec)
-    return spec,claimed_shape(shape, spec),size,data,codec == 'base64'
+    return spec,claimed_shape(shape, spec),size,data,codec if codec == 'base64' else datatype
 
 # %% ../../nbs/wire/05_v2.ipynb #8a01286e
 def _claims(o, specs, codec=None):
@@ -108,15 +111,15 @@ def _claims(o, specs, codec=None):
 def _arrays(claims, rest, limit, booleans):
     "The arrays of a V2 request"
     arrays,at = {},0
-    for spec,shape,size,data,encoded in claims:
+    for spec,shape,size,data,form in claims:
         if size is None: array = from_flat(data, shape, spec, limit, booleans)
         elif rest is None:
             raise InvalidInput(f"Input '{spec.name}' is binary, but there is no Inference-Header-Content-Length.")
         elif at + size > len(rest):
             left = len(rest) - at
             raise InvalidInput(f"Input '{spec.name}' claims {str(size)[:30]} bytes; {left} are left in the body.")
-        else: array,at = from_bytes(rest[at:at + size], shape, spec, limit),at + size
-        arrays[spec.name] = objects([from_base64(v) for v in array.flat], shape) if encoded else array
+        else: array,at = (from_bf16 if form == 'BF16' else from_bytes)(rest[at:at + size], shape, spec, limit),at + size
+        arrays[spec.name] = objects([from_base64(v) for v in array.flat], shape) if form == 'base64' else array
     if rest is not None and at != len(rest):
         raise InvalidInput(f'The body has {len(rest)} bytes behind the JSON; the inputs claim {at}.')
     if len(arrays) > 1: count_rows(arrays, [claim[0] for claim in claims])

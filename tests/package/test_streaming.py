@@ -108,6 +108,54 @@ def test_a_script_that_decides_by_a_number_is_saved_whole(file, tmp_path):
         assert np.array_equal(told["speech"], expected[0]) and np.array_equal(told["next_state"], np.moveaxis(expected[1], 1, 0))
 
 
+@pytest.mark.parametrize("file", [False, True], ids=["live", "file"])
+def test_V3_a_number_with_a_fraction_is_no_int(file, tmp_path):
+    given = torch.jit.script(voice(Choosing))
+    if file:
+        torch.jit.save(given, tmp_path / "voice.pt")
+        given = tmp_path / "voice.pt"
+    with pytest.raises(UsageError, match="forward takes 'sr' as int; the example of 'sr' is float64, of which the fraction would be cut"):
+        save_package(given, tmp_path / "p", "voice", example() | {"sr": 2.7}, OUTPUTS, batch_axis=AXES)
+
+
+def test_a_size_that_varies_is_counted_with_the_rows_first(tmp_path):
+    given = {"x": np.ones((4, 3), "f4"), "state": np.random.default_rng(0).normal(size=(2, 4, 3)).astype("f4")}
+    axes = {"state": 1, "next_state": 1}
+    with pytest.raises(UsageError, match="dimension 3 of 'state'; allowed are 1 to 2, as 0 is the batch: dynamic counts with the rows first"):
+        save_package(Blended(), tmp_path / "p", "m", given, OUTPUTS, batch_axis=axes, dynamic={"state": {3: "width"}})
+
+
+def test_batch_axis_of_a_table_is_refused_with_what_it_is_for(tmp_path):
+    import pandas as pd
+    from sklearn.linear_model import LinearRegression
+    frame = pd.DataFrame({"a": [1.0, 2.0, 3.0, 4.0]})
+    with pytest.raises(UsageError, match="batch_axis is given with a table, whose rows come first; it is for modules of torch"):
+        save_package(LinearRegression().fit(frame, frame["a"]), tmp_path / "p", "line", frame, batch_axis={"a": 1})
+
+
+def graph_file(path, rank=True, default=False):
+    "A graph with a state, whose rank it may not tell, and which may have a default"
+    import onnx
+    from onnx import helper as h
+    def value(name, shape):
+        return h.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+    constants = [onnx.numpy_helper.from_array(np.array([0]), "first")] + [onnx.numpy_helper.from_array(np.zeros((2, 1, 3), "f4"), "state")] * default
+    nodes = [h.make_node("Mul", ["state", "state"], ["next_state"]), h.make_node("ReduceSum", ["next_state", "first"], ["sum"], keepdims=0), h.make_node("Add", ["sum", "x"], ["speech"])]
+    graph = h.make_graph(nodes, "g", [value("x", ["n", 3]), value("state", [2, "n", 3] if rank else None)], [value("speech", ["n", 3]), value("next_state", [2, "n", 3])], constants)
+    onnx.save(h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_a_graph_that_tells_no_rank_is_refused_and_a_default_goes_with_what_is_moved(tmp_path):
+    given = {"x": np.ones((4, 3), "f4"), "state": np.random.default_rng(0).normal(size=(2, 4, 3)).astype("f4")}
+    axes = {"state": 1, "next_state": 1}
+    with pytest.raises(UsageError, match="the graph does not say how many dimensions it has"):
+        save_package(graph_file(tmp_path / "loose.onnx", rank=False), tmp_path / "p", "m", given, OUTPUTS, batch_axis=axes)
+    package = save_package(graph_file(tmp_path / "default.onnx", default=True), tmp_path / "p", "m", given, OUTPUTS, batch_axis=axes)
+    got = load_program(package).run({"x": given["x"], "state": given["state"].swapaxes(0, 1).copy()}, OUTPUTS)
+    assert np.array_equal(got["next_state"].swapaxes(0, 1), given["state"] ** 2)
+
+
 class Mixed(torch.nn.Module):
     "Its state has the batch second, and nothing that would complain of another order"
 

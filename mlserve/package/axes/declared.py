@@ -10,15 +10,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 import numpy as np
 from ...errors import UsageError
+from ..programs.half import widened
 from ...tensors import Arrays
 
 # %% ../../../nbs/package/axes/00_declared.ipynb #8440ebb0
 BatchAxis = Mapping[str,int|None] # by tensor: the dimension of its batch, where it is not the first; None: it has none
 class Moves(NamedTuple):
-    "Where a model has the batch of each tensor"
+    "Where a model has the batch of each tensor, and which it takes in bfloat16"
     axes: BatchAxis={} # as they were said
     takes: Sequence[str]=() # names of the inputs, in call order
     gives: Sequence[str]=() # names of the outputs, in the order of the model
+    rounded: Sequence[str]=() # names of the inputs that the model takes in bfloat16
+    types: Sequence[str]=() # of the numbers of the inputs, as NumPy names them
+    @property
+    def any(self)->bool:
+        "Whether an adapter is needed"
+        return bool(self.axes or self.rounded)
 
 # %% ../../../nbs/package/axes/00_declared.ipynb #74bf24c7
 def first_names(
@@ -60,7 +67,7 @@ def with_scalars(
     axes:BatchAxis, # where the batch is
 )->dict[str,Any]: # the same, and what a request has one value of as one row
     "Put a dimension in front of what has no batch"
-    return {name: np.asarray(v)[None] if axes.get(name, 0) is None else v for name,v in example.items()}
+    return {name: np.asarray(widened(v))[None] if axes.get(name, 0) is None else v for name,v in example.items()}
 def rows_first(
     arrays:Arrays, # of `with_scalars`
     axes:BatchAxis, # where the batch is

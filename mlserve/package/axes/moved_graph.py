@@ -31,7 +31,10 @@ def _rename(graph:'onnx.GraphProto', names:Mapping[str,str])->None:
 def _order(value:'onnx.ValueInfoProto', axis:int)->list[int]:
     "The dimensions of a tensor, that of the batch first"
     kind = value.type.tensor_type
-    rank = len(kind.shape.dim) if kind.HasField('shape') else 0
+    if not kind.HasField('shape'):
+        raise UsageError(f"batch_axis of '{value.name}' is {axis}; the graph does not say how many dimensions it has.",
+            mend='Write its shape into the graph, with names for sizes that vary.')
+    rank = len(kind.shape.dim)
     if axis < rank: return [axis, *(i for i in range(rank) if i != axis)]
     raise UsageError(f"batch_axis of '{value.name}' is {axis}; the graph says that it has {rank} dimensions.")
 def _described(value:'onnx.ValueInfoProto', order:list[int]|None)->None:
@@ -71,6 +74,9 @@ def move_graph(
             order = None if axis is None else _order(value, axis)
             nodes.append(_nodes(value, f'{value.name}.model', order, nodes is back))
             _described(value, order)
+    moved = {value.name for value in graph.input if moves.axes.get(value.name, 0) != 0}
+    defaults = [tensor for tensor in graph.initializer if tensor.name in moved] # in the shape that the input had
+    for tensor in defaults: graph.initializer.remove(tensor)
     if None in moves.axes.values(): graph.initializer.append(numpy_helper.from_array(np.array(0), 'mlserve.row'))
     own = list(graph.node)
     del graph.node[:]

@@ -271,7 +271,7 @@ def live_program(
     file = Path(file)
     if isinstance(model, (str, Path)):
         _check_source(Path(model), format)
-        arguments = [str(Path(model).absolute()), str(file.absolute()), format, *(moves if moves.axes else ())]
+        arguments = [str(Path(model).absolute()), str(file.absolute()), format, *(moves if moves.any else ())]
         return ConfinedProgram(model, 'mlserve.package.export:file_program', arguments)
     if isinstance(model, PythonProgram): return model
     if isinstance(model, (TableModel, TensorFlowModel)):

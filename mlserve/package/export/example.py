@@ -14,6 +14,7 @@ from ..axes.declared import axis_mend
 from ...wire.json_body import word_of
 from .confined import ConfinedProgram
 from ...errors import CheckFailed, MlserveError, UsageError
+from ..programs.half import widened
 from ..programs.torch_program import Program
 from ...tensors import TensorSpec, check_tensors, spec_of, text_bytes
 
@@ -21,12 +22,12 @@ from ...tensors import TensorSpec, check_tensors, spec_of, text_bytes
 def _array(name:str, value)->np.ndarray:
     "One example as an array, batch first"
     if not isinstance(name, str) or not name: raise UsageError(f'An input is named {name!r}; a name is text.')
+    value = widened(value)
     try: array = np.asarray(value.detach().cpu().numpy() if hasattr(value, 'detach') else value)
     except (TypeError, ValueError, RuntimeError) as e:
         kind = getattr(value, 'dtype', None) or type(value).__name__
-        mend = 'Give numbers of a type that NumPy has, and rows of one length.'
-        if 'bfloat16' in str(kind): mend = f'Give float32, and cast in forward: {name}.to(torch.bfloat16).'
-        raise UsageError(f"Example '{name}' ({kind}) cannot become an array.", mend) from e
+        raise UsageError(f"Example '{name}' ({kind}) cannot become an array.",
+            mend='Give numbers of a type that NumPy has, and rows of one length.') from e
     if not array.ndim:
         raise UsageError(f"Example '{name}' is a single value; the first dimension of an input must be the batch.",
             mend=f"If a request has one value of it, say batch_axis={{'{name}': None}}.")
@@ -76,7 +77,7 @@ def _refuse_types(live:Program, arrays:Mapping[str,np.ndarray], error:Exception)
     for name,array in fractions_first:
         if array.dtype.kind not in 'iuf' or str(array.dtype) in weights: continue
         mend = f"Give np.asarray({name}, '{weights[0]}')."
-        if weights[0] == 'bfloat16': mend = f'Cast in forward: {name}.to(torch.bfloat16).'
+        if weights[0] == 'bfloat16': mend = f'Give it in that type, torch.as_tensor({name}).to(torch.bfloat16).'
         raise UsageError(f"Example '{name}' is {array.dtype}, the model's weights are {weights[0]}.", mend) from error
 
 # %% ../../../nbs/package/export/02_example.ipynb #e99dee1b

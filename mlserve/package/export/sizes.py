@@ -46,7 +46,8 @@ def differing(
     return found
 
 # %% ../../../nbs/package/export/06_sizes.ipynb #ab7dd099
-def _said(dynamic:Any, arrays:Arrays)->Found:
+_first = ': dynamic counts with the rows first, as the wire has them, and batch_axis as the model does'
+def _said(dynamic:Any, arrays:Arrays, moved:bool=False)->Found:
     "The dimensions that somebody named"
     form = "allowed is a form such as {'ids': {1: 'length'}} or {'ids': {1: ('length', 512)}}"
     found:Found = {}
@@ -59,7 +60,7 @@ def _said(dynamic:Any, arrays:Arrays)->Found:
             size = tuple(value) if isinstance(value, (tuple, list)) else (value, None)
             if type(axis) is not int or not 0 < axis < arrays[name].ndim:
                 raise UsageError(f"dynamic names the dimension {axis!r} of '{name}'; allowed are 1 to "
-                    f'{arrays[name].ndim - 1}, as 0 is the batch.')
+                    f'{arrays[name].ndim - 1}, as 0 is the batch{_first if moved else ""}.')
             if len(size) != 2 or not isinstance(size[0], str) or type(size[1]) not in (int, type(None)): raise wrong
             if any(size[0] == other for other,_ in found.get(name, {}).values()):
                 raise UsageError(f"dynamic names two dimensions of '{name}' {size[0]!r}; each has a name of its own.")
@@ -78,7 +79,7 @@ def found_sizes(
         if given.others and not seen: raise UsageError('The examples of inputs have the same shape; a second one shows '
             'which dimension varies.', mend='Give rows of another length, or one example.')
         return seen
-    said = _said(given.dynamic, given.arrays)
+    said = _said(given.dynamic, given.arrays, bool(given.axes))
     for name,places in seen.items():
         for axis in places.keys() - said.get(name, {}).keys():
             raise UsageError(f"The examples differ in dimension {axis} of '{name}', which dynamic does not name.")

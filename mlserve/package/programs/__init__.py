@@ -34,9 +34,13 @@ def check_format(
 # %% ../../../nbs/package/programs/08_programs.ipynb #6b14c2c3
 _newer = re.compile(r'Unsupported model (IR) version: (\d+), max supported IR version: (\d+)|'
     r'(Opset) (\d+) is under development.*? for domain \S+ is till opset (\d+)', re.S)
+_no_kernel = re.compile(r'Could not find an implementation for (\w+)\(')
 def _unread(file:Path, device:str, why:str)->MlserveError:
     "The error that a loader's words amount to"
-    newer = _newer.search(why)
+    newer,lacking = _newer.search(why),_no_kernel.search(why)
+    if lacking:
+        return Refused(f"onnxruntime has no kernel on {device} for {lacking[1]} in the types of '{file.name}'.",
+            mend="Compute in float32 there, as x.float() does; or give format='torchscript' or 'export'.")
     if not newer: return ModelFailed(f'{file} cannot be loaded on {device}: {why[:500]}')
     kind,written,most = filter(None, newer.groups())
     return Refused(f"'{file.name}' is written in {kind} {written} of ONNX; the onnxruntime that is installed reads "

@@ -60,7 +60,8 @@ def model_answers(
             table.types = {spec.name: dtype_of(spec.datatype) for spec in terms.outputs}
             live = table
         else:
-            moves = Moves(terms.batch_axis or {}, [s.name for s in terms.inputs], names)
+            rounded = [spec.name for spec in terms.inputs if spec.rounded]
+            moves = Moves(terms.batch_axis or {}, [s.name for s in terms.inputs], names, rounded)
             live = live_program(model, Path(folder)/'model', terms.format, moves)
         arrays = row_arrays(inputs, terms)
         check_order(live, list(arrays))

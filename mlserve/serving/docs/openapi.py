@@ -49,6 +49,7 @@ def _value(spec, words):
     if words and kinds == ['number']: kinds.append('string')
     if spec.optional: kinds.append('null')
     step = {'description': f'It stands for {spec.step[0]:g} × (value − {spec.step[1]}).'} if spec.step else {}
+    if spec.rounded: step = {'description': f'The model rounds it to {spec.rounded}.'}
     return {'type': kinds[0] if len(kinds) == 1 else kinds} | step
 def _bounds(spec, axis):
     "How many items a list of a tensor has"

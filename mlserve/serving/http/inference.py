@@ -19,7 +19,7 @@ from ..observability.metrics import Numbers
 from .budget import borrowed
 from .exchange import Answer, refusal
 from .intake import BINARY, CSV, FORM, JSON, LINES, NEAR, SLOW
-from .intake import Body, Headers, Intake, Route, check_media, compressed, is_text, media_of
+from .intake import Body, Headers, Intake, Route, check_media, compressed, is_text, media_of, unsaid
 from .protocols import Written
 from ...tensors import Arrays
 from .protocols import read_infer, read_instances, read_invocations, read_plain
@@ -217,7 +217,7 @@ def _failed(self:Inference, call:Call, error:BaseException, counted:bool=False)-
         cause = {'traceback': getattr(error, 'traceback', None) or partial(trace, error)} if error.__cause__ else {}
         self.sparingly('model_failed', id=id, route=route, error=error.message, **cause)
     elif error.status < 500: log_refused(route, error.status, call.id, error.message)
-    call.finish(refusal(error))
+    call.finish(refusal(unsaid(error, call.route.media, call.headers)))
 @patch
 def counted(self:Inference,
     call:Call, # answered

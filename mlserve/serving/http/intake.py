@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JSON', 'BINARY', 'CSV', 'LINES', 'FORM', 'Headers', 'More', 'NEAR', 'PLAIN', 'FAR', 'SLOW', 'Body', 'Route',
-           'media_of', 'check_media', 'is_text', 'takes_gzip', 'compressed', 'Asked', 'Intake', 'decode']
+           'media_of', 'check_media', 'unsaid', 'is_text', 'takes_gzip', 'compressed', 'Asked', 'Intake', 'decode']
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #2c405863
-import asyncio, gzip
+import asyncio, gzip, re
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ...wire.binary import Pieces
 from ...wire.form import in_range
 from ...wire.json_body import inflate
 from ...wire.predict import InferRequest
-from ...errors import TooLarge, Unavailable, UnsupportedMedia
+from ...errors import InvalidInput, MlserveError, TooLarge, Unavailable, UnsupportedMedia
 from .budget import ByteBudget
 from ...settings import Settings
 if TYPE_CHECKING: from mlserve.package import Package
@@ -58,6 +58,21 @@ def check_media(
     if media in taken or in_range(media.decode('latin-1'), tuple(kind.decode() for kind in taken)): return
     allowed = b' or '.join(taken).decode()
     raise UnsupportedMedia(f"The body is {media[:80].decode('latin-1')!r}; allowed is {allowed}.")
+
+# %% ../../../nbs/serving/http/01_intake.ipynb #7ce967a5
+_no_json = re.compile('(not|Invalid) JSON').search
+def unsaid(
+    error:MlserveError, # with which a body was refused
+    taken:tuple[bytes, ...], # types of body that the route reads
+    headers:Headers, # of the request
+)->MlserveError: # the same, where the body was said to be JSON
+    "A refusal that tells of a media type that nobody sent"
+    said = headers.get(b'content-type', b'')
+    guessed = media_of(headers) == JSON and not said.lower().startswith(JSON)
+    if type(error) is not InvalidInput or not guessed or not _no_json(error.message): return error
+    header = f"Content-Type is {said[:80].decode('latin-1')!r}" if said else 'There is no Content-Type'
+    allowed = b' or '.join(kind for kind in taken if kind != FORM).decode()
+    return InvalidInput(f'{error.message} {header}, so the body was read as JSON; allowed is {allowed}.')
 
 # %% ../../../nbs/serving/http/01_intake.ipynb #e5abf933
 def is_text(

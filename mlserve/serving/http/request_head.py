@@ -198,6 +198,12 @@ class Rules(Protocol):
     budget: ByteBudget # of all requests
 
 # %% ../../../nbs/serving/http/03_request_head.ipynb #a7d3c502
+_own = '/predict','/handle' # which clients of other servers ask without a query, if they ask them
+def _refuse_query(url:bytes)->None:
+    "Refuse a query, which nobody would read"
+    query = url.partition(b'?')[2]
+    if query: raise InvalidInput(f"The path has the query {ascii(query[:80].decode('latin-1'))}, which is not read; "
+        'what is asked stands in the body.')
 def judge(
     e:Exchange, # with the method, version, target and lines of its head
     web:Rules, # of the listener
@@ -213,6 +219,7 @@ def judge(
     if web.crowded and path not in PROBES:
         raise Unavailable(f'The server has {limits.connections} open connections, which is its limit.')
     if e.method == b'POST': e.route = web.routes.get(path)
+    if e.route is not None and e.route.pattern in _own: _refuse_query(e.url)
     e.limit,e.size = body_limit(h, limits, e.route is not None and is_text(e.route, h))
     if web.budget.full(e.size): raise web.budget.refusal()
 

@@ -150,9 +150,21 @@ def _column(data:Any, spec:TensorSpec)->np.ndarray:
     return data.to_numpy()
 
 # %% ../../../nbs/serving/model/06_model.ipynb #4713784f
+def _exact(spec:TensorSpec, given:np.ndarray)->np.ndarray:
+    "Numbers in the type of the package, or a refusal of those that it does not hold"
+    wanted = DATATYPES[spec.datatype]
+    if given.dtype == wanted: return given
+    try:
+        with np.errstate(all='ignore'): array = given.astype(wanted)
+    except (OverflowError, TypeError, ValueError): wrong = np.ones(given.shape, bool)
+    else:
+        wrong = np.asarray(array != given) if wanted.kind in 'iub' else np.isinf(array) & (np.abs(given) != np.inf)
+        if not wrong.any(): return array
+    raise InvalidInput(f"Input '{spec.name}' holds {str(given[wrong][0])[:40]} as {given.dtype}; the model takes "
+        f'{spec.datatype}, which does not.')
 def _typed(spec:TensorSpec, data:Any)->np.ndarray:
     "One input in the type of the package; text becomes bytes"
-    array = np.asarray(data, dtype=DATATYPES[spec.datatype])
+    array = _exact(spec, np.asarray(data)) if spec.datatype != 'BYTES' else np.asarray(data, object)
     if array.dtype != object: return array
     return np.frompyfunc(lambda t: t.encode() if isinstance(t, str) else t, 1, 1)(array)
 def _by_name(data:Any, specs:Sequence[TensorSpec])->dict[str, np.ndarray]:

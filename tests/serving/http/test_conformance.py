@@ -180,6 +180,29 @@ def test_V4_missing_extra_and_repeated_inputs_and_outputs_are_400(http):
         failed(http.post(V2 + "/infer", json=body), 400)
 
 
+def test_V4_a_query_is_refused_where_it_would_be_ignored(http, route):
+    ask, _ = ROUTES[route]
+    r = http.post(f"{route}?threshold=0.5", json=ask([[1, 2]]))
+    if route != "/predict":
+        assert r.status_code == 200, "the paths of other protocols are asked as their clients see fit"
+        return
+    failed(r, 400)
+    assert "the query 'threshold=0.5', which is not read" in r.json()["error"]
+    assert http.post(f"{route}?", json=ask([[1, 2]])).status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}], ids=str)
+def test_a_body_of_no_type_that_is_no_json_is_told_what_is_missing(http, route, headers):
+    r = http.post(route, content=b"a,b\n1,2\n", headers=headers)
+    failed(r, 400)
+    told = r.json()["error"]
+    assert "not JSON" in told and "so the body was read as JSON; allowed is application/json" in told and ("text/csv" in told) == (route == "/invocations")
+    assert ("There is no Content-Type" in told) == (not headers)
+    r = http.post(route, content=b"a,b\n1,2\n", headers={"content-type": "application/json; charset=utf-8"})
+    failed(r, 400)
+    assert "Content-Type" not in r.json()["error"]
+
+
 def binary(array, asked=True, size=None, header=None, **extra):
     head = json.dumps({"inputs": [{"name": "x", "datatype": "FP32", "shape": list(array.shape), "parameters": {"binary_data_size": array.nbytes if size is None else size}}]}
                       | ({"outputs": [{"name": "y", "parameters": {"binary_data": True}}]} if asked else {}) | extra).encode()
