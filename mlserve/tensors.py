@@ -87,6 +87,7 @@ class TensorSpec:
     classes: tuple[Any, ...]|None = field(default=None, hash=False, repr=False) # of places in the last dimension
     step: tuple[float, int]|None = field(default=None, hash=False, repr=False) # scale, and the integer for 0
     shared: bool = field(default=False, hash=False, repr=False) # a request has one value, the same in each row
+    ragged: str|None = field(default=None, hash=False, repr=False) # the output that counts what each row has of this
 
     def __post_init__(self):
         dtype_of(self.datatype)
@@ -102,10 +103,9 @@ class TensorSpec:
         "The contract as JSON has it"
         known:dict[str, Any] = {'name': self.name, 'datatype': self.datatype, 'shape': list(self.shape)}
         if self.free: known['free'] = {str(axis): asdict(size) for axis,size in self.free.items()}
-        if self.classes: known['classes'] = list(self.classes)
-        if self.step: known['step'] = list(self.step)
-        if self.shared: known['shared'] = True
-        return known if self.optional is None else known | {'optional': self.optional}
+        more:dict[str, Any] = {'classes': self.classes and list(self.classes), 'step': self.step and list(self.step)}
+        more |= {'shared': self.shared or None, 'ragged': self.ragged, 'optional': self.optional}
+        return known | {key: value for key,value in more.items() if value is not None}
     @classmethod
     def from_dict(cls,
         d:Mapping[str, Any], # as `to_dict` makes it
@@ -113,7 +113,7 @@ class TensorSpec:
         "A contract from JSON"
         free = {int(axis): Size(**size) for axis,size in d['free'].items()} if 'free' in d else None
         return cls(d['name'], d['datatype'], tuple(d['shape']), d.get('optional'), free, d.get('classes'),
-            d.get('step'), d.get('shared', False))
+            d.get('step'), d.get('shared', False), d.get('ragged'))
 
 # %% ../nbs/02_tensors.ipynb #5e1f70b2
 @patch
@@ -123,10 +123,10 @@ def __repr__(self:TensorSpec)->str:
     return f"TensorSpec({', '.join(f'{name}={value}' for name,value in shown.items())})"
 @patch
 def __str__(self:TensorSpec)->str:
-    free = self.free or {}
-    sizes = [str(free.get(axis, 'n' if n < 0 else n)) for axis,n in enumerate(self.shape)]
+    sizes = [str((self.free or {}).get(axis, 'n' if n < 0 else n)) for axis,n in enumerate(self.shape)]
     more = f' of {self.step[0]:g} × (value − {self.step[1]})' if self.step else ''
     if self.shared: more += ', one value a request'
+    if self.ragged: more += f' of all rows, {self.ragged} of each'
     return f"{self.name} {self.datatype} [{', '.join(sizes)}]{more}"
 
 # %% ../nbs/02_tensors.ipynb #69103592
