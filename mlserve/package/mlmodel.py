@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 import numpy as np
 from ..errors import IntegrityError, MlserveError, Refused, UsageError
 from .programs import MODEL_FILES
+from ..ragged.rows import are_counted
 from ..tensors import DATATYPES, TensorSpec
 
 # %% ../../nbs/package/08_mlmodel.ipynb #b7994e32
@@ -110,7 +111,7 @@ def _are_specs(value:Any)->bool:
     if not isinstance(value, list) or not value: return False
     names = {TensorSpec.from_dict(spec).name for spec in value}
     keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'},{'name', 'datatype', 'shape', 'free'}
-    extra = {'classes', 'step', 'shared'}
+    extra = {'classes', 'step', 'shared', 'ragged'}
     return len(names) == len(value) and all(set(s) - extra in keys and s.get('shared', True) is True for s in value)
 def _are_numbers(value:Any)->bool:
     "Whether something is numbers by name"
@@ -132,7 +133,8 @@ def _suits_tensorrt(ours:dict[str,Any])->bool:
 _classes = {'safetensors': 'holds weights only', 'python': 'is a class of yours'}
 _required:dict[str,Callable[[Any], bool]] = {'name': is_name, 'file': lambda v: isinstance(v, str),
     'format': lambda v: isinstance(v, str) and v in MODEL_FILES, 'tolerance': _is_tolerance,
-    'inputs': lambda v: _are_specs(v) and not any('classes' in spec for spec in v), 'outputs': _are_specs}
+    'inputs': lambda v: _are_specs(v) and not any({'classes', 'ragged'} & spec.keys() for spec in v),
+    'outputs': lambda v: _are_specs(v) and are_counted([*map(TensorSpec.from_dict, v)])}
 _optional:dict[str,Callable[[Any], bool]] = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module,
     'batch': lambda v: type(v) is bool, 'nonfinite': lambda v: v in (None, 'strings'),
     'dtype': lambda v: v in (None, 'float16', 'bfloat16'), 'providers': lambda v: v in map(list, PROVIDERS),
