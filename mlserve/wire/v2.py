@@ -15,7 +15,7 @@ from .json_body import (check_keys, dump, has_gaps, jsonable, lift_words, may_ho
     read_object, with_nulls)
 from ..errors import InvalidInput, MlserveError, ModelFailed
 from .predict import InferRequest, chosen_outputs
-from ..tensors import TensorSpec, check_names, count_rows, datatype_of, objects
+from ..tensors import TensorSpec, check_names, count_rows, datatype_of, dtype_of, objects
 from .lists import LongList, from_flat, read_lists, suits
 
 # %% ../../nbs/wire/05_v2.ipynb #ce5a7ca9
@@ -119,7 +119,6 @@ def _arrays(claims, rest, limit, booleans):
         arrays[spec.name] = objects([from_base64(v) for v in array.flat], shape) if encoded else array
     if rest is not None and at != len(rest):
         raise InvalidInput(f'The body has {len(rest)} bytes behind the JSON; the inputs claim {at}.')
-    if len(arrays) > 1: count_rows(arrays, [claim[0] for claim in claims])
     return arrays
 
 # %% ../../nbs/wire/05_v2.ipynb #077f11e1
@@ -180,7 +179,9 @@ def decode_infer(
         return InferRequest({inputs_specs[0].name: array}, binary=tuple(s.name for s in outputs_specs))
     if rest is None or len(head) > 2048: claims,fields = _read_head(head, inputs_specs, outputs_specs)
     else: claims,fields = _kept_head(head, tuple(inputs_specs), tuple(outputs_specs))
-    return InferRequest(_arrays(claims, rest, limit, may_hold_booleans(head)), *fields)
+    arrays = _arrays(claims, rest, limit, may_hold_booleans(head))
+    if len(arrays) > 1: count_rows(arrays, inputs_specs)
+    return InferRequest(arrays, *fields)
 
 # %% ../../nbs/wire/05_v2.ipynb #fce71b75
 def _entry(name, a, error, nonfinite=None):
@@ -291,9 +292,11 @@ def decode_infer_response(
         head,rest = (bytes(body), None) if header is None else split(body, header)
         o = read_object(head, _answer)
         entries,words = _entries(o, 'outputs', _tensor),{}
-        specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in entries.items()]
-        for n,e in entries.items():
+        some = {n: e for n,e in entries.items() if (e.get('shape') or [1])[0]} # what is ragged may have nothing
+        empty = {n: np.empty(e['shape'], dtype_of(e['datatype'])) for n,e in entries.items() if n not in some}
+        specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in some.items()]
+        for n,e in some.items():
             if 'data' in e: e['data'],words[n] = lift_words(e['data'], e['datatype'])
-        claims = _claims({'inputs': o.get('outputs', [])}, specs)
-        return put_words(_arrays(claims, rest, 2**31, True), words)
-    except (MlserveError, TypeError) as e: raise ModelFailed(f'The answer is not V2: {e}') from None
+        return put_words(_arrays(_claims({'inputs': list(some.values())}, specs), rest, 2**31, True) | empty, words)
+    except (MlserveError, TypeError, LookupError, ValueError) as e:
+        raise ModelFailed(f'The answer is not V2: {e}') from None
