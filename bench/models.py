@@ -7,7 +7,8 @@ in a column. A kind fails where a difference is above 1e-6 (1e-5 of a regression
 and statsmodels bring what the project does not need and lie in `state/tools`, where `make models` puts them. The kinds *in Python* are classes of
 `bench/python_models.py` on the libraries' own files, served with `format="python"`. *Voice activity with state* is silero-vad's own file: two
 streams in turn, 60 chunks each, whose state the client carries, beside the original alone.
-The detector of the tutorial is asked about 320 pictures with none to three squares, and its counts must be equal.
+The detector of the tutorial is asked about 320 pictures with none to three squares, and its counts must be equal. It is filled up to four
+places; or *ragged*, and then each picture's own boxes are held against what the model finds when it is asked alone.
 The rows of Keras and LiteRT are one model each; its server finds nothing of TensorFlow, which lies in `state/tools` too. The `.tflite` files are what
 TensorFlow's converter makes of that model: the float one is held against the model, the int8 one against the interpreter alone. *BERT* is a classifier of
 transformers with weights from a seed, 80 rows at each of four lengths, some of them padded, and is
@@ -376,6 +377,31 @@ def measure_detector(name, format):
     return [name, f"1 ({want['counts'].sum()} boxes)", f"{saved:.1f}", f"{size / 1000:.0f}", shown[0], "–", *shown[1:]]
 
 
+def measure_ragged(name, format):
+    "One row of the table: boxes of 320 pictures with none to three squares, each picture's own, beside what it has when it is asked alone"
+    from test_detectors import EXAMPLE, OUTPUTS, Detector, pictures
+    from test_ragged import RAGGED, expected
+    places = np.random.default_rng(1).integers(2, 14, (320, 3, 2)).tolist()
+    images = pictures(*(some[:i % 4] for i, some in enumerate(places)))["image"]
+    want = expected(images)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        package = save_package(Detector().eval(), Path(folder) / "p", "detector", EXAMPLE, OUTPUTS, format, ragged=RAGGED)
+        saved = time.perf_counter() - start
+        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+        with serve_local(package.path) as url, Client(url) as client:
+            ways = client.predict, lambda given: client.infer(given, binary=False), lambda given: client.infer(given, binary=True)
+            parts = [[way({"image": some}) for some in np.split(images, 20)] for way in ways]
+    worst = []
+    for told in parts:
+        each = {n: [one for part in told for one in part[n]] for n in RAGGED}
+        assert [int(k) for part in told for k in part["counts"]] == want["counts"].tolist() == [len(one) for one in each["boxes"]], name
+        worst.append(max(float(np.abs(got - one).max(initial=0)) for n in RAGGED for got, one in zip(each[n], want[n], strict=True)))
+    assert max(worst) < 1e-6, (name, worst)
+    shown = [f"{one:.1g}" for one in worst]
+    return [name, f"1 ({want['counts'].sum()} boxes)", f"{saved:.1f}", f"{size / 1000:.0f}", shown[0], "–", *shown[1:]]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
@@ -386,6 +412,7 @@ def main():
     every = [(measure, *kind) for kind in kinds()] + [(lambda *row: measure_python(folder, *row), *kind) for kind in in_python(folder)]
     every += [(measure_stream, *kind) for kind in streams()]
     every += [(measure_detector, f"detector with NMS, {format}", format) for format in ("torchscript", "export", "onnx")]
+    every += [(measure_ragged, f"detector with NMS, ragged, {format}", format) for format in ("torchscript", "export", "onnx")]
     every += [(measure_network, name, *made) for name, made in NETWORKS.items()]
     for measured, name, *rest in every:
         if given.only not in name:

@@ -20,6 +20,7 @@ from .patch import patch
 from .errors import MlserveError, ModelFailed, RemoteUnavailable
 from .wire.predict import decode_predict_response, encode_predict_request
 from .wire.v2 import decode_infer_response, encode_infer_request, encode_infer_request_binary
+from .ragged.rows import counts_of, may_count, miscounted, split
 from .tensors import TensorSpec, text_bytes
 
 # %% ../nbs/04_client.ipynb #ef84a7e2
@@ -170,6 +171,17 @@ def speaks_binary(
     return self._binary
 
 # %% ../nbs/04_client.ipynb #4d4a121d
+@patch
+def _gives(self:Client)->list[TensorSpec]:
+    "What the model answers, by its metadata"
+    told = [(d, d.get('parameters') or {}) for d in self.metadata()['outputs']]
+    return [TensorSpec.from_dict(d | {'ragged': parameters.get('ragged')}) for d,parameters in told]
+def _by_row(answer:dict[str, np.ndarray], specs:Sequence[TensorSpec])->dict[str, Any]:
+    "An answer whose ragged outputs are lists, with an array for each row, where their counts were asked for as well"
+    counts = {name: by for name,by in counts_of(specs).items() if {name, by} <= answer.keys()}
+    for name,by in counts.items():
+        if wrong := miscounted(answer, {name: by}, len(answer[by])): raise ModelFailed(f'The server answers: {wrong}.')
+    return split(answer, counts)
 def _rows(inputs:Mapping[str, Any])->dict[str, np.ndarray]:
     "Arrays of a request; a single value stands for each row"
     arrays = {name: text_bytes(np.asarray(value)) for name,value in inputs.items()}
@@ -183,7 +195,7 @@ def infer(
     outputs:Sequence[str]=(), # names of the outputs wanted; none means all
     timeout:float|None=None, # seconds until the server may give up
     binary:bool|None=None, # tensors as bytes; as the server can, if not given
-)->dict[str, np.ndarray]: # name to array
+)->dict[str, Any]: # name to array; to a list with an array for each row, where an output is ragged
     "Predictions by V2"
     inputs = _rows(inputs)
     if binary is None: binary = self.speaks_binary()
@@ -193,18 +205,18 @@ def infer(
         headers = {'Content-Type': 'application/octet-stream', _header: str(length)}
     else: body = encode_infer_request(inputs, outputs, timeout=timeout)
     response = self.ask('POST', self.path('/infer'), content=body, headers=headers)
-    return decode_infer_response(response.content, response.headers.get(_header))
+    answer = decode_infer_response(response.content, response.headers.get(_header))
+    return _by_row(answer, self._gives()) if may_count(answer) else answer
 
 # %% ../nbs/04_client.ipynb #5cd0778c
 @patch
 def predict(
     self:Client,
     inputs:Mapping[str, np.ndarray], # name to array, batch first
-)->dict[str, np.ndarray]: # name to array
+)->dict[str, Any]: # as `infer` gives it
     "Predictions by the plain format, whose types are in the metadata"
-    specs = [TensorSpec.from_dict(d) for d in self.metadata()['outputs']]
     response = self.ask('POST', '/predict', content=encode_predict_request(_rows(inputs)), headers=_json)
-    return decode_predict_response(response.content, specs)
+    return _by_row(decode_predict_response(response.content, self._gives()), self._gives())
 
 # %% ../nbs/04_client.ipynb #7ce65861
 @patch

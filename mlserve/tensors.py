@@ -30,8 +30,7 @@ def dtype_of(
     datatype:str, # a name such as `FP32`
 )->np.dtype: # NumPy's type for it
     "The NumPy type behind a datatype's name"
-    dtype = DATATYPES.get(datatype) if isinstance(datatype, str) else None
-    if dtype is not None: return dtype
+    if isinstance(datatype, str) and datatype in DATATYPES: return DATATYPES[datatype]
     shown = datatype[:40] if isinstance(datatype, str) else type(datatype).__name__
     raise InvalidInput(f"Datatype {shown!r} is not served; allowed are {', '.join(DATATYPES)}.")
 
@@ -88,6 +87,7 @@ class TensorSpec:
     step: tuple[float, int]|None = field(default=None, hash=False, repr=False) # scale, and the integer for 0
     shared: bool = field(default=False, hash=False, repr=False) # a request has one value, the same in each row
     rounded: str|None = field(default=None, hash=False, repr=False) # 'BF16', to which the model rounds what it takes
+    ragged: str|None = field(default=None, hash=False, repr=False) # the output that counts what each row has of this
 
     def __post_init__(self):
         dtype_of(self.datatype)
@@ -103,17 +103,17 @@ class TensorSpec:
         "The contract as JSON has it"
         known:dict[str, Any] = {'name': self.name, 'datatype': self.datatype, 'shape': list(self.shape)}
         if self.free: known['free'] = {str(axis): asdict(size) for axis,size in self.free.items()}
-        more = [('shared', self.shared), ('rounded', self.rounded), ('step', list(self.step or ()))]
-        known |= {key: value for key,value in [('classes', list(self.classes or ())), *more] if value}
-        return known if self.optional is None else known | {'optional': self.optional}
+        more:dict[str, Any] = {'classes': self.classes and list(self.classes), 'step': self.step and list(self.step)}
+        more |= {key: getattr(self, key) for key in ('optional', 'rounded', 'ragged')} | {'shared': self.shared or None}
+        return known | {key: value for key,value in more.items() if value is not None}
     @classmethod
     def from_dict(cls,
         d:Mapping[str, Any], # as `to_dict` makes it
     )->'TensorSpec': # the same contract
         "A contract from JSON"
         free = {int(axis): Size(**size) for axis,size in d['free'].items()} if 'free' in d else None
-        return cls(d['name'], d['datatype'], tuple(d['shape']), d.get('optional'), free, d.get('classes'),
-            d.get('step'), d.get('shared', False), d.get('rounded'))
+        more = {key: d[key] for key in ('optional', 'classes', 'step', 'shared', 'rounded', 'ragged') if key in d}
+        return cls(d['name'], d['datatype'], tuple(d['shape']), free=free, **more)
 
 # %% ../nbs/02_tensors.ipynb #5e1f70b2
 @patch
@@ -127,6 +127,7 @@ def __str__(self:TensorSpec)->str:
     more = f' of {self.step[0]:g} × (value − {self.step[1]})' if self.step else ''
     if self.shared: more += ', one value a request'
     if self.rounded: more += f', rounded to {self.rounded}'
+    if self.ragged: more += f' of all rows, {self.ragged} of each'
     return f"{self.name} {self.datatype} [{', '.join(sizes)}]{more}"
 
 # %% ../nbs/02_tensors.ipynb #69103592
@@ -194,8 +195,7 @@ def check_names(
     if wanted == list(names): return
     missing = [n for n in wanted if n not in names]
     extra = [str(n)[:80] for n in names if n not in wanted]
-    takes = f"the model takes {', '.join(wanted)}"
-    given = f", and '{extra[0]}' was given" if extra else ''
+    takes,given = f"the model takes {', '.join(wanted)}",f", and '{extra[0]}' was given" if extra else ''
     if missing: raise InvalidInput(f"Input '{missing[0]}' is missing{given}; {takes}.")
     if extra: raise InvalidInput(f"There is no input '{extra[0]}'; {takes}.")
 

@@ -36,6 +36,7 @@ import test_pipelining
 import test_platforms
 import test_protocols
 import test_python
+import test_ragged
 import test_reference
 import test_server
 import test_sizes
@@ -60,6 +61,10 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A1", test_sizes.test_A1_a_length_that_a_trace_took_from_the_example_is_refused, {}, "only_the_examples_size_is_proved", "DID NOT RAISE"),
     ("A2", test_detectors.test_A2_boxes_that_are_as_many_as_pictures_are_no_rows, {"each": ([(4, 4)], [(11, 8)])}, "rows_are_counted_in_the_example_alone", "nothing to compare|DID NOT RAISE"),
     ("A2", test_detectors.test_A2_every_batch_that_is_tried_is_counted, {}, "rows_are_counted_in_the_example_alone", "DID NOT RAISE"),
+    ("A2", test_ragged.test_A2_pictures_of_several_clients_share_a_call_and_each_has_its_own_boxes, {}, "boxes_are_cut_as_rows_are", "assert|Broken|shape"),
+    ("A2", test_ragged.test_A2_counts_that_do_not_hold_are_refused, {}, "counts_are_believed", "DID NOT RAISE|out of bounds"),
+    ("A2", test_ragged.test_A2_an_answer_that_is_counted_wrongly_reaches_nobody, {}, "counts_are_believed", "DID NOT RAISE"),
+    ("A2", test_ragged.test_A2_boxes_in_another_order_than_their_pictures_are_refused, {}, "only_the_counts_are_compared", "DID NOT RAISE"),
     ("A2", test_sizes.test_A2_padding_that_changes_an_answer_is_refused, {}, "padding_is_believed", "DID NOT RAISE"),
     ("A2", test_streaming.test_A2_requests_of_another_rate_never_share_a_call, {}, "a_rate_is_no_part_of_the_key", "answered at another rate"),
     ("A2", test_streaming.test_A2_a_state_whose_batch_nobody_declared_is_refused, {}, "python_is_taken_at_its_word", "DID NOT RAISE"),
@@ -279,6 +284,7 @@ def failure(test, stack, double, tmp_path, monkeypatch, given):
              "server": lambda: stack.enter_context(servers.Server(double, tmp_path, **inspect.getmodule(test).SETTINGS)),
              "http": lambda: stack.enter_context(httpx.Client(base_url=ready["conformance"]().url, timeout=30, trust_env=False)),
              "lib": lambda: G.load(G.build(tmp_path), monkeypatch), "on_gpu": lambda: stack.enter_context(G.serving_on(G.build(tmp_path), double, tmp_path)),
+             "ragged": lambda: test_ragged.saved_in(tmp_path),
              "own": crowded, "few": crowded,
              "collected_never": lambda: stack.enter_context(L.without_collector(double, tmp_path)),
              "conformance": lambda: stack.enter_context(servers.Server(double, tmp_path, **C.SETTINGS))}

@@ -32,7 +32,7 @@ from .holdout import beside, check_beside, discard, live_answers
 from .holdout import move_beside, reference_of, write_holdout
 from .export.invariance import halve, prove_program
 from .lock import differ, digest_of, locked_files, read_small, verify_lock, write_lock
-from .mlmodel import PROVIDERS, check_outputs, check_tolerance, check_types
+from .mlmodel import PROVIDERS, check_tolerance, check_types
 from .mlmodel import check_width, default_tolerance, example_files, check_model_name, mlmodel
 from .mlmodel import description, parse_mlmodel
 from .trial.card import package_card, package_text
@@ -169,7 +169,7 @@ def _proven(temp:Path, ours:dict[str,Any], given:Given, origin:Live, live:Live, 
     batch,nonfinite = ours.get('batch', True),bool(ours.get('nonfinite'))
     if isinstance(live, TableModel): prove_table(live, program, ours['tolerance'])
     else: prove_program(live, program, given.arrays, given.names, own, ours['tolerance'], batch, nonfinite, fresh,
-        shared=[spec.name for spec in specs[0] if spec.shared])
+        shared=[spec.name for spec in specs[0] if spec.shared], counts=given.ragged)
     return program,saved
 
 # %% ../../nbs/package/09_package.ipynb #2541a059
@@ -184,7 +184,7 @@ def _fill(temp:Path, ours:dict[str,Any], given:Given)->None:
     copy_files(given.files, temp)
     copy_code(given.code, temp)
     ours['handler'] = write_handler(given.handler, temp)
-    expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite)
+    expected = first_answer(live, given.arrays, given.names, nonfinite=nonfinite, counts=given.ragged)
     given = with_sizes(live, given._replace(names=list(expected)), batch, bool(nonfinite))
     pairs = answered_pairs(live, given, expected, bool(nonfinite))
     inputs,reference,own = given.inputs,live,expected
@@ -256,21 +256,21 @@ def save_package(
     padding:dict[str,float]|None=None, # values of inputs that vary, where rows of unequal sizes share a batch
     classes:Any=None, # what each column of an answer stands for; by output, where several fit; by default `classes_`
     batch_axis:dict[str,int|None]|None=None, # where a tensor has its batch, if not first; None: one value a request
+    ragged:dict[str,str]|None=None, # outputs with any number for each row, such as boxes, and the output that counts
     holdout:tuple|None=None, # inputs and labels that training did not see; their answers are kept beside the folder
 )->Package: # verified
     "Save a model so that it can be served, after proving that the saved one answers as the live one"
     check_types(name=name, inputs=inputs, outputs=outputs, tolerance=tolerance, files=files, path=path,
         code=code, arguments=arguments)
-    check_outputs(outputs)
     if tolerance: check_tolerance(tolerance)
     path = Path(path).absolute()
     check_model_name(name)
     format,model,handler = as_given(format, model, inputs, handler)
     check_together(format, model, batch=batch, nonfinite=nonfinite, dtype=dtype, providers=providers, dynamic=dynamic,
-        padding=padding, inputs=inputs, outputs=outputs, batch_axis=batch_axis)
+        padding=padding, inputs=inputs, outputs=outputs, batch_axis=batch_axis, ragged=ragged)
     for check in (check_replaceable, check_beside): check(path)
     ours = description(model, format, handler, code, arguments, name=name, batch=batch, dtype=dtype or None,
         nonfinite=nonfinite or None, providers=tuple(providers), tolerance=tolerance or {}, batch_axis=batch_axis)
     given = Given(model, inputs, list(outputs), handler, files, holdout, dynamic, padding, code=code, classes=classes,
-        axes=batch_axis or {})
+        axes=batch_axis or {}, ragged=ragged or {})
     return _save(path, ours, read_example(given, optional))

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from ..errors import IntegrityError, InvalidInput, LocalResource, UsageError
+from ..ragged.rows import Counts, split
 from ..tensors import Arrays, TensorSpec, sizes_of, spec_of
 
 # %% ../../nbs/package/00_arrays.ipynb #1b6cd326
@@ -175,10 +176,16 @@ def calls(
 # %% ../../nbs/package/00_arrays.ipynb #bf71f8d0
 def gathered(
     parts:Sequence[tuple[np.ndarray,Mapping[str,np.ndarray]]], # places of rows, and what was answered to them
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->Arrays: # in the order of the rows, filled up with zeros where sizes differ
     "The answers of all calls"
     total,made = sum(len(places) for places,_ in parts),{}
+    lists = [(places, split(dict(answer), counts)) for places,answer in parts] if counts else []
     for name,first in parts[0][1].items():
+        if name in counts:
+            each = {place: own for places,answer in lists for place,own in zip(places.tolist(), answer[name])}
+            made[name] = np.concatenate([each[row] for row in range(total)])
+            continue
         shape = np.max([answer[name].shape[1:] for _,answer in parts], axis=0).astype(int)
         whole = np.full((total, *shape), b'' if first.dtype == object else 0, first.dtype)
         for places,answer in parts:

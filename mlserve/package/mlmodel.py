@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterable, Mapping, NoReturn, Sequence
 import numpy as np
 from ..errors import IntegrityError, MlserveError, Refused, UsageError
 from .programs import MODEL_FILES
+from ..ragged.rows import are_counted
 from ..tensors import DATATYPES, TensorSpec
 
 # %% ../../nbs/package/08_mlmodel.ipynb #b7994e32
@@ -99,18 +100,12 @@ def check_tolerance(
 
 # %% ../../nbs/package/08_mlmodel.ipynb #ddae8332
 PROVIDERS = ('cuda',),('tensorrt', 'cuda')
-def _is_tolerance(value:Any)->bool:
-    "Whether something is a relative and an absolute tolerance"
-    if not isinstance(value, dict): return False
-    try: check_tolerance(value)
-    except UsageError: return False
-    return True
 def _are_specs(value:Any)->bool:
     "Whether something describes tensors of different names"
     if not isinstance(value, list) or not value: return False
     names = {TensorSpec.from_dict(spec).name for spec in value}
     keys = {'name', 'datatype', 'shape'},{'name', 'datatype', 'shape', 'optional'},{'name', 'datatype', 'shape', 'free'}
-    extra = {'classes', 'step', 'shared', 'rounded'}
+    extra = {'classes', 'step', 'shared', 'rounded', 'ragged'}
     rounded = all((s['datatype'], s['rounded']) == ('FP32', 'BF16') for s in value if 'rounded' in s)
     plain = all(set(s) - extra in keys and s.get('shared', True) is True for s in value)
     return rounded and plain and len(names) == len(value)
@@ -133,8 +128,10 @@ def _suits_tensorrt(ours:dict[str,Any])->bool:
 # %% ../../nbs/package/08_mlmodel.ipynb #4886ac71
 _classes = {'safetensors': 'holds weights only', 'python': 'is a class of yours'}
 _required:dict[str,Callable[[Any], bool]] = {'name': is_name, 'file': lambda v: isinstance(v, str),
-    'format': lambda v: isinstance(v, str) and v in MODEL_FILES, 'tolerance': _is_tolerance,
-    'inputs': lambda v: _are_specs(v) and not any('classes' in spec for spec in v), 'outputs': _are_specs}
+    'format': lambda v: isinstance(v, str) and v in MODEL_FILES,
+    'tolerance': lambda v: isinstance(v, dict) and check_tolerance(v) is None,
+    'inputs': lambda v: _are_specs(v) and not any({'classes', 'ragged'} & spec.keys() for spec in v),
+    'outputs': lambda v: _are_specs(v) and are_counted([*map(TensorSpec.from_dict, v)])}
 _optional:dict[str,Callable[[Any], bool]] = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module,
     'batch': lambda v: type(v) is bool, 'nonfinite': lambda v: v in (None, 'strings'),
     'dtype': lambda v: v in (None, 'float16', 'bfloat16'), 'providers': lambda v: v in map(list, PROVIDERS),

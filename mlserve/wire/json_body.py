@@ -185,11 +185,12 @@ def _in_words(array):
 # %% ../../nbs/wire/01_json_body.ipynb #6433b01b
 def jsonable(
     name:str, # the tensor's name, for the message
-    array:np.ndarray, # of any datatype
+    array:np.ndarray|list[np.ndarray], # of any datatype; a list with an array for each row, where it is ragged
     error:type[MlserveError], # raised for NaN and infinity
     nonfinite:str|None=None, # 'strings': they are written as words
 )->Any: # an array that can be written, or nested lists
     "What JSON writes for an array"
+    if isinstance(array, list): return [jsonable(name, row, error, nonfinite) for row in array]
     kind = array.dtype.kind
     if kind == 'O': return _texts(name, array)
     if kind == 'f' and not finite(array):

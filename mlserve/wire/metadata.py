@@ -19,6 +19,7 @@ def _tensor(s:TensorSpec)->dict[str, Any]:
     if s.step: told |= {'scale': s.step[0], 'zero_point': s.step[1]}
     if s.shared: told['shared'] = True
     if s.rounded: told['rounded'] = s.rounded
+    if s.ragged: told['ragged'] = s.ragged
     if s.classes: told['classes'] = json.dumps(s.classes, ensure_ascii=False)
     known:dict[str, Any] = {'name': s.name, 'datatype': s.datatype, 'shape': list(s.shape)}
     return known | ({'parameters': told} if told else {})
@@ -45,7 +46,7 @@ def model_config(
     max_batch:int, # rows that run at once
 )->dict[str, Any]: # Triton's `ModelConfig`
     "What Triton says about a model"
-    batched = all(s.shape[0] == -1 for s in (*inputs, *outputs))
+    batched = all(s.shape[0] == -1 and not s.ragged for s in (*inputs, *outputs))
     def tensor(s:TensorSpec)->dict[str, Any]:
         kind = 'STRING' if s.datatype == 'BYTES' else s.datatype
         known = {'name': s.name, 'data_type': f'TYPE_{kind}', 'dims': list(s.shape[1:] if batched else s.shape)}

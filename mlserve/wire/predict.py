@@ -8,13 +8,15 @@ __all__ = ['InferRequest', 'chosen_outputs', 'named_arrays', 'decode_predict', '
 
 # %% ../../nbs/wire/04_predict.ipynb #b6f1dbc9
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 import numpy as np
 from mlserve.wire.json_body import (dump, has_gaps, jsonable, lift_words, may_hold_booleans, put_words, read_object,
     with_nulls)
 from .classification import classify
 from ..errors import InvalidInput, MlserveError, ModelFailed
-from ..tensors import TensorSpec, check_names, count_rows
+from ..ragged.rows import counts_of
+from ..tensors import TensorSpec, check_names, count_rows, dtype_of
 from .lists import from_flat, read_lists, to_array
 
 # %% ../../nbs/wire/04_predict.ipynb #0dfc576e
@@ -151,6 +153,13 @@ def encode_predict_request(
     return dump({'inputs': [dict(zip((s.name for s in specs), row)) for row in zip(*columns)]})
 
 # %% ../../nbs/wire/04_predict.ipynb #af2e07b2
+def _laid(value, spec):
+    "One output of an answer; of a ragged one what all rows have, one below the other"
+    if not spec.ragged: return to_array(value, spec, 2**31)
+    if type(value) is not list or {*map(type, value)} - {list}:
+        raise InvalidInput(f"'{spec.name}' is not a list for each row.")
+    items = list(chain.from_iterable(value))
+    return to_array(items, spec, 2**31) if items else np.empty((0, *spec.shape[1:]), dtype_of(spec.datatype))
 def _lifted(value, specs):
     "The outputs of an answer without their words, and the words"
     if type(value) is not dict: value = {specs[0].name: value}
@@ -167,5 +176,8 @@ def decode_predict_response(
     try:
         value,words = read_object(body, _answer).get('outputs'),{}
         if b'N"' in body or b'Infinity"' in body: value,words = _lifted(value, specs)
-        return put_words(named_arrays(value, specs, 2**31, key='outputs'), words)
+        if not counts_of(specs): return put_words(named_arrays(value, specs, 2**31, key='outputs'), words)
+        if type(value) is not dict: raise InvalidInput("'outputs' is no object, as the model has several.")
+        check_names(value, specs)
+        return put_words({s.name: _laid(value[s.name], s) for s in specs}, words)
     except MlserveError as e: raise ModelFailed(f'The answer is not what the model promises: {e.message}') from None

@@ -201,6 +201,9 @@ def _text_line(cells):
 # %% ../../nbs/wire/06_rows.ipynb #74eb6d6b
 def _csv_cells(name, array, nonfinite):
     "The cells of each row of an output, as CSV"
+    if type(array) is list:
+        raise InvalidInput(f"Output '{name}' has any number of things in a row, which has no form in CSV; "
+            'accept application/json or application/jsonlines.')
     if array.ndim > 2:
         raise InvalidInput(f"Output '{name}' has the shape {list(array.shape)}, which has no form in CSV; "
             'accept application/json or application/jsonlines.')

@@ -43,6 +43,7 @@ def decode_instances(
 # %% ../../nbs/wire/07_scoring.ipynb #8702d9a0
 def _value(name, array, nonfinite):
     "What V1 writes for an output"
+    if type(array) is list: return [_value(name, row, nonfinite) for row in array]
     if array.dtype == object and name.endswith('_bytes'): return to_base64(array)
     return jsonable(name, array, ModelFailed, nonfinite)
 

@@ -16,7 +16,7 @@ from .json_body import (check_keys, dump, has_gaps, jsonable, lift_words, may_ho
     read_object, with_nulls)
 from ..errors import InvalidInput, MlserveError, ModelFailed
 from .predict import InferRequest, chosen_outputs
-from ..tensors import TensorSpec, check_names, count_rows, datatype_of, objects
+from ..tensors import TensorSpec, check_names, count_rows, datatype_of, dtype_of, objects
 from .lists import LongList, from_flat, read_lists, suits
 
 # %% ../../nbs/wire/05_v2.ipynb #ce5a7ca9
@@ -29,8 +29,7 @@ def _entries(o, key, allowed):
     value,entries = o.get(key, []),{}
     if type(value) is LongList: value = [0] # numbers, where objects should be
     if type(value) is not list: raise InvalidInput(f"{key!r} is not a list.")
-    if len(value) > MOST_ENTRIES:
-        raise InvalidInput(f'{key!r} has {len(value)} entries; allowed are {MOST_ENTRIES}.')
+    if len(value) > MOST_ENTRIES: raise InvalidInput(f'{key!r} has {len(value)} entries; allowed are {MOST_ENTRIES}.')
     for i,e in enumerate(value):
         if type(e) is not dict or type(e.get('name')) is not str:
             raise InvalidInput(f'{key}[{i}] is not an object with a name.')
@@ -78,8 +77,8 @@ def _column(shape, spec):
 # %% ../../nbs/wire/05_v2.ipynb #fd94eb5f
 def _claim(e, spec, codec=None):
     "What one input of a V2 request claims: contract, shape, size in bytes or data, and the form of these"
-    what,size,data,shape = f"Input '{spec.name}'",None,e.get('data'),e.get('shape')
-    datatype = e.get('datatype')
+    what,size = f"Input '{spec.name}'",None
+    data,shape,datatype = e.get('data'),e.get('shape'),e.get('datatype')
     half = datatype == 'BF16' and spec.rounded == 'BF16'
     if datatype != spec.datatype and not half and (data is None or not suits(datatype, spec)):
         shown = ascii(datatype[:40]) if type(datatype) is str else type(datatype).__name__
@@ -122,7 +121,6 @@ def _arrays(claims, rest, limit, booleans):
         arrays[spec.name] = objects([from_base64(v) for v in array.flat], shape) if form == 'base64' else array
     if rest is not None and at != len(rest):
         raise InvalidInput(f'The body has {len(rest)} bytes behind the JSON; the inputs claim {at}.')
-    if len(arrays) > 1: count_rows(arrays, [claim[0] for claim in claims])
     return arrays
 
 # %% ../../nbs/wire/05_v2.ipynb #077f11e1
@@ -183,7 +181,9 @@ def decode_infer(
         return InferRequest({inputs_specs[0].name: array}, binary=tuple(s.name for s in outputs_specs))
     if rest is None or len(head) > 2048: claims,fields = _read_head(head, inputs_specs, outputs_specs)
     else: claims,fields = _kept_head(head, tuple(inputs_specs), tuple(outputs_specs))
-    return InferRequest(_arrays(claims, rest, limit, may_hold_booleans(head)), *fields)
+    arrays = _arrays(claims, rest, limit, may_hold_booleans(head))
+    if len(arrays) > 1: count_rows(arrays, inputs_specs)
+    return InferRequest(arrays, *fields)
 
 # %% ../../nbs/wire/05_v2.ipynb #fce71b75
 def _entry(name, a, error, nonfinite=None):
@@ -208,9 +208,8 @@ def encode_infer(
     nonfinite:str|None=None, # 'strings': NaN and infinities are written as words
 )->bytes: # JSON
     "A V2 answer in JSON"
-    o = _answer_head(model, version, id)
-    o['outputs'] = [_entry(n, a, ModelFailed, nonfinite) for n,a in outputs.items()]
-    return dump(o)
+    entries = [_entry(n, a, ModelFailed, nonfinite) for n,a in outputs.items()]
+    return dump(_answer_head(model, version, id) | {'outputs': entries})
 
 # %% ../../nbs/wire/05_v2.ipynb #fd5ce991
 def _framed(o, key, arrays, binary, error, nonfinite=None):
@@ -235,8 +234,8 @@ def encode_infer_binary(
     nonfinite:str|None=None, # 'strings': in the JSON, NaN and infinities are written as words
 )->tuple[bytes|Pieces, int]: # the body, and the length of its JSON
     "A V2 answer with binary tensors"
-    head = _answer_head(model, version, id)
-    return _framed(head, 'outputs', outputs, outputs if binary is None else binary, ModelFailed, nonfinite)
+    head,apart = _answer_head(model, version, id),outputs if binary is None else binary
+    return _framed(head, 'outputs', outputs, apart, ModelFailed, nonfinite)
 
 # %% ../../nbs/wire/05_v2.ipynb #2f0da8c3
 def answer_infer(
@@ -252,9 +251,10 @@ def answer_infer(
     return encode_infer(arrays, model, version, request.id, nonfinite),None
 
 # %% ../../nbs/wire/05_v2.ipynb #4b62e85f
-def _request_head(id, timeout):
+def _request_head(id, timeout, outputs):
     "What a request says besides its tensors"
     o = {} if id is None else {'id': id}
+    if outputs: o['outputs'] = [{'name': n} for n in outputs]
     if timeout is not None: o['parameters'] = {'timeout': max(1, round(timeout * 1e6))}
     return o
 
@@ -265,9 +265,8 @@ def encode_infer_request(
     timeout:float|None=None, # seconds until the server may give up
 )->bytes: # JSON
     "A V2 request in JSON"
-    o = _request_head(id, timeout) | {'inputs': [_entry(n, a, InvalidInput) for n,a in inputs.items()]}
-    if outputs: o['outputs'] = [{'name': n} for n in outputs]
-    return dump(o)
+    entries = [_entry(n, a, InvalidInput) for n,a in inputs.items()]
+    return dump(_request_head(id, timeout, outputs) | {'inputs': entries})
 
 # %% ../../nbs/wire/05_v2.ipynb #e4e88257
 def encode_infer_request_binary(
@@ -277,9 +276,8 @@ def encode_infer_request_binary(
     timeout:float|None=None, # seconds until the server may give up
 )->tuple[bytes, int]: # the body, and the length of its JSON
     "A V2 request whose tensors, and those of its answer, are binary"
-    o = _request_head(id, timeout)
+    o = _request_head(id, timeout, outputs)
     o['parameters'] = o.get('parameters', {}) | {'binary_data_output': True}
-    if outputs: o['outputs'] = [{'name': n} for n in outputs]
     body,length = _framed(o, 'inputs', inputs, inputs, InvalidInput)
     return bytes(body),length
 
@@ -294,9 +292,11 @@ def decode_infer_response(
         head,rest = (bytes(body), None) if header is None else split(body, header)
         o = read_object(head, _answer)
         entries,words = _entries(o, 'outputs', _tensor),{}
-        specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in entries.items()]
-        for n,e in entries.items():
+        some = {n: e for n,e in entries.items() if (e.get('shape') or [1])[0]} # what is ragged may have nothing
+        empty = {n: np.empty(e['shape'], dtype_of(e['datatype'])) for n,e in entries.items() if n not in some}
+        specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in some.items()]
+        for n,e in some.items():
             if 'data' in e: e['data'],words[n] = lift_words(e['data'], e['datatype'])
-        claims = _claims({'inputs': o.get('outputs', [])}, specs)
-        return put_words(_arrays(claims, rest, 2**31, True), words)
-    except (MlserveError, TypeError) as e: raise ModelFailed(f'The answer is not V2: {e}') from None
+        return put_words(_arrays(_claims({'inputs': list(some.values())}, specs), rest, 2**31, True) | empty, words)
+    except (MlserveError, TypeError, LookupError, ValueError) as e:
+        raise ModelFailed(f'The answer is not V2: {e}') from None

@@ -16,6 +16,7 @@ from .confined import ConfinedProgram
 from ...errors import CheckFailed, MlserveError, UsageError
 from ..programs.half import widened
 from ..programs.torch_program import Program
+from ...ragged.rows import Counts, miscounted, whole_rows
 from ...tensors import TensorSpec, check_tensors, spec_of, text_bytes
 
 # %% ../../../nbs/package/export/02_example.ipynb #16a5a326
@@ -104,19 +105,34 @@ def check_finite(
                 'and answers in JSON carry it as a word.')
 
 # %% ../../../nbs/package/export/02_example.ipynb #5b1f0c02
-_filled = ('If any number of things is found in a row, as by a detector, fill the answer up to a fixed number '
-    'for each row in the model, beside an output that counts them: the tutorial Detectors has the lines.')
+_filled = ('If any number of things is found in a row, as by a detector, give an output beside it that counts them '
+    'for each row, and name it in ragged; or fill the answer up to a fixed number: '
+    'the tutorial Detectors has the lines.')
 def _counting(outputs:Mapping[str,np.ndarray], rows:int, found:int)->str:
     "The output that says how many belong to each row"
     whole = {name: a for name,a in outputs.items() if a.shape == (rows,) and a.dtype.kind in 'ui'}
     return next((name for name,a in whole.items() if a.sum() == found), '')
+def _proposed(outputs:Mapping[str,np.ndarray], by:str, found:int)->str:
+    "What to say of outputs that are counted by another one"
+    ragged = {name: by for name,a in outputs.items() if name != by and a.ndim and len(a) == found}
+    return f'Say ragged={ragged}, and each row is answered its own. {_filled}'
+def _check_counts(outputs:dict[str,np.ndarray], rows:int, what:str, counts:Counts)->None:
+    "Refuse counts that do not hold"
+    for name in (*counts, *counts.values()):
+        if name in outputs: continue
+        raise UsageError(f"ragged names the output '{name}'; the model gives {', '.join(outputs)}.")
+    wrong = miscounted(outputs, counts, rows)
+    if wrong: raise UsageError(f"{wrong}{what and f' ({what})'}. Nothing was saved.",
+        mend='Count in the model what it gives for each row, after all that drops some, in the order of the rows.')
 def check_batch(
     outputs:Mapping[str,np.ndarray], # by name, as a model gave them
     rows:int, # that it was given
     what:str='', # what the batch was, where it was not the example
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->None: # or UsageError
     "Refuse an answer that has not one row for each row"
-    for name,array in outputs.items():
+    _check_counts(dict(outputs), rows, what, counts)
+    for name,array in whole_rows(dict(outputs), counts).items():
         if array.shape[:1] == (rows,): continue
         gave = f'{len(array)} rows' if array.ndim else 'a single value'
         there = {name: array.shape.index(rows)} if rows in array.shape else {}
@@ -124,7 +140,7 @@ def check_batch(
         ragged = f" '{by}' adds up to {len(array)}: it counts what belongs to each row." if by else ''
         raise UsageError(f"The model gave {gave} of '{name}' for a batch of {rows}{what and f' ({what})'}; "
             f'the first dimension of an output must be the batch.{ragged}',
-            mend=_filled if by else axis_mend(there) or (_filled if array.ndim else ''))
+            mend=_proposed(outputs, by, len(array)) if by else axis_mend(there) or (_filled if array.ndim else ''))
 
 # %% ../../../nbs/package/export/02_example.ipynb #4692fee6
 def first_answer(
@@ -133,6 +149,7 @@ def first_answer(
     names:list[str], # of the outputs
     what:str='the example', # what the batch is called
     nonfinite:str|None=None, # 'strings': NaN and infinities are answers
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->dict[str,np.ndarray]: # outputs by name
     "What a live program gives, if it can be recorded"
     try: outputs = live.run(arrays, names)
@@ -140,7 +157,7 @@ def first_answer(
     except Exception as e:
         _refuse_types(live, arrays, e)
         raise
-    check_batch(outputs, len(next(iter(arrays.values()))), '' if what == 'the example' else what)
+    check_batch(outputs, len(next(iter(arrays.values()))), '' if what == 'the example' else what, counts)
     if not nonfinite: check_finite(outputs, what)
     return outputs
 

@@ -26,10 +26,11 @@ from ..axes.declared import rows_first, with_scalars
 from ..convert.tf_graph import convert_tensorflow
 from .example import example_arrays, example_specs
 from ..environment import warn_of_stack
-from ..mlmodel import check_dynamic, check_providers, check_ways
+from ..mlmodel import check_dynamic, check_outputs, check_providers, check_ways
 from ..programs import check_format
 from ..programs.half import check_dtype, check_rounded, rounded_names
 from ...errors import UsageError
+from ...ragged.rows import Counts
 from ...tensors import Arrays, Size, TensorSpec
 
 # %% ../../../nbs/package/export/05_given.ipynb #6f0cd4d1
@@ -59,6 +60,7 @@ class Given(NamedTuple):
     classes: Any=None # what columns of an answer stand for
     axes: BatchAxis={} # where the model has the batch of a tensor, if it is not first
     rounded: Sequence[str]=() # inputs that the model takes in bfloat16
+    ragged: Counts={} # outputs that have any number for each row, and what counts them
     @property
     def inputs(self)->tuple[TensorSpec,...]:
         "What the model takes: tensors like the example, or the columns of a table"
@@ -145,6 +147,26 @@ def as_given(
     if format != 'python': return format,model,handler
     return format,PythonProgram(model),True if handler is None else handler
 
+# %% ../../../nbs/package/export/05_given.ipynb #3359f26f
+_kinds = 'torchscript', 'export', 'onnx', 'safetensors', 'python'
+def _check_ragged(ragged:Any, format:str, model:Any, given:Mapping[str,Any])->None:
+    "Refuse ragged outputs that cannot be meant, and those of kinds of models with which nobody has tried them"
+    if ragged is None: return
+    form = "allowed is a form such as {'boxes': 'counts', 'scores': 'counts'}"
+    plain = isinstance(ragged, Mapping) and ragged and all(isinstance(n, str) for pair in ragged.items() for n in pair)
+    if not plain: raise UsageError(f'ragged is {ragged!r}; {form}: an output, and the one that counts it.')
+    for name,by in ragged.items():
+        if by in ragged: raise UsageError(f"ragged counts '{name}' by '{by}', which is counted itself; {form}.")
+        strange = [n for n in (name, by) if given['outputs'] and n not in given['outputs']]
+        if strange: raise UsageError(f"ragged names '{strange[0]}'; outputs has {', '.join(given['outputs'])}.")
+    beside = [what for what in ('batch_axis', 'padding', 'dtype') if given[what]]
+    if 'tensorrt' in given['providers']: beside.append('TensorRT')
+    if not first_names(given['inputs']): beside.append('a table')
+    if is_tensorflow(model) or is_keras(model): beside.append('a model of Keras or TensorFlow')
+    if format not in _kinds: beside.append(f"format='{format}'")
+    if beside: raise UsageError(f'ragged is given with {beside[0]}, with which it is not served.',
+        mend='Fill the answer up to a fixed number in the model: the tutorial Detectors has the lines.')
+
 # %% ../../../nbs/package/export/05_given.ipynb #313f74ff
 def check_together(
     format:str, # a key of `programs.MODEL_FILES`
@@ -153,6 +175,7 @@ def check_together(
 )->None: # or a refusal
     "Refuse what does not fit together"
     batch,inputs,axes = given['batch'],given['inputs'],given['batch_axis']
+    check_outputs(given['outputs'])
     check_ways(batch, given['nonfinite'])
     check_format(format)
     warn_of_stack(format)
@@ -165,6 +188,7 @@ def check_together(
         raise UsageError(f'batch_axis is given with {other}, whose rows come first; it is for modules of torch, '
             'and for files of TorchScript and ONNX.', mend='Leave it out; a network can transpose what it takes.')
     check_batch_axis(axes, first_names(inputs), given['outputs'], format)
+    _check_ragged(given.get('ragged'), format, model, given)
     if axes and format in ('export', 'tflite') and isinstance(model, (str, Path)):
         raise UsageError(f"batch_axis is given with a file of format '{format}'; "
             'it is for live modules, and for files of TorchScript and ONNX.')

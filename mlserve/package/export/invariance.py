@@ -15,7 +15,8 @@ from ...errors import CheckFailed, Refused
 from ..mlmodel import default_tolerance
 from ..programs.half import check_half, halved
 from ..programs.torch_program import Program, TorchProgram
-from ...tensors import Arrays, Comparison, compare
+from ...ragged.rows import Counts, compare_rows, rows_of
+from ...tensors import Arrays, Comparison
 
 # %% ../../../nbs/package/export/04_invariance.ipynb #3d6ce568
 def _wide(row:np.ndarray)->Arrays:
@@ -118,7 +119,7 @@ def _trials(golden:int, mates:list)->list[tuple[str,list[int]]]:
 Near = Callable[[Arrays, Arrays], Comparison]
 _ways = ('Say batch=False, and each request is one call of its own; or use a quantisation whose scales are fixed, '
     'static or of weights only. A wider tolerance, if it is only rounding.')
-def _prove_rows(saved:Program, arrays:Arrays, names:list[str], expected:Arrays, near:Near, mates:list)->None:
+def _prove_rows(saved:Program, arrays:Arrays, names:list, expected:Arrays, near:Near, mates:list, counts:Counts)->None:
     "No golden row is answered otherwise because of the rows beside it"
     golden = len(next(iter(arrays.values())))
     pool = {name: np.concatenate([array, *(row[name] for _,row in mates)]) for name,array in arrays.items()}
@@ -130,9 +131,8 @@ def _prove_rows(saved:Program, arrays:Arrays, names:list[str], expected:Arrays, 
         except Exception as e:
             raise CheckFailed(f'The model answers each of {len(places)} rows alone, and raises {type(e).__name__} '
                 'on them together. Nothing was saved.', mend=_ways) from e
-        check_batch(answered, len(places), what)
-        wanted = {name: array[[places[i] for i in ours]] for name,array in expected.items()}
-        result = near(wanted, {name: array[ours] for name,array in answered.items()})
+        check_batch(answered, len(places), what, counts)
+        result = near(rows_of(expected, counts, [places[i] for i in ours]), rows_of(answered, counts, ours))
         output = result.where.partition('[')[0]
         if not result.passed: raise CheckFailed(f"A row's answer depends on the rows beside it: {what}, "
             f'a row of the example differs by {result.max_abs:.3g} in {output}. Nothing was saved.', mend=_ways)
@@ -166,12 +166,12 @@ def _repeated(row:Arrays, rows:int)->Arrays:
     return row if rows == 1 else {name: np.repeat(array, rows, 0) for name,array in row.items()}
 
 # %% ../../../nbs/package/export/04_invariance.ipynb #6281455f
-def _asked(live:Program, pairs:list, rows:int, names:list[str], nonfinite:bool)->list[tuple[str,Arrays,Arrays]]:
+def _asked(live:Program, pairs:list, rows:int, names:list[str], nonfinite:bool, counts:Counts)->list[tuple]:
     "What companions are, the batches of them that a live program answers, and its answers"
     batches = [(what, _repeated(row, rows)) for what,row in pairs if _inside(row)]
     answers = [(what, given, _answer(live, given, names, nonfinite)) for what,given in batches]
     asked = [(what, given, answer) for what,given,answer in answers if answer is not None]
-    for what,_,answer in asked: check_batch(answer, rows, what)
+    for what,_,answer in asked: check_batch(answer, rows, what, counts)
     return asked
 
 # %% ../../../nbs/package/export/04_invariance.ipynb #a094eafd
@@ -227,14 +227,14 @@ def _prove_forgetful(program:Program, asked:list, arrays:Arrays, names:list[str]
 
 # %% ../../../nbs/package/export/04_invariance.ipynb #952065cd
 def _prove_sizes(live:Program, saved:Program, arrays:Arrays, names:list[str], near:Near,
-    batch:bool, nonfinite:bool)->None:
+    batch:bool, nonfinite:bool, counts:Counts)->None:
     "The saved program answers as the live one, for several batch sizes"
     example = len(next(iter(arrays.values())))
     words = 'strings' if nonfinite else None
     for rows in dict.fromkeys([example, example + 1, 1]):
         some = {name: np.concatenate([array, array[:1]])[:rows] for name,array in arrays.items()}
         if not batch and rows != example and not _taken(live, some, names, nonfinite): continue
-        wanted = first_answer(live, some, names, f'the example in a batch of {rows}', words)
+        wanted = first_answer(live, some, names, f'the example in a batch of {rows}', words, counts)
         result = near(wanted, saved.run(some, names))
         if not result.passed: raise CheckFailed(f'The saved model and the live one differ on {rows} rows '
             f'by {result.max_abs:.3g} at {result.where}. Nothing was saved.')
@@ -252,11 +252,12 @@ def prove_program(
     fresh:Callable[[], Iterable[Program]]=lambda: (), # makes programs, live and saved, that were asked nothing yet
     held:Callable[[str], object]=lambda proof: None, # told each proof that held
     shared:Iterable[str]=(), # inputs of which a request has one value, so no batch has two
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->None: # or CheckFailed
     "Hold a saved program against the live one, and its rows against each other"
-    def near(want:Arrays, answered:Arrays)->Comparison: return compare(want, answered, **tolerance, nan=nonfinite)
+    def near(want:Arrays, got:Arrays)->Comparison: return compare_rows(want, got, counts, **tolerance, nan=nonfinite)
     before = _state(live)
-    try: _prove_sizes(live, saved, arrays, names, near, batch, nonfinite)
+    try: _prove_sizes(live, saved, arrays, names, near, batch, nonfinite, counts)
     finally: _prove_still(before, _state(live))
     held('in batches of other sizes')
     before = _state(saved)
@@ -265,9 +266,8 @@ def prove_program(
     if not again.passed: raise CheckFailed(f'Asked again, the model answers otherwise: by {again.max_abs:.3g} '
         f'at {again.where}. Nothing was saved.', mend='Take what is random, or remembered, out of the model.')
     held('asked again')
-    pairs = companions(arrays, _vocabularies(live), shared)
-    rows = 1 if batch else len(next(iter(arrays.values())))
-    asked = _asked(live, pairs, rows, names, nonfinite)
+    pairs,rows = companions(arrays, _vocabularies(live), shared),1 if batch else len(next(iter(arrays.values())))
+    asked = _asked(live, pairs, rows, names, nonfinite, counts)
     own = _prove_unlike(live, saved, asked, names, near)
     held('rows unlike the example')
     for program,known in zip(fresh(), (asked, own)):
@@ -277,7 +277,7 @@ def prove_program(
     answered = {id(given) for _,given,_ in own}
     fits = [m for m in pairs if all((m[1][name] == arrays[name][:1]).all() for name in shared)]
     mates = [m for m in fits if batch and (id(m[1]) in answered or _taken(saved, m[1], names, nonfinite))]
-    if batch: _prove_rows(saved, arrays, names, expected, near, mates)
+    if batch: _prove_rows(saved, arrays, names, expected, near, mates, counts)
     _prove_still(before, _state(saved))
     if batch: held('beside other rows')
 

@@ -12,6 +12,7 @@ from ...errors import IntegrityError, Refused
 from ..arrays import check_described, load_tensors, save_tensors
 from .sizes import Pair
 from ..mlmodel import check_width
+from ...ragged.rows import counts_of, miscounted, whole_rows
 from ...tensors import TensorSpec
 
 # %% ../../../nbs/package/export/07_recorded.ipynb #7a17c007
@@ -27,11 +28,14 @@ def write_golden(
 
 # %% ../../../nbs/package/export/07_recorded.ipynb #7a17c010
 _golden_limit = 2**30
-def _check_rows(file:Path, pair:Pair)->None:
-    "Refuse arrays that are not rows of one batch"
-    rows = {len(array) if array.ndim else 0 for arrays in pair for array in arrays.values()}
-    if len(rows) == 1 and min(rows): return
-    raise IntegrityError(f'{file} has arrays of {sorted(rows)} rows; one number from 1 is needed.')
+def _check_rows(file:Path, pair:Pair, outputs:Sequence[TensorSpec]=())->None:
+    "Refuse arrays that are not rows of one batch, and ragged ones that are counted otherwise"
+    (given,answer),counts = pair,counts_of(outputs)
+    rows = {len(a) if a.ndim else 0 for arrays in (given, whole_rows(answer, counts)) for a in arrays.values()}
+    if len(rows) != 1 or not min(rows):
+        raise IntegrityError(f'{file} has arrays of {sorted(rows)} rows; one number from 1 is needed.')
+    wrong = miscounted(answer, counts, min(rows))
+    if wrong: raise IntegrityError(f'{file} has ragged outputs that are counted otherwise: {wrong}.')
 def read_golden(
     file:Path, # that `write_golden` wrote
     inputs:Sequence[TensorSpec], # what the package takes
@@ -48,8 +52,8 @@ def read_golden(
         raise IntegrityError(f"{file} has {', '.join(groups)[:100] or 'nothing'}; inputs and outputs are needed.")
     pairs = [(groups[given], groups[answered]) for given,answered in names]
     for pair in pairs:
-        _check_rows(file, pair)
         check_described(file, pair[0], inputs)
         check_described(file, pair[1], outputs)
+        _check_rows(file, pair, outputs)
         check_width(tolerance, pair[1])
     return pairs

@@ -16,7 +16,8 @@ from ..convert.tf_graph import prove_mixed
 from .given import Given
 from .sizes import Pair, sizes_text
 from ..programs.torch_program import Program
-from ...tensors import Arrays, Comparison, TensorSpec, compare, count_rows
+from ...ragged.rows import Counts, compare_rows, rows_of
+from ...tensors import Arrays, Comparison, TensorSpec, count_rows
 
 # %% ../../../nbs/package/export/08_size_proofs.ipynb #aa00adce
 _kept = ("A trace keeps sizes that Python took out of a shape: compute with x.shape[1] as it is, "
@@ -27,12 +28,14 @@ def prove_sizes(
     pairs:Sequence[Pair], # rows at several sizes, and what the live model answers
     near:Callable[[Arrays,Arrays],Comparison], # whether answers are within the tolerance
     batch:bool=True, # rows stand for themselves
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->None: # or CheckFailed
     "Hold a saved program against the live one at every size that is recorded"
     for arrays,expected in pairs:
         at,all_rows = sizes_text(arrays, inputs),count_rows(arrays)
         for rows in {all_rows, 1} if batch else {all_rows}:
-            _prove_at(saved, tile(arrays, rows), list(expected), tile(expected, rows), near, at)
+            wanted = rows_of(expected, counts, [i % all_rows for i in range(rows)])
+            _prove_at(saved, tile(arrays, rows), list(expected), wanted, near, at)
 def _prove_at(saved:Program, arrays:Arrays, names:list[str], expected:Arrays, near:Callable, at:str)->None:
     "The saved program answers at one size as the live one does"
     try: answered = saved.run(arrays, names)
@@ -101,8 +104,8 @@ def prove_recorded(
 )->None: # or CheckFailed
     "Prove a saved program at other sizes than the example's, and padded"
     def near(want:Arrays, answered:Arrays)->Comparison:
-        return compare(want, answered, **ours['tolerance'], nan=bool(ours.get('nonfinite')))
+        return compare_rows(want, answered, given.ragged, **ours['tolerance'], nan=bool(ours.get('nonfinite')))
     if isinstance(given.model, TensorFlowModel) and ours.get('batch', True):
         prove_mixed(given.model, saved, given.arrays, given.names, ours['tolerance'], bool(ours.get('nonfinite')))
-    prove_sizes(saved, given.inputs, pairs[1:], near, ours.get('batch', True))
+    prove_sizes(saved, given.inputs, pairs[1:], near, ours.get('batch', True), given.ragged)
     if padding: prove_padding(saved, padding, pairs, near)

@@ -7,6 +7,7 @@ __all__ = ['Found', 'Pair', 'differing', 'found_sizes', 'sizes_text', 'with_size
 
 # %% ../../../nbs/package/export/06_sizes.ipynb #6a17c004
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 import numpy as np
 from ...errors import Refused, UsageError
@@ -15,6 +16,7 @@ from .example import example_specs, first_answer
 from .given import Given, vary
 from ..lite.lite_program import with_steps
 from ..programs.torch_program import Program
+from ...ragged.rows import Counts, whole_rows
 from ...tensors import Arrays, Size, TensorSpec, count_rows, sizes_of, spec_of
 
 # %% ../../../nbs/package/export/06_sizes.ipynb #2bbb4352
@@ -158,16 +160,22 @@ def answered_pairs(
     pairs = [(given.arrays, expected)]
     for arrays in given.others:
         what = f'the example at {sizes_text(arrays, given.inputs)}'
-        pairs.append((arrays, first_answer(live, arrays, given.names, what, 'strings' if nonfinite else None)))
+        words = 'strings' if nonfinite else None
+        pairs.append((arrays, first_answer(live, arrays, given.names, what, words, given.ragged)))
     return pairs
 
 # %% ../../../nbs/package/export/06_sizes.ipynb #2ac22c98
+def _specs_of(answer:Arrays, rows:int, counts:Counts)->tuple[TensorSpec,...]:
+    "The specs of an answer, in its order, of which each output has a row for each row, or is ragged"
+    known = {spec.name: spec for spec in example_specs(whole_rows(answer, counts), rows)}
+    known |= {name: replace(spec_of(name, answer[name]), ragged=by) for name,by in counts.items()}
+    return tuple(known[name] for name in answer)
 def output_specs(
     given:Given, # with sizes, or without
     pairs:Sequence[Pair], # of `answered_pairs`
 )->tuple[TensorSpec,...]: # of the outputs
     "The specs of answers whose sizes may vary"
-    for arrays,answer in pairs: fixed = example_specs(answer, count_rows(arrays))
+    for arrays,answer in pairs: fixed = _specs_of(answer, count_rows(arrays), given.ragged)
     if not given.free: return with_steps(fixed, given.model, answers=True)
     asked,answers = [sizes_of(arrays, given.inputs) for arrays,_ in pairs],[answer for _,answer in pairs]
     known = {size.name: size for places in given.free.values() for size in places.values()}
@@ -183,5 +191,8 @@ def output_specs(
             shape[axis] = -1
             same = [size for size in known if each == [sizes[size] for sizes in asked]]
             if same: free[axis] = known[same[0]]
-        specs.append(TensorSpec(name, spec_of(name, first).datatype, tuple(shape), free=free or None))
+        by = given.ragged.get(name)
+        if by and -1 in shape[1:]: raise UsageError(f"Output '{name}' is ragged, and its shape {shape} varies beside; "
+            'what is found in a row has one shape.', mend='Answer it at one size.')
+        specs.append(TensorSpec(name, spec_of(name, first).datatype, tuple(shape), free=free or None, ragged=by))
     return tuple(specs)

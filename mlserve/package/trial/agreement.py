@@ -21,7 +21,8 @@ from ..export.example import check_order
 from ..holdout import Contract, answers, given_arrays
 from ..programs.torch_program import Program
 from .markup import Markup, badge, card, columns, row_plot
-from ...tensors import Arrays, Comparison, check_tensors, compare, count_rows, dtype_of
+from ...ragged.rows import compare_rows, counts_of, split
+from ...tensors import Arrays, Comparison, check_tensors, count_rows, dtype_of
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #d55787af
 class Terms(Contract, Protocol):
@@ -66,7 +67,7 @@ def model_answers(
         arrays = row_arrays(inputs, terms)
         check_order(live, list(arrays))
         rows = 32 if terms.batch else count_rows(arrays)
-        return arrays,answers(live, arrays, names, rows, bool(terms.nonfinite))
+        return arrays,answers(live, arrays, names, rows, bool(terms.nonfinite), counts=counts_of(terms.outputs))
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #4ace5f0e
 def _share(want:np.ndarray, got:np.ndarray, rtol:float, atol:float)->np.ndarray:
@@ -77,7 +78,12 @@ def _share(want:np.ndarray, got:np.ndarray, rtol:float, atol:float)->np.ndarray:
     else:
         w,g = want.astype(np.float64),got.astype(np.float64)
         with np.errstate(all='ignore'): shares = np.where(same, 0.0, np.abs(g - w) / (atol + rtol * np.abs(w)))
-    return np.nan_to_num(shares, nan=np.inf, posinf=np.inf).reshape(len(want), -1).max(1, initial=0.0)
+    shares = np.nan_to_num(shares, nan=np.inf, posinf=np.inf)
+    return shares.reshape(len(want), int(np.prod(want.shape[1:]))).max(1, initial=0.0)
+def _share_of_lists(want:list[np.ndarray], got:list[np.ndarray], rtol:float, atol:float)->np.ndarray:
+    "The same of what is ragged; a row that has more or fewer differs by any measure"
+    return np.array([_share(w, g, rtol, atol).max(initial=0.0) if w.shape == g.shape else np.inf
+        for w,g in zip(want, got)])
 
 # %% ../../../nbs/package/trial/03_agreement.ipynb #e2a65582
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ class Agreement:
     @property
     def result(self)->Comparison:
         "What `compare` found"
-        return compare(self.expected, self.got, **self.terms.tolerance, nan=bool(self.terms.nonfinite))
+        counts,nan = counts_of(self.terms.outputs),bool(self.terms.nonfinite)
+        return compare_rows(self.expected, self.got, counts, **self.terms.tolerance, nan=nan)
     @property
     def passed(self)->bool:
         "Whether every value is within the tolerance"
@@ -99,8 +106,10 @@ class Agreement:
         "For each row, its largest difference as a share of what is allowed; labels that may tie are left out"
         tolerance = self.terms.tolerance
         plain = [name for name in self.expected if name not in (tolerance.get('ties') or {})]
-        each = [_share(self.expected[n], self.got[n], tolerance['rtol'], tolerance['atol']) for n in plain]
-        return np.max(each, axis=0)
+        want,got = (split(answer, counts_of(self.terms.outputs)) for answer in (self.expected, self.got))
+        limits = tolerance['rtol'],tolerance['atol']
+        def share(w:Any, g:Any)->np.ndarray: return (_share_of_lists if isinstance(w, list) else _share)(w, g, *limits)
+        return np.max([share(want[n], got[n]) for n in plain], axis=0)
     def _values(self)->dict[str,object]:
         result,limits = self.result,'rtol {rtol:g}, atol {atol:g}'.format(**self.terms.tolerance)
         same = 'no difference at all' if result.max_abs == 0 else f'{result.max_abs:.3g} at {result.where}'

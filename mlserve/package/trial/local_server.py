@@ -21,8 +21,9 @@ from .card import folder_text
 from .markup import badge, card, columns, link
 from .process import error_from, free_port, start_process, stop_process, tether
 from ...patch import patch
+from ...ragged.rows import counts_of, joined, split
 from ...settings import Settings
-from ...tensors import Arrays, TensorSpec, count_rows
+from ...tensors import TensorSpec, count_rows
 
 # %% ../../../nbs/package/trial/04_local_server.ipynb #799ec553
 def _digest(path:str|Path)->str:
@@ -95,7 +96,7 @@ def _terms(path:str|Path)->_Terms:
 @patch
 def predict(self:LocalServer,
     inputs:Any, # arrays or tensors by name, batch first; one array; or the data frame of a table
-)->Arrays: # by name
+)->dict[str, Any]: # arrays by name; of a ragged output a list, with an array for each row
     "What the server answers"
     if not self.running:
         raise LocalResource(f'The server at {self.url} was stopped.', mend='package.serve() starts one.')
@@ -107,7 +108,8 @@ def predict(self:LocalServer,
     rows = 32 if terms.batch else total
     batches = [{name: array[i:i+rows] for name,array in arrays.items()} for i in range(0, total, rows)]
     parts = list(map(self._client.infer, batches))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    flat = {name: np.concatenate([part[name] for part in map(joined, parts)]) for name in parts[0]}
+    return split(flat, counts_of(terms.outputs))
 
 # %% ../../../nbs/package/trial/04_local_server.ipynb #9bd43414
 @patch
@@ -117,7 +119,7 @@ def compare(self:LocalServer,
 )->Agreement: # with `passed`, and a plot in a notebook
     "Hold the server's answers against the live model's"
     arrays,expected = model_answers(model, inputs, _terms(self.path))
-    return Agreement(expected, self.predict(arrays), _terms(self.path))
+    return Agreement(expected, joined(self.predict(arrays)), _terms(self.path))
 
 # %% ../../../nbs/package/trial/04_local_server.ipynb #69761949
 def _latency(server:LocalServer, times:int=20)->float:

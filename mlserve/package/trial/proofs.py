@@ -13,12 +13,13 @@ from typing import Any, Protocol
 from ...errors import CheckFailed, MlserveError
 from ..export.invariance import prove_program
 from ..export.sizes import sizes_text
-from ..holdout import answers, beside, read_holdout
+from ..holdout import answers, beside, held_outputs, read_holdout
 from ..lock import parse_lock, read_small, verify_lock
 from ..programs.torch_program import Program
 from .agreement import Agreement, Terms, model_answers, row_arrays
 from .card import Described
 from .markup import badge, columns, size_text, table
+from ...ragged.rows import counts_of
 from ...tensors import Arrays, count_rows
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #54502158
@@ -75,9 +76,9 @@ def _held_back(package:Proven, program:Program, example:int)->str|None:
     if not beside(package.path).exists(): return None
     groups,_ = read_holdout(beside(package.path), package.digest)
     inputs = row_arrays(groups['inputs'], package)
-    got = answers(program, inputs, list(groups['outputs']), 32 if package.batch else example,
-        bool(package.nonfinite), package.inputs, groups.get('sizes'))
-    return _near(groups['outputs'], got, package)
+    got = answers(program, inputs, [s.name for s in package.outputs], 32 if package.batch else example,
+        bool(package.nonfinite), package.inputs, groups.get('sizes'), counts_of(package.outputs))
+    return _near(held_outputs(groups), got, package)
 
 # %% ../../../nbs/package/trial/05_proofs.ipynb #56196731
 def _trials(package:Proven, load:Callable[[],Program], recorded:Sequence[tuple[Arrays,Arrays]])->list[Proof]:
@@ -90,7 +91,8 @@ def _trials(package:Proven, load:Callable[[],Program], recorded:Sequence[tuple[A
         begin[0] = now
     inputs,expected = recorded[0]
     try: prove_program(load(), load(), inputs, list(expected), expected, package.tolerance, package.batch,
-        bool(package.nonfinite), lambda: [load(), load()], held, [s.name for s in package.inputs if s.shared])
+        bool(package.nonfinite), lambda: [load(), load()], held, [s.name for s in package.inputs if s.shared],
+        counts_of(package.outputs))
     except MlserveError as e:
         found = str(e).replace(' Nothing was saved.', '')
         proofs.append(Proof('asked otherwise', False, found, time.perf_counter() - begin[0]))
@@ -109,7 +111,7 @@ def prove(
     names = list(expected)
     def own(arrays:Arrays)->Arrays:
         rows = 32 if package.batch else count_rows(arrays)
-        return answers(program, arrays, names, rows, bool(package.nonfinite))
+        return answers(program, arrays, names, rows, bool(package.nonfinite), counts=counts_of(package.outputs))
     def asked(rows:Any)->str:
         arrays,live = model_answers(model, rows, package)
         return _near(live, own(arrays), package)

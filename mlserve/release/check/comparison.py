@@ -14,7 +14,9 @@ from ...errors import CheckFailed, MlserveError
 from ...package import Package, call_rows, golden_pairs
 from ...package.arrays import calls, gathered
 from ...package.evaluation import Reading, baseline, measure
-from ...tensors import TensorSpec, compare
+from ...package.holdout import held_outputs
+from ...ragged.rows import Counts, compare_rows, counts_of, joined
+from ...tensors import TensorSpec
 if TYPE_CHECKING: import numpy as np
 
 # %% ../../../nbs/release/check/03_comparison.ipynb #4f72b7f3
@@ -40,12 +42,14 @@ def replay(
     what:str='recorded', # rows, for the failure
     specs:'Sequence[TensorSpec]'=(), # of the inputs, where sizes vary
     sizes:Mapping[str, 'np.ndarray']|None=None, # by name the size of each row, where they differ
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->dict[str, 'np.ndarray']: # name → array `[rows, ...]`
     "The answers to all rows, asked request by request"
     parts = []
     for places,arrays in calls(inputs, rows, specs, sizes):
-        with _asking(f'{what} rows {places[0] + 1} to {places[-1] + 1}'): parts.append((places, client.infer(arrays)))
-    return gathered(parts)
+        with _asking(f'{what} rows {places[0] + 1} to {places[-1] + 1}'): answer = client.infer(arrays)
+        parts.append((places, joined(answer)))
+    return gathered(parts, counts)
 
 # %% ../../../nbs/release/check/03_comparison.ipynb #b4e8af96
 def device_of(
@@ -79,10 +83,12 @@ def require_close(
     answers:Mapping[str, 'np.ndarray'], # of the container
     tolerance:Mapping[str, Any], # `rtol`, `atol`; and `ties`, where a label may be either of two
     nan:bool=False, # NaN is an answer
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->dict[str, float]: # `max_abs`, `max_rel`
     "Differences within the tolerance, or `CheckFailed`"
     rtol,atol = tolerance['rtol'],tolerance['atol']
-    difference = compare(dict(expected), dict(answers), rtol, atol, nan, tolerance.get('ties'))
+    terms:dict[str, Any] = dict(rtol=rtol, atol=atol, nan=nan, ties=tolerance.get('ties'))
+    difference = compare_rows(dict(expected), dict(answers), counts, **terms)
     if not difference.passed:
         raise CheckFailed(f"The {what} answers of the server differ from the notebook's: "
             f'{difference.where} is off by {difference.max_abs:.3g} (allowed: rtol {rtol:g}, atol {atol:g}).')
@@ -120,16 +126,18 @@ def compare_server(
     if kind != device.partition(':')[0]:
         raise CheckFailed(f'The server answers on {kind or "an unknown device"!r}; {device!r} was asked for.')
     (inputs, expected),*others = golden_pairs(package)
-    rows,nan = call_rows(package),bool(package.nonfinite)
+    rows,nan,counts = call_rows(package),bool(package.nonfinite),counts_of(package.outputs)
     placement = placed_on_gpu(health) if kind == 'cuda' else {}
-    same = require_close('golden', expected, replay(client, inputs, rows, 'golden'), package.tolerance, nan)
-    for given,answered in others:
-        require_close('golden', answered, replay(client, given, rows, 'golden'), package.tolerance, nan)
+    def golden(given:Mapping[str, 'np.ndarray'], answered:Mapping[str, 'np.ndarray'])->dict[str, float]:
+        got = replay(client, given, rows, 'golden', counts=counts)
+        return require_close('golden', answered, got, package.tolerance, nan, counts)
+    same = golden(inputs, expected)
+    for given,answered in others: golden(given, answered)
     fields: dict[str, Any] = {'device': kind, 'device_name': name, 'placement': placement, 'golden': same}
     if holdout:
-        expected,labels = holdout['outputs'],holdout['labels']['labels']
-        answers = replay(client, holdout['inputs'], rows, 'held-back', package.inputs, holdout.get('sizes'))
-        same = require_close('held-back', expected, answers, package.tolerance, nan)
+        expected,labels = held_outputs(holdout),holdout['labels']['labels']
+        answers = replay(client, holdout['inputs'], rows, 'held-back', package.inputs, holdout.get('sizes'), counts)
+        same = require_close('held-back', expected, answers, package.tolerance, nan, counts)
         fields |= {'rows': len(labels), 'holdout': same}
         if reading: fields |= {'reading': str(reading), 'metrics': _metrics(reading, expected, answers, labels)}
     return finite(fields)

@@ -16,6 +16,7 @@ from ...errors import IntegrityError, MlserveError, RemoteUnavailable, UsageErro
 from ...package import Package, call_rows, load_package, load_program
 from ...package.evaluation import measure, read_target
 from ...package.lock import file_hash
+from ...ragged.rows import counts_of
 from ...package.holdout import SAVED, answers, beside, held_groups, held_rows, read_holdout, write_holdout
 from .mlflow_store import asking, client, experiment, make_folder, tracking_uri
 if TYPE_CHECKING:
@@ -53,10 +54,11 @@ def _held(package, holdout, folder):
         raise UsageError(f"The live model's answers to held-back rows lie beside the package, in {place.name}; "
             'log_package was given a holdout of its own.', mend='Call log_package without holdout.')
     inputs,labels,sizes = held_rows(holdout, package.inputs)
-    names,rows = [s.name for s in package.outputs],call_rows(package)
-    outputs = answers(load_program(package), inputs, names, rows, bool(package.nonfinite), package.inputs, sizes)
+    names,rows,counts = [s.name for s in package.outputs],call_rows(package),counts_of(package.outputs)
+    program,nan = load_program(package),bool(package.nonfinite)
+    outputs = answers(program, inputs, names, rows, nan, package.inputs, sizes, counts)
     file = Path(folder)/'answers'
-    write_holdout(file, package.digest, SAVED, **held_groups(inputs, outputs, labels, sizes))
+    write_holdout(file, package.digest, SAVED, **held_groups(inputs, outputs, labels, sizes, counts))
     return file
 
 # %% ../../../nbs/release/record/01_logged_package.ipynb #6dbe7896

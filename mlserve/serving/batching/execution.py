@@ -14,6 +14,7 @@ import numpy as np
 from ...patch import patch
 from ...package.arrays import Padding, shared_values
 from ...errors import MlserveError, ModelFailed, Unavailable
+from ...ragged.rows import Counts, miscounted, rows_of
 from ...tensors import Arrays, TensorSpec
 from ..model.failures import device_lost, in_short, out_of_memory
 
@@ -62,6 +63,7 @@ def split_answer(
     outputs:Arrays, # all rows
     jobs:Sequence[Job], # in the order in which they were merged
     padding:Padding|None=None, # by which they were merged
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->None: # each job has its result
     "Cut the answer where the inputs were joined"
     if len(jobs) == 1:
@@ -70,7 +72,7 @@ def split_answer(
     named,start = list(outputs.items()),0
     for j in jobs:
         end = start + j.rows
-        j.result = {k: v[start:end] for k,v in named}
+        j.result = rows_of(outputs, counts, slice(start, end)) if counts else {k: v[start:end] for k,v in named}
         if padding: j.result = padding.cropped(j.result, j.arrays)
         start = end
 
@@ -85,13 +87,17 @@ def check(
     outputs:Any, # what the model returned
     rows:int, # rows it was given
     expected:Mapping[str, np.dtype]|None=None, # output name to dtype; not checked when unknown
+    counts:Counts={}, # outputs that are ragged, and what counts them
 )->None: # nothing, or a refusal
     "Refuse an answer that cannot be cut safely"
     try: answered = {k: (v.dtype, v.shape[0]) for k,v in outputs.items()}
     except (AttributeError, IndexError):
         raise Broken('The model did not answer with arrays by name, rows first.') from None
+    wrong = counts and answered.keys() >= {*counts, *counts.values()} and miscounted(outputs, counts, rows)
+    if wrong: raise Broken(f'The model counts wrongly: {wrong}.')
     for name,(dtype, n) in answered.items():
-        if n != rows: raise Broken(f'The model answered {n} rows of {name!r} to {rows} rows of input.')
+        if n != rows and name not in counts:
+            raise Broken(f'The model answered {n} rows of {name!r} to {rows} rows of input.')
         if expected and dtype != expected.get(name, dtype):
             raise Broken(f'The model answered {name!r} as {dtype}; its contract is {expected[name]}.')
     if expected and answered.keys() != expected.keys():
@@ -109,15 +115,16 @@ class Runner:
         computes:Callable[[], bool]|None=None, # whether the device still does, asked when it may be lost
         padding:Padding|None=None, # by which rows of unequal sizes share a call
         lend:bool=False, # the model never writes to what it gets
+        counts:Counts={}, # outputs that are ragged, and what counts them
     ):
         self.predict,self.max_batch,self.expected,self.calls,self.out_of_memory = predict,max_batch,expected,0,0
         self.free_memory,self.computes = free_memory or (lambda: None),computes or (lambda: False)
-        self.lend,self.padding = lend,padding
+        self.lend,self.padding,self.counts = lend,padding,counts
     def _one(self, inputs:dict[str, np.ndarray], rows:int)->Arrays:
         "One call of the model, checked"
         self.calls += 1
         outputs = self.predict(inputs)
-        check(outputs, rows, self.expected)
+        check(outputs, rows, self.expected, self.counts)
         return outputs
 
 # %% ../../../nbs/serving/batching/02_execution.ipynb #549c40bd
@@ -128,12 +135,12 @@ def call(self:Runner,
 )->None: # each job has its result
     "One pass over all rows of the jobs"
     inputs,rows = merge(jobs, self.padding, self.lend),sum([j.rows for j in jobs])
-    if rows <= limit: return split_answer(self._one(inputs, rows), jobs, self.padding)
+    if rows <= limit: return split_answer(self._one(inputs, rows), jobs, self.padding, self.counts)
     step,parts = int(limit),[]
     for start in range(0, rows, step):
         portion = {k: v[start:start+step] for k,v in inputs.items()}
         parts.append(self._one(portion, min(step, rows - start)))
-    split_answer({k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, jobs, self.padding)
+    split_answer({k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, jobs, self.padding, self.counts)
 
 # %% ../../../nbs/serving/batching/02_execution.ipynb #62ae1f58
 def _strip(error:BaseException|None)->None:

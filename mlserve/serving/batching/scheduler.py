@@ -10,11 +10,12 @@ import asyncio, math, threading
 from collections.abc import Callable, Hashable, Mapping
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any
+from typing import Any, cast
 import numpy as np
 from ...patch import patch
 from ...errors import DeadlinePassed, MlserveError, Unavailable
 from ...package.arrays import Padding
+from ...ragged.rows import Counts
 from ...tensors import Arrays
 from .execution import DeviceLost, Predict, Runner, call_key, run_jobs
 from .threads import start_thread
@@ -41,19 +42,19 @@ class Batcher:
         on_fault:Callable[[MlserveError], object]|None=None, # called with `Broken` or `DeviceLost`
         joined:bool=True, # requests may share a call and large ones be cut; else a request is one call
         padding:Padding|None=None, # by which requests of unequal sizes share a call
+        counts:Counts={}, # outputs that have any number for each row, and what counts them
         key:Callable[[Arrays], Hashable]|None=None, # equal for requests that may share a call; their shapes, by default
         lend:bool=False): # the model never writes to what it gets, so a request alone is not copied
         self.predict,self.expected,self.free_memory,self.computes = predict,expected,free_memory,computes
         self.max_batch,self.queue,self.threads,self.serial,self.inline = max_batch,queue,threads,serial,inline
-        self.padding,self.key,self.lend = padding,key or call_key(padding=padding),lend
+        self.padding,self.key,self.lend,self.counts = padding,key or call_key(padding=padding),lend,counts
         self.prepare,self.on_batch,self.on_fault = prepare or (lambda: None),on_batch,on_fault or (lambda fault: None)
         self.limit,self.near_rows = max_batch if joined else math.inf,max_batch if inline else -1
         most,delay = (max_batch, max_delay_ms / 1000) if joined else (1, 0.)
         self.far,self.near,self.draining,self.closed = RequestQueue(most, delay),RequestQueue(most, 0),False,False
         self.lock,self.idle,self.stats,self.pace,self.busy = threading.Lock(),0,Stats(),0.,dict[int|str, float]()
         self.open,self.tokens = OpenRequests(self.lock, self.stats),SimpleQueue[bool]()
-        self.broken: MlserveError|None = None
-        self.lost: MlserveError|None = None
+        self.broken = self.lost = cast(MlserveError|None, None)
         self.loop: asyncio.AbstractEventLoop = None # type: ignore[assignment] # `start` comes before all that uses it
     @property
     def pending(self)->int: "Requests that wait"; return self.far.count + self.near.count
@@ -68,7 +69,8 @@ class Batcher:
 @patch
 def runner(self:Batcher)->Runner: # for one thread
     "A runner of this model"
-    return Runner(self.predict, self.limit, self.expected, self.free_memory, self.computes, self.padding, self.lend)
+    return Runner(self.predict, self.limit, self.expected, self.free_memory, self.computes, self.padding, self.lend,
+        self.counts)
 @patch
 def start(self:Batcher)->None:
     "Bind to the running loop and start the model threads"

@@ -8,6 +8,7 @@ __all__ = ['described', 'tag_of', 'schema_of', 'tensors_schema', 'body_schema', 
 # %% ../../../nbs/serving/docs/00_openapi.ipynb #1582c2bf
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from ...tensors import TensorSpec
 if TYPE_CHECKING: from mlserve.package import Package
@@ -76,6 +77,9 @@ def schema_of(
     return schema
 
 # %% ../../../nbs/serving/docs/00_openapi.ipynb #8cead743
+def _by_row(specs):
+    "Tensors as nested lists have them: of a ragged output a list for each row"
+    return [replace(s, shape=(-1, *s.shape), free=None, ragged=None) if s.ragged else s for s in specs]
 def _object(properties, required): return {'type': 'object', 'properties': properties, 'required': required}
 def _row(specs, words):
     "A row of a table: a column of one value is that value"
@@ -88,6 +92,7 @@ def tensors_schema(
     words:bool=False, # NaN and infinities are words
 )->dict[str, Any]: # JSON schema
     "All tensors of a side"
+    specs = _by_row(specs)
     if rows: return {'type': 'array', 'items': _row(specs, words)}
     if len(specs) == 1: return schema_of(specs[0], 0, words)
     return _object({s.name: schema_of(s, 0, words) for s in specs}, [s.name for s in specs])

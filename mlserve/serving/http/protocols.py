@@ -7,8 +7,9 @@ __all__ = ['Written', 'read_plain', 'write_plain', 'read_instances', 'write_inst
            'read_invocations', 'write_invocations', 'example_of']
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #10c31aed
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from ...errors import MlserveError, UnsupportedMedia
+from ...ragged.rows import counts_of, split
 from ...tensors import Arrays
 from ...wire.binary import Pieces
 from ...wire.predict import InferRequest, decode_predict, encode_predict, encode_predict_request
@@ -24,9 +25,15 @@ def read_plain(body:bytes, headers:Headers, package:'Package', limit:int)->Infer
     return decode_predict(body, package.inputs, limit)
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #9bb56cad
+def _by_row(outputs:Arrays, package:'Package')->dict[str, Any]:
+    "An answer in which ragged outputs are lists, one array for each row"
+    counts = counts_of(package.outputs)
+    return split(outputs, counts) if counts else outputs
+
+# %% ../../../nbs/serving/http/04_protocols.ipynb #9bb56cae
 def write_plain(request:InferRequest, outputs:Arrays, package:'Package', version:str)->Written:
     "An answer of the plain format"
-    return encode_predict(outputs, package.nonfinite, request.form), JSON, ()
+    return encode_predict(_by_row(outputs, package), package.nonfinite, request.form), JSON, ()
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #e4ca85d8
 def read_instances(body:bytes, headers:Headers, package:'Package', limit:int)->InferRequest:
@@ -36,7 +43,7 @@ def read_instances(body:bytes, headers:Headers, package:'Package', limit:int)->I
 # %% ../../../nbs/serving/http/04_protocols.ipynb #a141d295
 def write_instances(request:InferRequest, outputs:Arrays, package:'Package', version:str)->Written:
     "An answer of V1"
-    return answer_instances(request, outputs, package.nonfinite), JSON, ()
+    return answer_instances(request, _by_row(outputs, package), package.nonfinite), JSON, ()
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #4e4490ea
 def read_infer(body:bytes, headers:Headers, package:'Package', limit:int)->InferRequest:
@@ -64,7 +71,7 @@ def read_invocations(body:bytes, headers:Headers, package:'Package', limit:int)-
 # %% ../../../nbs/serving/http/04_protocols.ipynb #2a9a24bd
 def write_invocations(request:InferRequest, outputs:Arrays, package:'Package', version:str)->Written:
     "An answer of MLflow's scoring server, in the type that was asked for"
-    body,media = answer_invocations(request, outputs, package.nonfinite)
+    body,media = answer_invocations(request, _by_row(outputs, package), package.nonfinite)
     return body, media.encode(), ()
 
 # %% ../../../nbs/serving/http/04_protocols.ipynb #d5a57e57

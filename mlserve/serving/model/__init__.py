@@ -20,6 +20,7 @@ from .device import Device, torch_name
 from .failures import in_short, reason_of
 from .framework import check_framework
 from ...settings import Settings
+from ...ragged.rows import counts_of, miscounted, split
 from ...tensors import DATATYPES, TensorSpec, check_tensors
 from ...wire.predict import named_arrays
 if TYPE_CHECKING: from mlserve.package.handler import Handler
@@ -72,7 +73,7 @@ def _forward(model:Model, arrays:Mapping[str, np.ndarray], fresh:bool=False)->di
 # %% ../../../nbs/serving/model/06_model.ipynb #f770d665
 def _check_output(spec:TensorSpec, array:np.ndarray, rows:int)->None:
     "Refuse an output that is not the contract's, for as many rows as came in"
-    shape = (rows, *spec.shape[1:])
+    shape = (-1 if spec.ragged else rows, *spec.shape[1:])
     fits = array.ndim == len(shape) and all(size in (-1, n) for size,n in zip(shape, array.shape))
     if not fits or array.dtype != DATATYPES[spec.datatype]:
         raise ModelFailed(f"Output '{spec.name}' of the model is {array.dtype} {list(array.shape)}; "
@@ -88,6 +89,8 @@ def predict(self:Model,
     shared_values(arrays, self.package.inputs)
     outputs = _forward(self, arrays)
     for s in self.package.outputs: _check_output(s, outputs[s.name], rows)
+    wrong = miscounted(outputs, counts_of(self.package.outputs), rows)
+    if wrong: raise ModelFailed(f'The model counts wrongly: {wrong}.')
     return outputs
 
 # %% ../../../nbs/serving/model/06_model.ipynb #27514de2
@@ -200,7 +203,7 @@ class _PyFunc:
         outputs = self.model.predict(_of_frame(data, specs) if table else _by_name(data, specs))
         text = np.frompyfunc(bytes.decode, 1, 1)
         answer = {n: text(a) if a.dtype == object else a for n,a in outputs.items()}
-        return _to_frame(answer) if table else answer
+        return _to_frame(answer) if table else split(answer, counts_of(self.model.package.outputs))
 def _load_pyfunc(path:str)->_PyFunc:
     "What MLflow calls to load a package"
     return _PyFunc(load_model(load_package(path), Device('cpu')))

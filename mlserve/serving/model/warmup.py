@@ -15,7 +15,8 @@ from ...errors import CheckFailed, ModelFailed
 from ...package import Package, golden_pairs
 from ...package.arrays import batch_sizes, tile
 from .failures import out_of_memory
-from ...tensors import Comparison, compare
+from ...ragged.rows import compare_rows, counts_of
+from ...tensors import Comparison
 if TYPE_CHECKING: from mlserve.serving.model import Model
 
 # %% ../../../nbs/serving/model/07_warmup.ipynb #ff2beb78
@@ -95,9 +96,9 @@ def prove(
     package:Package, # with the golden inputs and outputs
 )->Comparison: # how close the answers are
     "The golden outputs, reproduced here, or a refusal to serve"
-    rtol,atol = package.tolerance['rtol'], package.tolerance['atol']
-    each = [compare(expected, model.predict(inputs), rtol, atol, nan=bool(package.nonfinite))
-        for inputs,expected in golden_pairs(package)]
+    rtol,atol,counts = package.tolerance['rtol'], package.tolerance['atol'], counts_of(package.outputs)
+    terms:dict[str, Any] = dict(rtol=rtol, atol=atol, nan=bool(package.nonfinite))
+    each = [compare_rows(expected, model.predict(inputs), counts, **terms) for inputs,expected in golden_pairs(package)]
     comparison = max(each, key=lambda c: (not c.passed, c.max_abs))
     if comparison.passed: return comparison
     raise CheckFailed(f'The golden output of {package.name} is not reproduced: '

@@ -10,7 +10,7 @@ import asyncio
 from ...errors import MlserveError, ModelFailed
 from ..observability.logging import log
 from ..state import Lifecycle
-from ...tensors import compare
+from ...ragged.rows import compare_rows, counts_of
 
 # %% ../../../nbs/serving/process/03_proving.ipynb #7bab9051
 async def prove_again(
@@ -24,8 +24,8 @@ async def prove_again(
     except ModelFailed as e: right,why = False,e.message
     except MlserveError: return # full or stopping: that says nothing about the model
     else:
-        nan = bool(package.nonfinite)
-        compared = compare(dict(expected), dict(answer), tolerance['rtol'], tolerance['atol'], nan)
+        terms = dict(rtol=tolerance['rtol'], atol=tolerance['atol'], nan=bool(package.nonfinite))
+        compared = compare_rows(dict(expected), dict(answer), counts_of(package.outputs), **terms)
         right,why = compared.passed,f'{compared.where} differs by {compared.max_abs:.3g}'
     if life.state == 'ready' and not right:
         life.state = 'broken'
