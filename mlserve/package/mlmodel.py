@@ -100,6 +100,10 @@ def check_tolerance(
 
 # %% ../../nbs/package/08_mlmodel.ipynb #ddae8332
 PROVIDERS = ('cuda',),('tensorrt', 'cuda')
+def _is_tolerance(value:Any)->bool:
+    "Whether something is a relative and an absolute tolerance"
+    if isinstance(value, dict): check_tolerance(value) # what it raises is taken for a no
+    return isinstance(value, dict)
 def _are_specs(value:Any)->bool:
     "Whether something describes tensors of different names"
     if not isinstance(value, list) or not value: return False
@@ -128,8 +132,7 @@ def _suits_tensorrt(ours:dict[str,Any])->bool:
 # %% ../../nbs/package/08_mlmodel.ipynb #4886ac71
 _classes = {'safetensors': 'holds weights only', 'python': 'is a class of yours'}
 _required:dict[str,Callable[[Any], bool]] = {'name': is_name, 'file': lambda v: isinstance(v, str),
-    'format': lambda v: isinstance(v, str) and v in MODEL_FILES,
-    'tolerance': lambda v: isinstance(v, dict) and check_tolerance(v) is None,
+    'format': lambda v: isinstance(v, str) and v in MODEL_FILES, 'tolerance': _is_tolerance,
     'inputs': lambda v: _are_specs(v) and not any({'classes', 'ragged'} & spec.keys() for spec in v),
     'outputs': lambda v: _are_specs(v) and are_counted([*map(TensorSpec.from_dict, v)])}
 _optional:dict[str,Callable[[Any], bool]] = {'handler': lambda v: v in (None, 'handler.py'), 'module': _is_module,
