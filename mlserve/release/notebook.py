@@ -11,7 +11,7 @@ import contextlib, difflib, json, logging, queue, re, subprocess, sys, uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from ..errors import LocalResource, MlserveError, NotebookFailed, RemoteUnavailable, UsageError
+from ..errors import Interrupted, LocalResource, MlserveError, NotebookFailed, RemoteUnavailable, UsageError
 
 # %% ../../nbs/release/03_notebook.ipynb #5d1f0a32
 _told_by_us = 'asyncio', 'papermill', 'tornado.general'
@@ -150,6 +150,8 @@ def _quiet_kernels(folder): # imported late, for `run_cells` needs no kernel
     class Quiet(AsyncKernelManager):
         @default('connection_file')
         def _beside_the_copies(self): return str(Path(folder)/f'.kernel-{uuid.uuid4().hex[:12]}')
+        @default('shutdown_wait_time')
+        def _patient(self): return 30.0 # of half of it an interrupted cell may take away what it has started
         async def _async_launch_kernel(self, kernel_cmd, **kw):
             await super()._async_launch_kernel(kernel_cmd, **kw, stderr=subprocess.DEVNULL)
         _launch_kernel = _async_launch_kernel
@@ -171,6 +173,9 @@ def shared_kernel(
     first = [*_options, f'--IPKernelApp.exec_lines={warm}']
     if warm: run_sync(manager.start_kernel)(extra_arguments=first, cwd=str(folder))
     try: yield manager
+    except (KeyboardInterrupt, Interrupted):
+        warm = '' # what its cell has started is lost, if that is not taken away
+        raise
     finally:
         with contextlib.suppress(RuntimeError):
             if manager.has_kernel: # one that died as it started has no sockets to be asked by
