@@ -1245,6 +1245,11 @@ def a_fraction_is_cut(put):
 
 
 @plant
+def mlflow_s_numbers_are_cast(put):
+    put("serving.model._exact", lambda spec, given: given.astype(now("tensors.DATATYPES")[spec.datatype]))
+
+
+@plant
 def a_query_is_passed_over(put):
     put("serving.http.request_head._refuse_query", never)
 

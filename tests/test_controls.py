@@ -156,6 +156,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("V3", test_bfloat16.test_V3_a_number_is_rounded_to_bfloat16_as_torch_does, {}, "bfloat16_is_cut", "assert"),
     ("V3", test_bfloat16.test_V3_two_bytes_of_triton_s_client_are_the_upper_half, {}, "two_bytes_are_a_half", "assert"),
     ("V3", C.test_V2_V3_wrong_tensors_are_400, {"route": "/predict", "rows": [[True, 1]]}, "numbers_are_cast", "200 == 400"),
+    ("V3", test_bfloat16.test_V3_the_function_of_mlflow_holds_each_number_or_refuses_it, {}, "mlflow_s_numbers_are_cast", "DID NOT RAISE"),
     ("V3", test_streaming.test_V3_a_number_with_a_fraction_is_no_int, {"file": False}, "a_fraction_is_cut", "DID NOT RAISE"),
     ("V4", C.test_V4_a_query_is_refused_where_it_would_be_ignored, {"route": "/predict"}, "a_query_is_passed_over", "200"),
     ("V4", C.test_V2_V4_what_is_not_the_contract_is_400, {"change": {"datatype": "FP64"}}, "the_datatype_is_not_compared", "200 == 400"),

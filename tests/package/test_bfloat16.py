@@ -202,3 +202,17 @@ def test_inputs_in_another_order_are_found_behind_an_adapter(tmp_path):
     for model in (Two(), torch.jit.script(Two())):
         with pytest.raises(UsageError, match="forward takes x, state; inputs gives state, x"):
             save_package(model, tmp_path / "p", "two", given, ["y", "next"], batch_axis={"state": 1, "next": 1})
+
+
+# ---- other types that do not hold a number
+
+
+def test_V3_the_function_of_mlflow_holds_each_number_or_refuses_it(tmp_path):
+    "Without its schema, which it has when it is loaded by its folder; NumPy's cast wraps 300 to 44"
+    from mlserve.serving.model import _load_pyfunc
+    saved = save_package(torch.nn.Identity(), tmp_path / "p", "same", {"x": np.int8([[1], [2]])}, ["y"])
+    function = _load_pyfunc(str(saved.path))
+    assert function.predict({"x": np.array([[100]])})["y"].tolist() == [[100]]
+    for wrong in ([[300]], [[2.5]], [[2**70]]):
+        with pytest.raises(InvalidInput, match="'x' holds"):
+            function.predict({"x": np.array(wrong)})
