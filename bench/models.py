@@ -219,6 +219,15 @@ NETWORKS = {"BERT at four lengths, torchscript": (bert, "torchscript"), "BERT at
             "Keras, LSTM at four lengths": (keras_lstm,), "Keras, picture and numbers": (keras_two_inputs,)}
 
 
+def timed_save(model, folder, *what, **given):
+    "A package, how many seconds it took to be saved and proved, and its kB"
+    start = time.perf_counter()
+    package = save_package(model, Path(folder) / "p", *what, **given)
+    saved = time.perf_counter() - start
+    size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+    return package, f"{saved:.1f}", f"{size / 1000:.0f}"
+
+
 def measure_network(name, made, format=None):
     "One row of the table, of a network that takes tensors; its server finds nothing of TensorFlow"
     words = name.startswith("BERT")
@@ -227,10 +236,7 @@ def measure_network(name, made, format=None):
     model, ask, examples, held, table = made()
     answer = "logits" if words else "answer"
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        package = save_package(model, Path(folder) / "p", name="network", inputs=examples if examples[1:] else examples[0], outputs=[answer], format=format)
-        saved = time.perf_counter() - start
-        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+        package, *costs = timed_save(model, folder, name="network", inputs=examples if examples[1:] else examples[0], outputs=[answer], format=format)
         found = dict.fromkeys(("JSON", "CSV", "V2", "V2 binary"), 0.0)
         with serve_local(package.path) as url:
             for given in held:
@@ -239,7 +245,7 @@ def measure_network(name, made, format=None):
                     found[wire] = max(found[wire], float(np.abs(told - expected).max()))
     assert max(found.values()) < 1e-6, (name, found)
     cells = {wire: f"{worst:.1g}" for wire, worst in found.items()} | ({} if table else {"CSV": "–"})
-    return [name, f"{len(package.inputs)} tensors" if package.inputs[1:] else "1 tensor", f"{saved:.1f}", f"{size / 1000:.0f}", *cells.values()]
+    return [name, f"{len(package.inputs)} tensors" if package.inputs[1:] else "1 tensor", *costs, *cells.values()]
 
 
 def network_answers(url, given, table, output):
@@ -289,15 +295,12 @@ def asked(name, model, kind, frame, held, expected, labels, **more):
     "One row of the table, of a model and what its library answers"
     outputs = ["value"] if kind == "numbers" else BOTH
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        package = save_package(model, Path(folder) / "p", name="table", inputs=frame, outputs=outputs, **more)
-        saved = time.perf_counter() - start
-        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+        package, *costs = timed_save(model, folder, name="table", inputs=frame, outputs=outputs, **more)
         with serve_local(package.path) as url:
             found = {wire: difference(told, expected, labels) for wire, told in answers(url, held, outputs)}
     assert all(worst < (1e-6 if kind != "numbers" else 1e-5) and not wrong for worst, wrong in found.values()), (name, found)
     gaps = sum(spec.optional for spec in package.inputs)
-    return [name, f"{len(package.inputs)} ({gaps} with gaps)", f"{saved:.1f}", f"{size / 1000:.0f}", *(f"{worst:.1g}" for worst, _ in found.values())]
+    return [name, f"{len(package.inputs)} ({gaps} with gaps)", *costs, *(f"{worst:.1g}" for worst, _ in found.values())]
 
 
 def measure_python(folder, name, cls, file, kind, columns, expected, labels):
@@ -329,16 +332,13 @@ def measure_stream(name, model, scalars, alone):
     axes = {"state": 1, "stateN": 1} | dict.fromkeys(scalars)
     example = {"input": np.stack([waves[0][i * 512:i * 512 + 576] for i in range(4)]), "state": np.zeros((2, 4, 128), "f4")} | scalars
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        package = save_package(model, Path(folder) / "p", name="voice", inputs=example, outputs=["output", "stateN"], batch_axis=axes)
-        saved = time.perf_counter() - start
-        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+        package, *costs = timed_save(model, folder, name="voice", inputs=example, outputs=["output", "stateN"], batch_axis=axes)
         with serve_local(package.path) as url, Client(url) as client:
             wires = {"JSON": client.predict, "V2": lambda given: client.infer(given, binary=False), "V2 binary": lambda given: client.infer(given, binary=True)}
             found = {wire: streamed(ask, waves, scalars, alone) for wire, ask in wires.items()}
     assert all(worst < 1e-6 for worst in found.values()), (name, found)
     told = {wire: f"{worst:.1g}" for wire, worst in found.items()}
-    return [name, f"{len(example)} tensors", f"{saved:.1f}", f"{size / 1000:.0f}", told["JSON"], "–", told["V2"], told["V2 binary"]]
+    return [name, f"{len(example)} tensors", *costs, told["JSON"], "–", told["V2"], told["V2 binary"]]
 
 
 def streamed(ask, waves, scalars, alone):
@@ -355,51 +355,41 @@ def streamed(ask, waves, scalars, alone):
 
 def measure_detector(name, format):
     "One row of the table: boxes of 320 pictures with none to three squares, filled up to four places"
-    from test_detectors import EXAMPLE, OUTPUTS, Detector, Filled, expected, pictures
-    places = np.random.default_rng(1).integers(2, 14, (320, 3, 2)).tolist()
-    images = pictures(*(some[:i % 4] for i, some in enumerate(places)))["image"]
-    want = expected(images)
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        package = save_package(Filled(Detector().eval(), 4), Path(folder) / "p", "detector", EXAMPLE, OUTPUTS, format)
-        saved = time.perf_counter() - start
-        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
-        with serve_local(package.path) as url, Client(url) as client:
-            ways = client.predict, lambda given: client.infer(given, binary=False), lambda given: client.infer(given, binary=True)
-            parts = [[way({"image": some}) for some in np.split(images, 20)] for way in ways]
-    worst = []
-    for told in parts:
+    from test_detectors import OUTPUTS, Detector, Filled, expected
+
+    def furthest(told, want):
         whole = {n: np.concatenate([part[n] for part in told]) for n in OUTPUTS}
         assert (whole["counts"] == want["counts"]).all(), (name, np.flatnonzero(whole["counts"] != want["counts"]))
-        worst.append(max(float(np.abs(whole[n] - want[n]).max()) for n in OUTPUTS))
-    assert max(worst) < 1e-6, (name, worst)
-    shown = [f"{one:.1g}" for one in worst]
-    return [name, f"1 ({want['counts'].sum()} boxes)", f"{saved:.1f}", f"{size / 1000:.0f}", shown[0], "–", *shown[1:]]
+        return max(float(np.abs(whole[n] - want[n]).max()) for n in OUTPUTS)
+    return detected(name, Filled(Detector().eval(), 4), format, expected, furthest)
 
 
 def measure_ragged(name, format):
-    "One row of the table: boxes of 320 pictures with none to three squares, each picture's own, beside what it has when it is asked alone"
-    from test_detectors import EXAMPLE, OUTPUTS, Detector, pictures
+    "The same: each picture's own boxes, beside what it has when it is asked alone"
+    from test_detectors import Detector
     from test_ragged import RAGGED, expected
+
+    def furthest(told, want):
+        each = {n: [one for part in told for one in part[n]] for n in RAGGED}
+        assert [int(k) for part in told for k in part["counts"]] == want["counts"].tolist() == [len(one) for one in each["boxes"]], name
+        return max(float(np.abs(got - one).max(initial=0)) for n in RAGGED for got, one in zip(each[n], want[n], strict=True))
+    return detected(name, Detector().eval(), format, expected, furthest, ragged=RAGGED)
+
+
+def detected(name, model, format, expected, furthest, **more):
+    "One row of the table, of a detector that is asked for 16 pictures at a time by each wire"
+    from test_detectors import EXAMPLE, OUTPUTS, pictures
     places = np.random.default_rng(1).integers(2, 14, (320, 3, 2)).tolist()
     images = pictures(*(some[:i % 4] for i, some in enumerate(places)))["image"]
     want = expected(images)
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        package = save_package(Detector().eval(), Path(folder) / "p", "detector", EXAMPLE, OUTPUTS, format, ragged=RAGGED)
-        saved = time.perf_counter() - start
-        size = sum(f.stat().st_size for f in package.path.rglob("*") if f.is_file())
+        package, *costs = timed_save(model, folder, "detector", EXAMPLE, OUTPUTS, format, **more)
         with serve_local(package.path) as url, Client(url) as client:
             ways = client.predict, lambda given: client.infer(given, binary=False), lambda given: client.infer(given, binary=True)
-            parts = [[way({"image": some}) for some in np.split(images, 20)] for way in ways]
-    worst = []
-    for told in parts:
-        each = {n: [one for part in told for one in part[n]] for n in RAGGED}
-        assert [int(k) for part in told for k in part["counts"]] == want["counts"].tolist() == [len(one) for one in each["boxes"]], name
-        worst.append(max(float(np.abs(got - one).max(initial=0)) for n in RAGGED for got, one in zip(each[n], want[n], strict=True)))
+            worst = [furthest([way({"image": some}) for some in np.split(images, 20)], want) for way in ways]
     assert max(worst) < 1e-6, (name, worst)
     shown = [f"{one:.1g}" for one in worst]
-    return [name, f"1 ({want['counts'].sum()} boxes)", f"{saved:.1f}", f"{size / 1000:.0f}", shown[0], "–", *shown[1:]]
+    return [name, f"1 ({want['counts'].sum()} boxes)", *costs, shown[0], "–", *shown[1:]]
 
 
 def main():

@@ -213,7 +213,7 @@ case "${1:-}" in
   stop)
     # bridges outlive dockerd, and every engine of this machine draws their addresses from the same few pools
     if alive dockerd; then docker -H "unix://$run/docker.sock" network prune -f >/dev/null 2>&1 || true; fi
-      stop_one supervisor; stop_one dockerd; stop_one registry # who would start it again ends first
+    stop_one supervisor; stop_one dockerd; stop_one registry # who would start it again ends first
     # dockerd leaves its own network namespace mounted; one that was killed, its data and the layers in it, too
     awk -v a="$dir/data" -v b="$run" '$2 == a || index($2, a "/") == 1 || index($2, b "/") == 1 {print $2}' /proc/mounts | tac | xargs -r umount -l 2>/dev/null || true
     rm -rf "$run"

@@ -215,8 +215,9 @@ def predict(
     inputs:Mapping[str, np.ndarray], # name to array, batch first
 )->dict[str, Any]: # as `infer` gives it
     "Predictions by the plain format, whose types are in the metadata"
+    specs = self._gives()
     response = self.ask('POST', '/predict', content=encode_predict_request(_rows(inputs)), headers=_json)
-    return _by_row(decode_predict_response(response.content, self._gives()), self._gives())
+    return _by_row(decode_predict_response(response.content, specs), specs)
 
 # %% ../nbs/04_client.ipynb #7ce65861
 @patch

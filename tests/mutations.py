@@ -38,11 +38,11 @@ def now(where):
     return find(where)[2]
 
 
-def sow(name):
-    "Plant a bug in this process, for good"
+def sow(name, setter=setattr):
+    "Plant a bug in this process: for good, or by pytest's `monkeypatch.setattr` for a test"
     def put(where, value):
         owner, attribute, _ = find(where)
-        setattr(owner, attribute, value)
+        setter(owner, attribute, value)
     MUTATIONS[name](put)
 
 

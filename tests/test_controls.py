@@ -258,16 +258,12 @@ def planted(monkeypatch):
     "Plant a bug here and in every server that is started, and wait less; the mark is in the environment of all that is started"
     mark = uuid.uuid4().hex
 
-    def put(where, value):
-        owner, attribute, _ = mutations.find(where)
-        monkeypatch.setattr(owner, attribute, value)
-
     def plant(name):
         monkeypatch.setattr(servers, "PLANTED", {"FAKE_PLANT": name, "FAKE_RUN": mark})
         monkeypatch.setattr(servers, "HASTE", [5])
         monkeypatch.setenv("FAKE_PLANT", name)
         monkeypatch.setenv("FAKE_RUN", mark)
-        mutations.MUTATIONS[name](put)
+        mutations.sow(name, monkeypatch.setattr)
     yield plant
     end_all(mark)
 

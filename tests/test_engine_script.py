@@ -20,6 +20,19 @@ def script(verb, state, **env):
                "MLSERVE_PROXY_IMAGE": "x", "MLSERVE_COMPOSE": "x", **env}, timeout=120)
 
 
+def told(state):
+    return dict(line.split("=", 1) for line in script("env", state).stdout.splitlines())
+
+
+@pytest.fixture
+def state(tmp_path):
+    "Of an engine of its own, which knows a base and is ended with the test"
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine/base").write_text(os.environ["MLSERVE_BASE"])
+    yield tmp_path
+    script("stop", tmp_path)
+
+
 def end(state, name):
     os.kill(int((state / f"engine/{name}.pid").read_text()), signal.SIGKILL)
 
@@ -40,42 +53,33 @@ def test_a_stranger_that_got_the_number_of_a_dead_engine_is_neither_taken_for_it
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a private engine needs root")
-def test_after_a_kill_the_next_start_says_ready_when_engine_and_registry_answer(tmp_path):
+def test_after_a_kill_the_next_start_says_ready_when_engine_and_registry_answer(state):
     "A zombie keeps its number, the socket stays, and the next dockerd waited for the dead containerd"
-    (tmp_path / "engine").mkdir()
-    (tmp_path / "engine/base").write_text(os.environ["MLSERVE_BASE"])
-    try:
-        for _ in range(2):
-            done = script("start", tmp_path)
-            assert done.returncode == 0 and "ready:" in done.stderr, done.stderr
-            told = dict(line.split("=", 1) for line in script("env", tmp_path).stdout.splitlines())
-            assert run("/usr/bin/docker", "info", env={"DOCKER_HOST": told["DOCKER_HOST"]}).returncode == 0
-            assert httpx.get(f"http://{told['MLSERVE_REGISTRY']}/v2/", trust_env=False).status_code == 200
-            for name in ("supervisor", "dockerd", "registry"):
-                end(tmp_path, name)
-        told = dict(line.split("=", 1) for line in (script("start", tmp_path), script("env", tmp_path))[1].stdout.splitlines())
-        bridge = run("/usr/bin/docker", "network", "create", "left", env={"DOCKER_HOST": told["DOCKER_HOST"]}).stdout[:12]
-        assert Path(f"/sys/class/net/br-{bridge}").exists()
-        script("stop", tmp_path)
-        assert not Path(f"/sys/class/net/br-{bridge}").exists()  # its addresses are free for the next engine
-    finally:
-        script("stop", tmp_path)
+    for _ in range(2):
+        done = script("start", state)
+        assert done.returncode == 0 and "ready:" in done.stderr, done.stderr
+        ways = told(state)
+        assert run("/usr/bin/docker", "info", env={"DOCKER_HOST": ways["DOCKER_HOST"]}).returncode == 0
+        assert httpx.get(f"http://{ways['MLSERVE_REGISTRY']}/v2/", trust_env=False).status_code == 200
+        for name in ("supervisor", "dockerd", "registry"):
+            end(state, name)
+    script("start", state)
+    bridge = run("/usr/bin/docker", "network", "create", "left", env={"DOCKER_HOST": told(state)["DOCKER_HOST"]}).stdout[:12]
+    assert Path(f"/sys/class/net/br-{bridge}").exists()
+    script("stop", state)
+    assert not Path(f"/sys/class/net/br-{bridge}").exists()  # its addresses are free for the next engine
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a private engine needs root")
-def test_an_engine_that_crashes_is_started_again_and_what_it_ended_with_is_kept(tmp_path):
+def test_an_engine_that_crashes_is_started_again_and_what_it_ended_with_is_kept(state):
     "As by systemd; it ends for good when it is asked to"
-    (tmp_path / "engine").mkdir()
-    (tmp_path / "engine/base").write_text(os.environ["MLSERVE_BASE"])
-    try:
-        assert script("start", tmp_path).returncode == 0
-        told = dict(line.split("=", 1) for line in script("env", tmp_path).stdout.splitlines())
-        time.sleep(4)  # one that ends sooner than that cannot start
-        first = (tmp_path / "engine/dockerd.pid").read_text()
-        end(tmp_path, "dockerd")
-        until(lambda: run("/usr/bin/docker", "info", env={"DOCKER_HOST": told["DOCKER_HOST"]}).returncode == 0, 60)
-        assert (tmp_path / "engine/dockerd.pid").read_text() != first
-        assert "dockerd ended with 137" in (tmp_path / "engine/crashes").read_text()
-    finally:
-        script("stop", tmp_path)
-    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    assert script("start", state).returncode == 0
+    host = told(state)["DOCKER_HOST"]
+    time.sleep(4)  # one that ends sooner than that cannot start
+    first = (state / "engine/dockerd.pid").read_text()
+    end(state, "dockerd")
+    until(lambda: run("/usr/bin/docker", "info", env={"DOCKER_HOST": host}).returncode == 0, 60)
+    assert (state / "engine/dockerd.pid").read_text() != first
+    assert "dockerd ended with 137" in (state / "engine/crashes").read_text()
+    script("stop", state)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(state) in " ".join(p.info["cmdline"] or [])]

@@ -37,7 +37,7 @@ def test_on_torch_inputs_are_met_by_name_in_inference_mode_and_in_the_types_of_t
 
 
 def test_control_inputs_that_go_by_their_order_are_seen(tmp_path, monkeypatch):
-    mutations.MUTATIONS["inputs_of_keras_go_by_their_order"](lambda where, value: monkeypatch.setattr(*mutations.find(where)[:2], value))
+    mutations.sow("inputs_of_keras_go_by_their_order", monkeypatch.setattr)
     with pytest.raises(AssertionError):
         test_on_torch_inputs_are_met_by_name_in_inference_mode_and_in_the_types_of_the_model(tmp_path)
 

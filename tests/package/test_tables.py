@@ -214,6 +214,6 @@ def test_names_of_outputs_in_the_wrong_order_are_refused(names, tmp_path):
 
 
 def test_names_of_outputs_control_with_its_bug_planted_the_test_fails(tmp_path, monkeypatch):
-    mutations.MUTATIONS["outputs_are_named_in_any_order"](lambda where, value: monkeypatch.setattr(*mutations.find(where)[:2], value))
+    mutations.sow("outputs_are_named_in_any_order", monkeypatch.setattr)
     with pytest.raises(pytest.fail.Exception):
         test_names_of_outputs_in_the_wrong_order_are_refused(["probabilities", "label"], tmp_path)

@@ -147,10 +147,7 @@ CONTROLS = [("any_framework_is_taken", test_a_framework_outside_of_the_table_is_
 
 @pytest.mark.parametrize("plant, test, given", CONTROLS, ids=[c[0] for c in CONTROLS])
 def test_versions_control_with_its_bug_planted_the_test_fails(plant, test, given, tmp_path, monkeypatch):
-    def put(where, value):
-        owner, attribute, _ = mutations.find(where)
-        monkeypatch.setattr(owner, attribute, value)
-    mutations.MUTATIONS[plant](put)
+    mutations.sow(plant, monkeypatch.setattr)
     ready = {"tmp_path": tmp_path, "monkeypatch": monkeypatch, **given}
     with pytest.raises((Exception, pytest.fail.Exception)):
         test(**{name: ready[name] for name in inspect.signature(test).parameters})

@@ -60,6 +60,6 @@ def test_an_image_installs_what_serves_the_model_and_nothing_that_trained_it(kin
 
 
 def test_control_a_converter_in_the_image_is_seen(tmp_path, monkeypatch):
-    mutations.MUTATIONS["an_image_can_convert_what_it_serves"](lambda where, value: monkeypatch.setattr(*mutations.find(where)[:2], value))
+    mutations.sow("an_image_can_convert_what_it_serves", monkeypatch.setattr)
     with pytest.raises(AssertionError, match="skl2onnx"):
         test_an_image_installs_what_serves_the_model_and_nothing_that_trained_it("onnx", tmp_path)

@@ -275,11 +275,7 @@ CONTROLS = [("the_hub_is_asked_by_name", test_a_tag_of_the_hub_that_moves_change
 @pytest.mark.parametrize("plant, test, given", CONTROLS, ids=[c[0] for c in CONTROLS])
 def test_sources_control_with_its_bug_planted_the_test_fails(plant, test, given, double, hub, team, tmp_path, monkeypatch):
     import inspect
-
-    def put(where, value):
-        owner, attribute, _ = mutations.find(where)
-        monkeypatch.setattr(owner, attribute, value)
-    mutations.MUTATIONS[plant](put)
+    mutations.sow(plant, monkeypatch.setattr)
     ready = {"double": double, "hub": hub, "team": team, "tmp_path": tmp_path, "monkeypatch": monkeypatch, **dict(given)}
     with pytest.raises((Exception, pytest.fail.Exception)):
         test(**{name: ready[name] for name in inspect.signature(test).parameters})

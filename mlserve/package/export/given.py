@@ -148,6 +148,17 @@ def as_given(
     return format,PythonProgram(model),True if handler is None else handler
 
 # %% ../../../nbs/package/export/05_given.ipynb #3359f26f
+def _check_axes(axes:Any, format:str, model:Any, given:Mapping[str,Any])->None:
+    "Refuse places of the batch that cannot be meant, and those of kinds of models that nothing moves"
+    inputs,kinds = given['inputs'],'files of TorchScript and ONNX'
+    other = 'a table' if hasattr(inputs, 'iloc') else 'a model of Keras or TensorFlow' if is_tensorflow(model) else ''
+    if axes and other:
+        raise UsageError(f'batch_axis is given with {other}, whose rows come first; it is for modules of torch, '
+            f'and for {kinds}.', mend='Leave it out; a network can transpose what it takes.')
+    check_batch_axis(axes, first_names(inputs), given['outputs'], format)
+    if axes and format in ('export', 'tflite') and isinstance(model, (str, Path)):
+        raise UsageError(f"batch_axis is given with a file of format '{format}'; it is for live modules, "
+            f'and for {kinds}.')
 _kinds = 'torchscript', 'export', 'onnx', 'safetensors', 'python'
 def _check_ragged(ragged:Any, format:str, model:Any, given:Mapping[str,Any])->None:
     "Refuse ragged outputs that cannot be meant, and those of kinds of models with which nobody has tried them"
@@ -174,7 +185,7 @@ def check_together(
     **given:Any, # by the names that `save_package` has for them
 )->None: # or a refusal
     "Refuse what does not fit together"
-    batch,inputs,axes = given['batch'],given['inputs'],given['batch_axis']
+    batch,inputs = given['batch'],given['inputs']
     check_outputs(given['outputs'])
     check_ways(batch, given['nonfinite'])
     check_format(format)
@@ -183,15 +194,8 @@ def check_together(
     check_rounded(inputs, model, format, given['dtype'])
     check_providers(given['providers'], format, batch)
     check_dynamic(given['dynamic'], given['padding'], batch, given['providers'], inputs)
-    other = 'a table' if hasattr(inputs, 'iloc') else 'a model of Keras or TensorFlow' if is_tensorflow(model) else ''
-    if axes and other:
-        raise UsageError(f'batch_axis is given with {other}, whose rows come first; it is for modules of torch, '
-            'and for files of TorchScript and ONNX.', mend='Leave it out; a network can transpose what it takes.')
-    check_batch_axis(axes, first_names(inputs), given['outputs'], format)
-    _check_ragged(given.get('ragged'), format, model, given)
-    if axes and format in ('export', 'tflite') and isinstance(model, (str, Path)):
-        raise UsageError(f"batch_axis is given with a file of format '{format}'; "
-            'it is for live modules, and for files of TorchScript and ONNX.')
+    _check_axes(given['batch_axis'], format, model, given)
+    _check_ragged(given['ragged'], format, model, given)
 
 # %% ../../../nbs/package/export/05_given.ipynb #7e0d7cb7
 _P = ParamSpec('_P')

@@ -8,9 +8,9 @@ __all__ = ['Later', 'Listener']
 # %% ../../../nbs/serving/http/09_listener.ipynb #df155933
 import asyncio, contextlib, threading, time
 from collections import deque
-from fcntl import ioctl
 from collections.abc import Callable
 from email.utils import formatdate
+from fcntl import ioctl
 from socket import SHUT_RDWR, socket
 from termios import FIONREAD
 from starlette.types import ASGIApp, Receive, Scope, Send

@@ -79,10 +79,7 @@ CONTROLS = [  # plant, scenario, its parameters, words of the line that failed
 
 @pytest.mark.parametrize("plant, scenario, more, words", CONTROLS, ids=[row[0] for row in CONTROLS])
 def test_R9_control_with_its_bug_planted_the_scenario_fails(world, monkeypatch, plant, scenario, more, words):
-    def put(where, value):
-        owner, attribute, _ = mutations.find(where)
-        monkeypatch.setattr(owner, attribute, value)
-    mutations.MUTATIONS[plant](put)
+    mutations.sow(plant, monkeypatch.setattr)
     if "monkeypatch" in inspect.signature(scenario).parameters:
         more = {**more, "monkeypatch": monkeypatch}
     with pytest.raises(AssertionError) as e:
