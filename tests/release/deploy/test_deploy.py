@@ -479,8 +479,14 @@ def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(
     versions, port = record
     assert deploy(versions["one"])[0] == 0
     running = answered(port)
-    monkeypatch.setattr(replacement.Replacement, "do_identity", lambda self: self.engine.withdraw([s.id for s in self.scene.old]))
     with Load(port, 4, pause=0.02) as load:
+        def stopped_too_early(self):
+            "What comes before the switch takes as long as it takes to lose one: within its retries the proxy saves those that the switch is quick enough for"
+            self.engine.withdraw([s.id for s in self.scene.old])
+            until = time.monotonic() + 30
+            while not load.failures and time.monotonic() < until:
+                time.sleep(0.05)
+        monkeypatch.setattr(replacement.Replacement, "do_identity", stopped_too_early)
         deploy(versions["one"] if running == versions["two"] else versions["two"])
         time.sleep(0.5)
     assert load.failures
