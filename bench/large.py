@@ -146,7 +146,10 @@ class Server:
 
     def ask(self, *parts):
         "One request on the connection that is kept: the first bytes of the answer"
-        s = self.socket = self.socket or socket.create_connection(("127.0.0.1", self.port))
+        if self.socket is None:
+            self.socket = socket.create_connection(("127.0.0.1", self.port))
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as clients do: a part waits for no acknowledgement of the last one
+        s = self.socket
         for part in parts:
             s.sendall(part)
         first, left = b"", None
