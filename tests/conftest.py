@@ -3,10 +3,11 @@ import gc
 import json
 import os
 
+import numpy as np
 import pytest
 from browser import chromium, visit  # noqa: F401 (fixtures, one of each for all modules)
 from commands import EXAMPLE, mlserve
-from containers import doubles, downloaded, engine, start  # noqa: F401
+from containers import doubles, downloaded, engine, light_doubles, start  # noqa: F401
 from linters import checkov, kubernetes_validate, promtool, workflow_linters  # noqa: F401
 from emulators import az, gs, immutable, mlflow_server, registry, s3, settings, store, stored_package  # noqa: F401
 
@@ -101,6 +102,18 @@ def double(tmp_path_factory):
     folder = tmp_path_factory.mktemp("double") / "double"
     save_package(Double().eval(), folder, "double", {"x": torch.zeros(4, 2)}, ["y"])
     return folder
+
+
+@pytest.fixture(scope="session")
+def light_double(tmp_path_factory):
+    "The same of plain Python: a container of it starts without torch, in a third of the time"
+    from mlserve.package import save_package
+    folder = tmp_path_factory.mktemp("light")
+    source = "class Double:\n    def predict(self, x): return x * 2\n"
+    (folder / "model.py").write_text(source)
+    exec(source, cells := {})
+    save_package(cells["Double"](), folder / "double", "double", {"x": np.zeros((4, 2), "float32")}, ["y"], format="python", handler=folder / "model.py")
+    return folder / "double"
 
 
 @pytest.fixture(scope="session")

@@ -32,11 +32,10 @@ def docker_cli(*arguments):
     return subprocess.run([find_builder().command, *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.fixture(scope="session")
-def doubles(engine, release, double):
-    "Images of `double` by digest, from the released one: two that differ in a label, and three bad ones"
+def doubled(engine, release, double):
+    "Images of this package by digest, from the released one: two that differ in a label, and three bad ones"
     from mlserve.package import load_package
-    digest, repository, made = load_package(double).digest, release["image"].split("@")[0] + "-deployed", {}
+    digest, repository, made = load_package(double).digest, f'{release["image"].split("@")[0]}-{load_package(double).format}', {}
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         tar.add(double, "double")
@@ -50,6 +49,16 @@ def doubles(engine, release, double):
             made[tag] = line.get("aux", {}).get("Digest") or made.get(tag)
     box.remove()
     return {tag: f"{repository}@{made[tag]}" for tag in made}
+
+
+@pytest.fixture(scope="session")
+def doubles(engine, release, double):
+    return doubled(engine, release, double)
+
+
+@pytest.fixture(scope="session")
+def light_doubles(engine, release, light_double):
+    return doubled(engine, release, light_double)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ from mlserve.release.record import promote
 GOOD, BAD = {"passed": True, "times": {"ready": 15}}, {"passed": True, "times": {"ready": 1}}  # 60 and 20 s to become ready
 GONE, AWAY = "@sha256:" + "1" * 64, "127.0.0.1:9/double@sha256:" + "1" * 63
 TARGET = "compose-double"
+HTTP = httpx.Client(trust_env=False, timeout=30, limits=httpx.Limits(max_keepalive_connections=0))  # each one that is made reads all authorities
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,12 @@ def options():
 
 
 @pytest.fixture(scope="module")
-def record(environment, doubles, double, options):
-    "Versions of `double` on a real tracking server, by name, with a port of their own"
+def record(environment, light_doubles, light_double, options):
+    "Versions of `light_double` on a real tracking server, by name, with a port of their own"
     from mlserve.release.record import log_package, mark, record
     from mlserve.release.record.mlflow_store import client
     from mlserve.release.spec import ReleaseSpec
-    images = doubles
+    images = light_doubles
     with pytest.MonkeyPatch.context() as monkey:
         for name, value in environment.items():
             monkey.setenv(name, value)
@@ -57,7 +58,7 @@ def record(environment, doubles, double, options):
 
         logged = {}
         for device in ("cpu", "cuda"):
-            logged[device] = log_package(double)
+            logged[device] = log_package(light_double)
             spec = ReleaseSpec(name="double", notebook="double.ipynb", device=device, deploy={"port": port, **options})
             client().set_tag(logged[device].run_id, "mlserve.spec", spec.model_dump_json())
 
@@ -81,7 +82,7 @@ def record(environment, doubles, double, options):
 def answered(port, host="127.0.0.1"):
     "The version that answers"
     body = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 2], "data": [1, 0]}]}
-    return httpx.post(f"http://{host}:{port}/v2/models/double/infer", json=body, trust_env=False, timeout=30).json()["model_version"]
+    return HTTP.post(f"http://{host}:{port}/v2/models/double/infer", json=body).json()["model_version"]
 
 
 def deploy(version, *more, model="double", engine="compose"):
@@ -103,7 +104,7 @@ class Counted:
         while self.going:
             for container in client.containers.list(filters={"label": [f"io.mlserve.target={self.target}", "com.docker.compose.service=model"]}, ignore_removed=True):
                 with contextlib.suppress(Exception):  # not there yet, or no more
-                    text = httpx.get(f"http://127.0.0.1:{container.ports['8080/tcp'][0]['HostPort']}/metrics", trust_env=False, timeout=5).text
+                    text = HTTP.get(f"http://127.0.0.1:{container.ports['8080/tcp'][0]['HostPort']}/metrics", timeout=5).text
                     self.counts[container.id] = float(re.search(r"^mlserve_request_seconds_count (\S+)", text, re.M)[1])
             time.sleep(0.3)
 
@@ -195,13 +196,14 @@ def killed_once(versions, port, current, after, target=TARGET, delay=0.0):
     return wanted, killed
 
 
-def test_R9_a_command_that_is_killed_leaves_one_version_and_the_same_command_ends_well(record):
-    "At six moments"
+@pytest.mark.parametrize("moments", [("start", "switch", "drain"), pytest.param(("pull", "healthy", "identity"), marks=pytest.mark.matrix)], ids="-".join)
+def test_R9_a_command_that_is_killed_leaves_one_version_and_the_same_command_ends_well(record, moments):
+    "At six moments, of which three are of every day"
     versions, port = record
     current = versions["two"]
     assert deploy(current)[0] == 0
     with Load(port, 2, pause=0.05) as load:
-        for after in MOMENTS:
+        for after in moments:
             current, _ = killed_once(versions, port, current, after)
     assert not load.failures, load.failures[:3]
 
