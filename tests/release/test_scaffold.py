@@ -75,7 +75,7 @@ def test_a_cell_releases_the_notebook_that_is_open_once_it_is_saved(environment,
               "released = release()\nreleased", "versions('good')"]
     book.cells += [nbformat.v4.new_code_cell(source, metadata={"tags": ["after-release"]}) for source in called]
     (tmp_path / "saved.ipynb").write_text(nbformat.writes(book))
-    path.write_text(nbformat.writes(book).replace("weight.fill_(1)", "weight.fill_(2)"))
+    path.write_text(nbformat.writes(book).replace("x.sum(1", "2 * x.sum(1"))
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute(
         env={**os.environ, **environment, "JPY_SESSION_NAME": str(path)})
     refused, _, released, listed = [cell.outputs for cell in book.cells[-4:]]
