@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from commands import EXAMPLE, TESTS, interrupted, last_json, mlserve, run, start_mlserve
+from commands import EXAMPLE, TESTS, interrupted, last_json, mlserve, start_mlserve
 from containers import HARDENED, address, damaged, docker_cli, wait_healthy
 from servers import until
 
@@ -116,13 +116,13 @@ def test_the_doctor_removes_a_container_of_a_killed_command(release, environment
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.matrix)])
-def test_an_interrupted_check_leaves_no_container(release, environment, sign):
+def test_an_interrupted_check_leaves_no_container(release, environment, engine, sign):
     image = release["image"]
     process = start_mlserve("check", image, env=environment)
-    until(lambda: image in run("docker", "ps", "--no-trunc", "--format", "{{.Image}}").stdout, 120)
+    until(lambda: image in {container["Image"] for container in engine.api.containers()}, 120)
     code, stderr = interrupted(process, sign)
     assert code == last_json(stderr)["code"] == 130, stderr
-    assert image not in run("docker", "ps", "-a", "--no-trunc", "--format", "{{.Image}}").stdout
+    assert image not in {container["Image"] for container in engine.api.containers(all=True)}
 
 
 def shown(path):
@@ -470,8 +470,9 @@ def test_a_package_on_a_volume_releases_without_weights_in_the_image(environment
     assert "/models/package" in container.logs().decode()
 
 
+@pytest.mark.matrix
 def test_large_weights_inside_an_image_are_warned_about(environment, release, tmp_path):
-    "A package of 501 MB is built, and the way out is named on stderr and in the result"
+    "A package of 501 MB is built, and the way out is named on stderr and in the result; the sentence itself is told on the page of the spec"
     import torch
     from mlserve.package.lock import write_lock
     from mlserve.package import save_package

@@ -24,7 +24,7 @@ def mine(owner): # of a container: the kernel that is a child of this command
     except (OSError, IndexError): return False
 def watch():
     owners = ["docker", "ps", "--format", '{{.Label "io.mlserve.owner"}}']
-    while not any(map(mine, subprocess.run(owners, capture_output=True, text=True).stdout.splitlines())): time.sleep(0.1)
+    while not any(map(mine, subprocess.run(owners, capture_output=True, text=True).stdout.splitlines())): time.sleep(0.3)
     die()
 def did(self, step, real=Run.did):
     if step["name"] == point: die()
