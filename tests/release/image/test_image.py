@@ -287,8 +287,8 @@ def test_a_company_network_leaves_no_trace(company, context_of, edge_image, stat
 
 # the same again
 
-def test_twice_is_once(environment, package):
-    done = mlserve("build", NOTEBOOK, "--package", package.path, "--twice", "--json", env=environment)
+def test_twice_is_once(environment, light_double):
+    done = mlserve("build", NOTEBOOK, "--package", light_double, "--name", "double", "--twice", "--json", env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["digests"] == [found["image"]] * 2
@@ -306,8 +306,8 @@ def planted(folder, step):
     return {"PYTHONPATH": str(folder)}
 
 
-def test_a_date_in_a_file_is_found_and_named(environment, package, tmp_path):
-    done = mlserve("build", NOTEBOOK, "--package", package.path, "--twice", "--json", env=environment | planted(tmp_path, "date +%N > /out/opt/mlserve/made.txt"))
+def test_a_date_in_a_file_is_found_and_named(environment, light_double, tmp_path):
+    done = mlserve("build", NOTEBOOK, "--package", light_double, "--name", "double", "--twice", "--json", env=environment | planted(tmp_path, "date +%N > /out/opt/mlserve/made.txt"))
     assert done.returncode == last_json(done.stderr)["code"] == 5, done.stderr[-3000:]
     said = last_json(done.stderr)["error"]
     assert "/opt/mlserve/made.txt in the layer 'code': content" in said and done.stdout == ""

@@ -1,6 +1,6 @@
 """Formats × deliveries: one model in every format, by every delivery, from real servers; the answers are the same.
 
-`make test` has each format and each delivery once; the rows that repeat both are those of `make matrix`."""
+`make test` has each format once, and a release from a store; the rows that repeat both are those of `make matrix`."""
 import json
 import os
 from types import SimpleNamespace
@@ -20,7 +20,8 @@ class Net(torch.nn.Module):
     def forward(self, x): return torch.tanh(self.line(x))
 '''
 STORES = ["s3", "gs", "az", "registry"]
-ONCE = {*zip(FORMATS, ["s3", "registry"] * 2), ("export", "baked"), ("onnx", "volume")}  # every store has `test_deliveries.py`; torchscript baked and on a volume are released
+# every store has `test_deliveries.py`; releases have torchscript, plain Python and ONNX baked, and ONNX from a store
+ONCE = {*zip(FORMATS, ["s3", "registry"] * 2), ("onnx", "volume")}
 CLIENTS = ["s3fs>=2026.2", "gcsfs>=2026.2", "adlfs>=2026.2"]
 
 
@@ -110,9 +111,10 @@ def test_a_container_gives_the_same_answers_with_its_package_inside_or_mounted(p
     answers(build(packages[format], delivery), packages[format], delivery)
 
 
-@pytest.mark.parametrize("kind", first("s3", "gs", "az"))
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["s3", "gs", "az"])
 def test_a_container_gives_the_same_answers_from_a_store(packages, build, answers, request, monkeypatch, kind):
-    "One image of the edge, with the clients of all stores, and an upload by the release's own room"
+    "One image of the edge, with the clients of all stores, and an upload by the release's own room; every day a release from `s3` does the same"
     from mlserve.release.record.upload import place_of, upload_package
     place, package = request.getfixturevalue(kind), packages["onnx"]
     use(monkeypatch, place)
@@ -122,9 +124,9 @@ def test_a_container_gives_the_same_answers_from_a_store(packages, build, answer
     answers(build(package, "store", uri, CLIENTS), package, "store")
 
 
-@pytest.mark.parametrize("kind", first("registry", "s3"))
-def test_a_release_without_torch_from_a_store_or_the_registry(environment, packages, build, request, kind):
-    "The whole path: upload or log, build, record, check in a container that reads the package at its start"
+@pytest.mark.parametrize("kind", first("s3", "registry"))
+def test_a_release_without_torch_from_a_store_or_the_registry(environment, request, kind):
+    "The whole path: upload or log, build, record, check in a container that reads the package at its start; `test_deliveries.py` has a server's registry"
     place = request.getfixturevalue(kind)
     options = ["--delivery", "store", "--store", f"{place.root}/released"] if kind == "s3" else ["--delivery", "registry"]
     done = mlserve("release", ROOT / "tests/notebooks/edge.ipynb", *options, "--json", env={**environment, **(place.env() if kind == "s3" else {})})
@@ -134,6 +136,4 @@ def test_a_release_without_torch_from_a_store_or_the_registry(environment, packa
     assert result["place"] == f"{place.root}/released/{digest}" if kind == "s3" else result["place"].startswith("models:/m-")
     assert result["aliases"] == ["candidate"] and result["metrics"]["accuracy"]["container"] == 1
     assert "hunter2" not in done.stdout + done.stderr + "".join(open(p).read() for p in result["evidence"])
-    torch = build(packages["torchscript"], "baked").size_mb
-    print(f"edge image {result['image_mb']} MB, torch image {torch} MB")
-    assert result["image_mb"] < 0.6 * torch
+    assert result["image_mb"] < 400  # six tenths of one with torch
