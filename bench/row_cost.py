@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """What one row costs the server: processor time of a request by `/predict`, beside the runtime itself, asked in turn in one run.
 
-    row_cost.py FOLDER [--rounds 9] [--count 300] [--before TREE]
+    row_cost.py FOLDER [--rounds 9] [--count 300] [--before TREE] [--tables]
 
 FOLDER keeps the packages. One client on one connection, so that no request shares a batch. *Itself* is one run of the same row in the runtime alone, with
 arrays made before (`InferenceSession.run`; set, invoke and get of LiteRT's interpreter), one thread. The MLP is one model of Keras in two forms: ONNX by
 `save_package`, and the `.tflite` file of TensorFlow's converter. Keras lies in `state/tools`, where `make models` puts it. *The floor* is a protocol of
 uvloop that reads a body and writes two bytes: what the kernel and an event loop take of a request, which a load of the machine makes several times as much.
+*The runtime in the floor* is that protocol with one run of the runtime for each request: a run that follows upon a wait finds the caches cold and costs
+more than one in a loop, whoever the server is. What the server costs beside it is the whole less that, with the floor's own share given back.
 The last column is the same request on sixteen connections at once, whose rows share batches. TREE is an earlier tree of this project, measured in the
 same run. Medians of the rounds.
 """
@@ -27,9 +29,10 @@ import models  # noqa: E402
 from large import PROTOCOL, Server, cpu, post  # noqa: E402
 from test_tables import BOTH, HELD, MODELS, TRAIN  # noqa: E402
 
-from mlserve.package import load_package, load_program, save_package  # noqa: E402
+from mlserve.package import golden, load_package, load_program, save_package  # noqa: E402
 from mlserve.package.convert.columns import to_arrays  # noqa: E402
 
+FLOORED = ", in the floor"
 TABLES = {"logistic regression": "logistic", "random forest": "forest", "hist gradient boosting": "hist gradient boosting"}
 
 
@@ -75,6 +78,21 @@ def itself(package, arrays):
     return run
 
 
+def run_of(folder):
+    "A run of the first golden row in the runtime alone, for a process that has nothing else"
+    package = load_package(folder)
+    return itself(package, {name: a[:1] for name, a in golden(package)[0].items()})
+
+
+def floor(package=None):
+    "The bare protocol, with or without a run of the runtime for each request"
+    code = PROTOCOL
+    if package is not None:
+        start = f"import sys; sys.path[:0] = [{str(ROOT / 'bench')!r}]; import row_cost; run = row_cost.run_of({str(package.path)!r})\n"
+        code = start + PROTOCOL.replace("self.t.write(", "run(); self.t.write(")
+    return Server([sys.executable, "-c", code, "{port}"], {})
+
+
 def serving(package, tree):
     env = {"MLSERVE_PACKAGE": str(package.path), "MLSERVE_HOST": "127.0.0.1", "MLSERVE_PORT": "{port}", "MLSERVE_PROVE_SECONDS": "3600",
            "MLSERVE_KEEP_ALIVE_SECONDS": "3600", "MLSERVE_DEVICE": "cpu", "MLSERVE_THREADS": "1"}
@@ -102,10 +120,11 @@ def main():
     ap.add_argument("--rounds", type=int, default=9)
     ap.add_argument("--count", type=int, default=300)
     ap.add_argument("--before")
+    ap.add_argument("--tables", action="store_true", help="leave out what needs Keras")
     a = ap.parse_args()
     root = a.root.resolve()
     root.mkdir(parents=True, exist_ok=True)
-    kinds = [(name, *table(root / name.replace(" ", "-"), key)) for name, key in TABLES.items()] + [*networks(root)]
+    kinds = [(name, *table(root / name.replace(" ", "-"), key)) for name, key in TABLES.items()] + ([] if a.tables else [*networks(root)])
     trees = {"": str(ROOT)} | ({", before": a.before} if a.before else {})
     with contextlib.ExitStack() as stack:
         ways, alone = {}, {}
@@ -114,7 +133,8 @@ def main():
             for tree, folder in trees.items():
                 ways[name + tree] = stack.enter_context(serving(package, folder)), request
                 alone[name + tree] = itself(package, arrays)
-        ways["the floor"], alone["the floor"] = (stack.enter_context(Server([sys.executable, "-c", PROTOCOL, "{port}"], {})), request), lambda: None
+            ways[name + FLOORED], alone[name + FLOORED] = (stack.enter_context(floor(package)), request), lambda: None
+        ways["the floor"], alone["the floor"] = (stack.enter_context(floor()), request), lambda: None
         for name, (server, request) in ways.items():
             assert server.ask(request).startswith(b"HTTP/1.1 200"), name
         asked, own = {name: [] for name in ways}, {name: [] for name in ways}
@@ -135,12 +155,14 @@ def main():
         for _ in range(3):
             for name, (server, request) in ways.items():
                 many[name].append(together(server, request))
-    head = "model", "by `/predict`, µs", "the runtime itself, µs", "beside it, µs", "least and most of a round", "by `/predict`, 16 at once, µs"
-    print("| " + " | ".join(head) + " |\n| --- | --: | --: | --: | --: | --: |")
-    for name in ways:
+    head = "model", "by `/predict`, µs", "the runtime itself, µs", "beside it, µs", "least and most of a round", "the runtime in the floor, µs", "beside that, µs", "16 at once, µs"
+    print("| " + " | ".join(head) + " |\n| --- | --: | --: | --: | --: | --: | --: | --: |")
+    for name in [way for way in ways if not way.endswith(FLOORED)]:
         beside = [whole - run for whole, run in zip(asked[name], own[name])]
+        cold = asked.get(name.removesuffix(", before") + FLOORED, asked["the floor"])
+        less = [whole - run + least for whole, run, least in zip(asked[name], cold, asked["the floor"])]
         numbers = statistics.median(asked[name]), statistics.median(own[name]), statistics.median(beside)
-        print(f"| {name} | " + " | ".join(f"{n:.0f}" if n > 20 else f"{n:.1f}" for n in numbers) + f" | {min(beside):.0f}–{max(beside):.0f} | {statistics.median(many[name]):.0f} |")
+        print(f"| {name} | " + " | ".join(f"{n:.0f}" if n > 20 else f"{n:.1f}" for n in numbers) + f" | {min(beside):.0f}–{max(beside):.0f} | {statistics.median(cold):.0f} | {statistics.median(less):.0f} | {statistics.median(many[name]):.0f} |")
 
 
 if __name__ == "__main__":

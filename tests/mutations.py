@@ -1220,6 +1220,12 @@ def python_is_taken_at_its_word(put):
 
 
 @plant
+def a_row_that_comes_alone_is_cast(put):
+    import numpy as np
+    put("wire.predict._types", now("wire.predict._types") | {(float, "INT64"): np.int64})
+
+
+@plant
 def bfloat16_is_cut(put):
     "Numbers are cut to bfloat16, and not rounded"
     good = now("package.axes.moved_module._wrapped")

@@ -153,6 +153,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("V2", C.test_V2_V3_wrong_tensors_are_400, {"route": "/predict", "rows": [[1]]}, "shapes_are_believed", "500 == 400"),
     ("V2", C.test_V2_V4_what_is_not_the_contract_is_400, {"change": {"shape": [2, 1]}}, "shapes_are_believed", "500 == 400"),
     ("V3", P.test_v3_a_number_is_exact_or_refused_never_wrapped, {}, "numbers_are_cast", "assert"),
+    ("V3", P.test_V3_a_row_of_a_table_is_read_alone_as_in_company, {}, "a_row_that_comes_alone_is_cast", "2.5"),
     ("V3", test_bfloat16.test_V3_a_number_is_rounded_to_bfloat16_as_torch_does, {}, "bfloat16_is_cut", "assert"),
     ("V3", test_bfloat16.test_V3_two_bytes_of_triton_s_client_are_the_upper_half, {}, "two_bytes_are_a_half", "assert"),
     ("V3", C.test_V2_V3_wrong_tensors_are_400, {"route": "/predict", "rows": [[True, 1]]}, "numbers_are_cast", "200 == 400"),

@@ -72,7 +72,7 @@ def _keys(o):
     n = len(o)
     for v in o.values():
         if type(v) is dict: n += _keys(v)
-        elif type(v) is list and v and type(v[0]) is dict: n += sum(_keys(e) for e in v if type(e) is dict)
+        elif type(v) is list and v and type(v[0]) is dict: n += sum([_keys(e) for e in v if type(e) is dict])
     return n
 
 # %% ../../nbs/wire/01_json_body.ipynb #9395ac66
@@ -159,13 +159,13 @@ def _nested(flat, shape):
     out[:] = flat
     return out.reshape(shape).tolist()
 
+_text = np.frompyfunc(bytes.decode, 1, 1)
 def _texts(name, array):
     "Nested lists of text from an array of bytes"
-    try: flat = [v.decode() for v in array.flat]
+    try: return _text(array).tolist()
     except UnicodeDecodeError:
         raise InvalidInput(f"Tensor '{name}' holds bytes that are not UTF-8, which JSON cannot carry; "
             'ask for it as binary in V2.') from None
-    return _nested(flat, array.shape)
 
 # %% ../../nbs/wire/01_json_body.ipynb #2214185e
 def word_of(

@@ -7,6 +7,7 @@ __all__ = ['InferRequest', 'chosen_outputs', 'named_arrays', 'decode_predict', '
            'encode_predict_request', 'decode_predict_response']
 
 # %% ../../nbs/wire/04_predict.ipynb #b6f1dbc9
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from mlserve.wire.json_body import (dump, has_gaps, jsonable, lift_words, may_ho
 from .classification import classify
 from ..errors import InvalidInput, MlserveError, ModelFailed
 from ..ragged.rows import counts_of
-from ..tensors import TensorSpec, check_names, count_rows, dtype_of
+from ..tensors import WIDTHS, TensorSpec, check_names, count_rows, dtype_of
 from .lists import from_flat, read_lists, to_array
 
 # %% ../../nbs/wire/04_predict.ipynb #0dfc576e
@@ -82,9 +83,31 @@ def _by_column(value, specs, key):
         raise InvalidInput(f'{key}[{i}] is not a row of {len(specs)} cells, nor an object like the first.')
     return {s.name: list(cells) for s,cells in zip(specs, zip(*value))}
 
+# %% ../../nbs/wire/04_predict.ipynb #7e0b51c2
+_types: dict[tuple[type, str], Any] = {(int, 'FP64'): float, (float, 'FP64'): float, (int, 'INT64'): np.int64,
+    (bool, 'BOOL'): bool, (str, 'BYTES'): object}
+_blanks: dict[str, Any] = {'FP64': math.nan, 'BYTES': ''}
+def _row(row, specs):
+    "The arrays of one row of a table, or None where it needs a closer look"
+    if type(row) is not dict or len(row) != len(specs): return None
+    arrays = {}
+    try:
+        for s in specs:
+            value,datatype = row[s.name],s.datatype
+            if type(value) is float and not math.isfinite(value): return None
+            if value is None and s.optional: value = _blanks[datatype]
+            dtype = _types[type(value), datatype]
+            arrays[s.name] = np.array([[value.encode() if dtype is object else value]], dtype)
+    except (KeyError, OverflowError, UnicodeEncodeError): return None
+    return arrays
+
 # %% ../../nbs/wire/04_predict.ipynb #5c73a212
+_least = max(WIDTHS.values()) # bytes of a cell
 def _table(value, specs, limit, booleans, key):
     "The arrays of a table"
+    if type(value) is list and len(value) == 1 and limit >= _least:
+        arrays = _row(value[0], specs)
+        if arrays is not None: return arrays
     columns = _by_column(value, specs, key)
     for name,cells in columns.items():
         if type(cells) is not list or not cells: raise InvalidInput(f"Input '{str(name)[:80]}' is not a list of cells.")

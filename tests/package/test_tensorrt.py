@@ -147,7 +147,18 @@ def profiled(tmp_path, ran):
     events = [{"cat": "Node", "args": {"provider": p, "op_name": "TRTKernel"}} for p, n in ran.items() for _ in range(n)]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/profile.json").write_text(json.dumps(events))
-    return SimpleNamespace(run=lambda names, feeds: [], end_profiling=lambda: str(tmp_path / "run/profile.json"), get_providers=lambda: [TENSORRT, CUDA, "CPUExecutionProvider"])
+    return SimpleNamespace(run=lambda *args: [], end_profiling=lambda: str(tmp_path / "run/profile.json"), get_providers=lambda: [TENSORRT, CUDA, "CPUExecutionProvider"])
+
+
+def test_a_provider_that_fails_in_a_run_is_not_replaced_by_the_next_one(package):
+    session, made_again = ort.InferenceSession(str(package.path / package.file), providers=["CPUExecutionProvider"]), []
+
+    def fails(*args):
+        raise ort.capi.onnxruntime_pybind11_state.EPFail("the GPU is gone")
+    session._sess, session.set_providers = SimpleNamespace(run=fails), made_again.append
+    with pytest.raises(ort.capi.onnxruntime_pybind11_state.EPFail):
+        OnnxProgram(session, "cuda:0").run({"x": np.ones((1, 4), "f4")}, ["y"])
+    assert not made_again
 
 
 def test_placement_tells_how_many_nodes_tensorrt_ran(tmp_path):

@@ -6,6 +6,7 @@ import base64
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -509,6 +510,34 @@ def test_V1_a_long_list_is_read_in_pieces_as_a_short_one_is_at_once(monkeypatch)
         assert told[0] == told[1] or type(told[0]) is type(told[1]) is str, body  # of two faults either may be told
         refused += type(told[1]) is str
     assert taken > times(60_000) // 8 and refused > times(60_000) // 8, (taken, refused)
+
+
+CELLS = [None, True, 0, 1, -1, 3.0, 2.5, 1e308, 2**53 + 1, 2**63 - 1, 2**63, 2**64 - 1, -2**63, float("inf"), float("nan"), "", "Bern", "a\0b", "\ud800", [1], [2.5], ["x"], [], [1, 2], {}]
+
+
+def test_V3_a_row_of_a_table_is_read_alone_as_in_company(monkeypatch):
+    from mlserve.wire import predict
+    quick, taken = predict._row, 0
+
+    def counted(*args):
+        nonlocal taken
+        arrays = quick(*args)
+        taken += arrays is not None
+        return arrays
+
+    def read(rows, limit=2**20):
+        try:
+            return {n: (a.dtype, a[:1].shape, str(a[:1].tolist())) for n, a in named_arrays(rows, specs, limit).items()}
+        except REFUSALS as e:
+            return type(e)
+    monkeypatch.setattr(predict, "_row", counted)
+    for datatype, optional in itertools.product(("FP64", "FP32", "INT64", "INT32", "UINT8", "BOOL", "BYTES"), (True, False)):
+        specs = [TensorSpec("a", datatype, (-1, 1), optional), TensorSpec("b", "FP64", (-1, 1), False)]
+        for cell in CELLS:
+            for row in ({"a": cell, "b": 1}, {"b": 1.5, "a": cell}, {"b": 1}, {"a": cell}, {"a": cell, "b": 1, "c": 1}):
+                assert read([row]) == read([row, row]), (datatype, optional, row)
+        assert datatype != "BYTES" or read([{"a": "x", "b": 1}], 40) is TooLarge
+    assert taken > 60, taken
 
 
 @cases(20000)

@@ -123,7 +123,6 @@ class Inference:
         self.loaded: Loaded = life # type: ignore[assignment] # read behind `serving` alone
         self.intake = Intake(settings, helper)
         self.version,self.near = settings.model_version,self.intake.near
-        self.texts: bool|None = None # whether an output is made of texts
         self.fixed: bool|None = None # whether all requests have the same shape
         self.sparingly,self.passed_over = Sparingly(),set[tuple[str, str]]()
         self.bodies = Pool('encoding', 1, _waiting)
@@ -179,11 +178,11 @@ def _encoded(self:Inference, call:Call, outputs:Arrays)->Answer:
 @patch
 def _is_small(self:Inference, outputs:Arrays)->bool:
     "Whether an answer can be written on the event loop; an array of texts does not know its size"
-    if self.texts is None: self.texts = any(spec.datatype == 'BYTES' for spec in self.loaded.package.outputs)
-    if self.texts:
-        lengths = (sum(map(len, a.flat)) for a in outputs.values() if a.dtype.kind == 'O' and a.size < _large)
-        if sum(lengths) >= _large: return False
-    return sum(a.nbytes for a in outputs.values()) < _large
+    size = letters = 0
+    for a in outputs.values():
+        size += a.nbytes
+        if a.dtype.kind == 'O' and a.size < _large: letters += sum(map(len, a.flat))
+    return size < _large and letters < _large
 
 # %% ../../../nbs/serving/http/05_inference.ipynb #ae16009a
 def _told(function:Callable[..., Any], *args:Any)->Any:
