@@ -178,6 +178,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("V10", P.test_V10_no_row_is_lost_or_invented_in_csv_and_json_lines, {}, "a_text_may_end_its_line", "distinct failures|CSV|cells"),
     ("V9", S.test_V9_no_error_tells_what_is_inside, {}, "an_error_tells_all_it_knows", "1024|canary"),
     ("E1", S.test_E1_one_poisoned_request_fails_alone, {}, "a_batch_fails_as_a_whole", "right"),
+    ("E1", test_ragged.test_E1_a_request_that_is_counted_wrongly_fails_alone, {}, "a_miscount_breaks_the_contract", "True, True|broken is None"),
     ("E2", S.test_E2_a_value_that_is_no_number_fails_its_request_alone, {}, "what_is_no_number_is_passed_on", "500 if i == 3"),
     ("E3", S.test_E3_a_broken_contract_makes_the_server_not_ready_until_it_is_proved_again, {}, "answers_are_not_checked", "200 == 500"),
     ("E4", S.test_E4_no_answer_goes_to_another_request, {"count": 50_000}, "rows_go_to_the_neighbour", "wrong"),

@@ -155,6 +155,19 @@ def test_A2_an_answer_that_is_counted_wrongly_reaches_nobody(ragged):
         submitted(life, pictures([A], [A, B]), pictures([C]))
 
 
+def test_E1_a_request_that_is_counted_wrongly_fails_alone(ragged):
+    "Some pictures are more than the model can count; it counts those beside them rightly, and the server stays ready"
+    life, _ = load_here(ragged)
+    good, asked = life.batcher.predict, [pictures(*each) for each in ([[A], [B, C]], [[]], [[D], [A]], [[B]])]
+    asked[2]["image"][0, 0, 0, 0] = 7
+    life.batcher.predict = lambda arrays: (told := good(arrays)) | {"counts": told["counts"] + (arrays["image"][:, 0, 0, 0] == 7)}
+    told = submitted(life, *asked, failures=True)
+    assert [isinstance(one, ModelFailed) for one in told] == [False, False, True, False]
+    for i in (0, 1, 3):
+        same(by_row(told[i]), asked[i]["image"])
+    assert "counts wrongly" in told[2].message and life.batcher.broken is None
+
+
 def test_a_package_says_truly_what_counts(ragged, tmp_path):
     from mlserve.package.mlmodel import parse_mlmodel
     text = (ragged.path / "MLmodel").read_text()
