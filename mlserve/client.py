@@ -19,6 +19,7 @@ from . import errors
 from .patch import patch
 from .errors import MlserveError, ModelFailed, RemoteUnavailable
 from .wire.predict import decode_predict_response, encode_predict_request
+from .wire.binary import widened
 from .wire.v2 import decode_infer_response, encode_infer_request, encode_infer_request_binary
 from .ragged.rows import counts_of, may_count, miscounted, split
 from .tensors import TensorSpec, text_bytes
@@ -184,7 +185,7 @@ def _by_row(answer:dict[str, np.ndarray], specs:Sequence[TensorSpec])->dict[str,
     return split(answer, counts)
 def _rows(inputs:Mapping[str, Any])->dict[str, np.ndarray]:
     "Arrays of a request; a single value stands for each row"
-    arrays = {name: text_bytes(np.asarray(value)) for name,value in inputs.items()}
+    arrays = {name: text_bytes(np.asarray(widened(value))) for name,value in inputs.items()}
     rows = next((len(a) for a in arrays.values() if a.ndim), 1)
     return {name: a if a.ndim else np.repeat(a, rows) for name,a in arrays.items()}
 _json,_header = {'Content-Type': 'application/json'},'Inference-Header-Content-Length'

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 import numpy as np
 from ...errors import UsageError
-from ..programs.half import widened
+from ...wire.binary import widened
 from ...tensors import Arrays
 
 # %% ../../../nbs/package/axes/00_declared.ipynb #8440ebb0
