@@ -62,6 +62,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("A2", test_detectors.test_A2_boxes_that_are_as_many_as_pictures_are_no_rows, {"each": ([(4, 4)], [(11, 8)])}, "rows_are_counted_in_the_example_alone", "nothing to compare|DID NOT RAISE"),
     ("A2", test_detectors.test_A2_every_batch_that_is_tried_is_counted, {}, "rows_are_counted_in_the_example_alone", "DID NOT RAISE"),
     ("A2", test_ragged.test_A2_pictures_of_several_clients_share_a_call_and_each_has_its_own_boxes, {}, "boxes_are_cut_as_rows_are", "assert|Broken|shape"),
+    ("A2", test_ragged.test_A2_a_client_that_chooses_boxes_alone_has_those_of_each_picture, {}, "counts_are_not_asked_for", "array_equal|isinstance"),
     ("A2", test_ragged.test_A2_counts_that_do_not_hold_are_refused, {}, "counts_are_believed", "DID NOT RAISE|out of bounds"),
     ("A2", test_ragged.test_A2_an_answer_that_is_counted_wrongly_reaches_nobody, {}, "counts_are_believed", "DID NOT RAISE"),
     ("A2", test_ragged.test_A2_boxes_in_another_order_than_their_pictures_are_refused, {}, "only_the_counts_are_compared", "DID NOT RAISE"),

@@ -99,6 +99,7 @@ def check_rows(
         shapes = [a[name].shape for a in (first, other) if a and name in a]
         return list(zip(*shapes))
     rows = sizes(next(iter(first)))[0]
+    if 0 in rows: raise UsageError('The example has no rows.', mend='Give a few, as a client would send them.')
     seen = {name: sizes(name).index(rows) for name in first if rows in sizes(name)}
     if not any(seen.values()): return
     counts = {name: sizes(name)[0][0] if len(rows) == 1 else sizes(name)[0] for name in first}
