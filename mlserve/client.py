@@ -19,6 +19,7 @@ from . import errors
 from .patch import patch
 from .errors import MlserveError, ModelFailed, RemoteUnavailable
 from .wire.predict import decode_predict_response, encode_predict_request
+from .wire.binary import widened
 from .wire.v2 import decode_infer_response, encode_infer_request, encode_infer_request_binary
 from .ragged.rows import counts_of, may_count, miscounted, split
 from .tensors import TensorSpec, text_bytes
@@ -170,21 +171,28 @@ def speaks_binary(
         except (ValueError, KeyError, TypeError): self._binary = False
     return self._binary
 
-# %% ../nbs/04_client.ipynb #4d4a121d
+# %% ../nbs/04_client.ipynb #ae70c1d8
 @patch
 def _gives(self:Client)->list[TensorSpec]:
     "What the model answers, by its metadata"
     told = [(d, d.get('parameters') or {}) for d in self.metadata()['outputs']]
     return [TensorSpec.from_dict(d | {'ragged': parameters.get('ragged')}) for d,parameters in told]
+@patch
+def _counted(self:Client, outputs:Sequence[str])->list[str]:
+    "Outputs, and behind them those that count what is ragged among them"
+    counts = counts_of(self._gives()) if outputs else {}
+    return list(dict.fromkeys([*outputs, *(counts[name] for name in outputs if name in counts)]))
 def _by_row(answer:dict[str, np.ndarray], specs:Sequence[TensorSpec])->dict[str, Any]:
-    "An answer whose ragged outputs are lists, with an array for each row, where their counts were asked for as well"
+    "An answer whose ragged outputs are lists, with an array for each row"
     counts = {name: by for name,by in counts_of(specs).items() if {name, by} <= answer.keys()}
     for name,by in counts.items():
         if wrong := miscounted(answer, {name: by}, len(answer[by])): raise ModelFailed(f'The server answers: {wrong}.')
     return split(answer, counts)
+
+# %% ../nbs/04_client.ipynb #4d4a121d
 def _rows(inputs:Mapping[str, Any])->dict[str, np.ndarray]:
     "Arrays of a request; a single value stands for each row"
-    arrays = {name: text_bytes(np.asarray(value)) for name,value in inputs.items()}
+    arrays = {name: text_bytes(np.asarray(widened(value))) for name,value in inputs.items()}
     rows = next((len(a) for a in arrays.values() if a.ndim), 1)
     return {name: a if a.ndim else np.repeat(a, rows) for name,a in arrays.items()}
 _json,_header = {'Content-Type': 'application/json'},'Inference-Header-Content-Length'
@@ -197,16 +205,17 @@ def infer(
     binary:bool|None=None, # tensors as bytes; as the server can, if not given
 )->dict[str, Any]: # name to array; to a list with an array for each row, where an output is ragged
     "Predictions by V2"
-    inputs = _rows(inputs)
+    inputs,wanted = _rows(inputs),self._counted(outputs)
     if binary is None: binary = self.speaks_binary()
     body,headers = b'',_json
     if binary:
-        body,length = encode_infer_request_binary(inputs, outputs, timeout=timeout)
+        body,length = encode_infer_request_binary(inputs, wanted, timeout=timeout)
         headers = {'Content-Type': 'application/octet-stream', _header: str(length)}
-    else: body = encode_infer_request(inputs, outputs, timeout=timeout)
+    else: body = encode_infer_request(inputs, wanted, timeout=timeout)
     response = self.ask('POST', self.path('/infer'), content=body, headers=headers)
     answer = decode_infer_response(response.content, response.headers.get(_header))
-    return _by_row(answer, self._gives()) if may_count(answer) else answer
+    lists = _by_row(answer, self._gives()) if may_count(answer) else answer
+    return {name: lists[name] for name in outputs or lists}
 
 # %% ../nbs/04_client.ipynb #5cd0778c
 @patch

@@ -1145,6 +1145,18 @@ def counts_are_believed(put):
 
 
 @plant
+def counts_are_not_asked_for(put):
+    "A client that chooses boxes has them as the model gave them, those of all pictures"
+    put("client.Client._counted", lambda client, outputs: list(outputs))
+
+
+@plant
+def a_miscount_breaks_the_contract(put):
+    "Whoever asks what the model cannot count ends the service for all"
+    put("serving.batching.execution.ModelFailed", now("serving.batching.execution.Broken"))
+
+
+@plant
 def only_the_counts_are_compared(put):
     "Whose boxes they are is not looked at"
     good = now("ragged.rows.compare_rows")

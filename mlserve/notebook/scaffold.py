@@ -12,8 +12,8 @@ from ..errors import LocalResource, UsageError
 from ..package.folder import shipped, write_whole
 
 # %% ../../nbs/notebook/03_scaffold.ipynb #41c62707
-EXTRAS = {'classification': 'release,tables', 'regression': 'release,tables', 'table': 'release,tables',
-    'text': 'release,torch', 'any-python': 'release'} # of mlserve, by kind
+EXTRAS = dict.fromkeys(('classification', 'regression', 'table'), 'release,serving,tables') | {
+    'text': 'release,serving,torch', 'any-python': 'release,serving'} # of mlserve, by kind
 KINDS = tuple(EXTRAS)
 def templates()->Path: # a folder
     "Where the files of the scaffolds lie"

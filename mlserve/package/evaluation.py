@@ -35,7 +35,9 @@ def as_labels(
     labels:Any, # one for each row: numbers, truths or text
 )->np.ndarray: # of numbers, or of `bytes`
     "Labels as an array that can be kept"
-    array = np.asarray(labels)
+    try: array = np.asarray(labels)
+    except ValueError: raise UsageError(f'The labels are lists of unequal lengths; {_allowed}, as many for each row.',
+        mend='Of things that are found in a row, such as boxes, give how many there are.') from None
     if array.dtype.kind in 'US': array = np.asarray(labels, object) # NumPy makes the text 'nan' of a NaN among texts
     if array.dtype == object:
         strange = {type(v).__name__ for v in array.flat if not isinstance(v, (str, bytes))}

@@ -290,13 +290,13 @@ def decode_infer_response(
     "The arrays of a V2 answer"
     try:
         head,rest = (bytes(body), None) if header is None else split(body, header)
-        o = read_object(head, _answer)
-        entries,words = _entries(o, 'outputs', _tensor),{}
+        entries,words = _entries(read_object(head, _answer), 'outputs', _tensor),{}
         some = {n: e for n,e in entries.items() if (e.get('shape') or [1])[0]} # what is ragged may have nothing
         empty = {n: np.empty(e['shape'], dtype_of(e['datatype'])) for n,e in entries.items() if n not in some}
         specs = [TensorSpec(n, e.get('datatype'), e.get('shape') or ()) for n,e in some.items()]
         for n,e in some.items():
             if 'data' in e: e['data'],words[n] = lift_words(e['data'], e['datatype'])
-        return put_words(_arrays(_claims({'inputs': list(some.values())}, specs), rest, 2**31, True) | empty, words)
+        arrays = _arrays(_claims({'inputs': list(some.values())}, specs), rest, 2**31, True) | empty
+        return put_words({n: arrays[n] for n in entries}, words)
     except (MlserveError, TypeError, LookupError, ValueError) as e:
         raise ModelFailed(f'The answer is not V2: {e}') from None

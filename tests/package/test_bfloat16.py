@@ -139,6 +139,9 @@ def test_every_door_answers_as_the_model_itself(tmp_path):
     with serve_local(package.path, grpc_port=port) as url, Client(url) as client:
         assert np.array_equal(client.predict(given)["y"], want) and np.array_equal(client.infer(given, binary=False)["y"], want)
         assert np.array_equal(client.infer(given, binary=True)["y"], want)
+        for sent in ({n: a.astype(HALF) for n, a in given.items()}, {n: torch.from_numpy(a).to(torch.bfloat16) for n, a in given.items()}):
+            assert np.array_equal(client.infer(sent, binary=True)["y"], want) and np.array_equal(client.infer(sent, binary=False)["y"], want)
+            assert np.array_equal(client.predict(sent)["y"], want)
         assert [entry["parameters"] for entry in client.metadata()["inputs"]] == [{"rounded": "BF16"}] * 2
         assert "The model rounds it to BF16." in httpx.get(f"{url}/openapi.json").text
         for door, address in ((triton, url.removeprefix("http://")), (triton_grpc, f"127.0.0.1:{port}")):

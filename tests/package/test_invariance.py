@@ -51,10 +51,10 @@ def load_here(package, **settings):
     return life, told
 
 
-def submitted(life, *requests):
+def submitted(life, *requests, failures=False):
     "What the batcher of a worker answers to requests that come together"
     async def ask():
-        answers = await asyncio.gather(*[life.batcher.submit(r) for r in requests])
+        answers = await asyncio.gather(*[life.batcher.submit(r) for r in requests], return_exceptions=failures)
         await life.batcher.close(1)
         return answers
     return asyncio.run(ask())

@@ -100,13 +100,20 @@ def test_a_ragged_answer_is_right_over_every_wire_to_clients_at_once(ragged):
         assert plain.get("/v2/models/detector/config").json()["max_batch_size"] == 0
         refused = plain.post("/invocations", json={"inputs": EXAMPLE["image"].tolist()}, headers={"accept": "text/csv"})
         assert refused.status_code == 400 and "no form in CSV" in refused.json()["error"]
-        alone = client.infer({"image": EXAMPLE["image"]}, outputs=["scores"])
-        assert alone["scores"].shape == (3,), "without its counts it is a tensor like others"
         schema = plain.get("/openapi.json").json()["paths"]["/predict"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
         boxes = schema["properties"]["outputs"]["properties"]["boxes"]
         assert boxes["items"]["items"] == {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4} and "minItems" not in boxes["items"]
         found = compare_server(client, ragged, read_holdout(beside(ragged.path), ragged.digest)[0], "cpu", read_target({"counts": np.array([1, 0, 2, 1] * 2)}, np.array([1, 0, 2, 1] * 2)))
         assert found["golden"]["max_abs"] < 1e-5 and found["holdout"]["max_abs"] < 1e-5 and found["metrics"]["accuracy"]["container"] == 1
+
+
+def test_A2_a_client_that_chooses_boxes_alone_has_those_of_each_picture(ragged):
+    "Three boxes in three pictures, which are no row for each"
+    with serve_local(ragged.path) as url, Client(url) as client:
+        for names in (["scores"], ["scores", "boxes"], ["counts", "boxes"], ["counts"]):
+            alone, whole = (client.infer({"image": EXAMPLE["image"]}, outputs=some) for some in (names, ()))
+            assert list(alone) == names and all(np.array_equal(joined(alone)[n], joined(whole)[n]) for n in names), "its own lists, without the counts that nobody asked for"
+            assert all(len(alone[n]) == 3 and isinstance(alone[n], list) == (n in RAGGED) for n in names)
 
 
 def test_held_back_rows_are_kept_and_what_is_ragged_is_no_output_of_labels(ragged):
@@ -153,6 +160,19 @@ def test_A2_an_answer_that_is_counted_wrongly_reaches_nobody(ragged):
     life.batcher.predict = lambda arrays: (told := good(arrays)) | {"counts": np.roll(told["counts"], 1) + (np.arange(len(told["counts"])) == 0)}
     with pytest.raises(ModelFailed, match="counts wrongly"):
         submitted(life, pictures([A], [A, B]), pictures([C]))
+
+
+def test_E1_a_request_that_is_counted_wrongly_fails_alone(ragged):
+    "Some pictures are more than the model can count; it counts those beside them rightly, and the server stays ready"
+    life, _ = load_here(ragged)
+    good, asked = life.batcher.predict, [pictures(*each) for each in ([[A], [B, C]], [[]], [[D], [A]], [[B]])]
+    asked[2]["image"][0, 0, 0, 0] = 7
+    life.batcher.predict = lambda arrays: (told := good(arrays)) | {"counts": told["counts"] + (arrays["image"][:, 0, 0, 0] == 7)}
+    told = submitted(life, *asked, failures=True)
+    assert [isinstance(one, ModelFailed) for one in told] == [False, False, True, False]
+    for i in (0, 1, 3):
+        same(by_row(told[i]), asked[i]["image"])
+    assert "counts wrongly" in told[2].message and life.batcher.broken is None
 
 
 def test_a_package_says_truly_what_counts(ragged, tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 import numpy as np
 from ...errors import UsageError
-from ..programs.half import widened
+from ...wire.binary import widened
 from ...tensors import Arrays
 
 # %% ../../../nbs/package/axes/00_declared.ipynb #8440ebb0
@@ -99,6 +99,7 @@ def check_rows(
         shapes = [a[name].shape for a in (first, other) if a and name in a]
         return list(zip(*shapes))
     rows = sizes(next(iter(first)))[0]
+    if 0 in rows: raise UsageError('The example has no rows.', mend='Give a few, as a client would send them.')
     seen = {name: sizes(name).index(rows) for name in first if rows in sizes(name)}
     if not any(seen.values()): return
     counts = {name: sizes(name)[0][0] if len(rows) == 1 else sizes(name)[0] for name in first}

@@ -14,7 +14,7 @@ from ..axes.declared import axis_mend
 from ...wire.json_body import word_of
 from .confined import ConfinedProgram
 from ...errors import CheckFailed, MlserveError, UsageError
-from ..programs.half import widened
+from ...wire.binary import widened
 from ..programs.torch_program import Program
 from ...ragged.rows import Counts, miscounted, whole_rows
 from ...tensors import TensorSpec, check_tensors, spec_of, text_bytes

@@ -93,8 +93,6 @@ def check(
     try: answered = {k: (v.dtype, v.shape[0]) for k,v in outputs.items()}
     except (AttributeError, IndexError):
         raise Broken('The model did not answer with arrays by name, rows first.') from None
-    wrong = counts and answered.keys() >= {*counts, *counts.values()} and miscounted(outputs, counts, rows)
-    if wrong: raise Broken(f'The model counts wrongly: {wrong}.')
     for name,(dtype, n) in answered.items():
         if n != rows and name not in counts:
             raise Broken(f'The model answered {n} rows of {name!r} to {rows} rows of input.')
@@ -102,6 +100,8 @@ def check(
             raise Broken(f'The model answered {name!r} as {dtype}; its contract is {expected[name]}.')
     if expected and answered.keys() != expected.keys():
         raise Broken(f'The model answered {sorted(answered)}; its contract is {sorted(expected)}.')
+    wrong = counts and answered.keys() >= {*counts, *counts.values()} and miscounted(outputs, counts, rows)
+    if wrong: raise ModelFailed(f'The model counts wrongly: {wrong}.')
 
 # %% ../../../nbs/serving/batching/02_execution.ipynb #af87d45f
 Predict = Callable[[dict[str, np.ndarray]], Arrays] # a model: inputs to outputs, rows first
