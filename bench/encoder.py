@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench")]
-from large import Server, cpu, post  # noqa: E402
+from large import Server, cpu  # noqa: E402
 
 SIZES, TOKENS, LAYERS, CLIENTS = (1, 4, 8, 16, 32, 64), 64, 4, 64
 LOOP = """import sys, time, torch

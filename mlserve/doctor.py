@@ -115,7 +115,7 @@ def _containers(known:_Known)->str:
 def _get(url:str)->httpx.Response:
     "An answer of a server; no proxy stands before one on this machine"
     local = urlsplit(url).hostname in ('localhost','127.0.0.1','::1')
-    return httpx.get(url, timeout=5, trust_env=not local)
+    return httpx.get(url, timeout=5, trust_env=not local, verify=url.startswith('https:'))
 def _registry(spec:ReleaseSpec)->str:
     reach_registry(spec.repository, ca=spec.ca)
     return f'takes images at {spec.repository}'

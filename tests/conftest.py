@@ -3,6 +3,7 @@ import gc
 import json
 import os
 
+import exporters
 import numpy as np
 import pytest
 from browser import chromium, visit  # noqa: F401 (fixtures, one of each for all modules)
@@ -54,6 +55,10 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_runtest_setup():
+    exporters.remember()
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ class Watch:
         self.thread = threading.Thread(target=self._watch)
 
     def _watch(self):
-        with httpx.Client(trust_env=False, timeout=1) as http:
+        with httpx.Client(trust_env=False, verify=False, timeout=1) as http:
             while self.going:
                 pods = self.cluster.http.get("/api/v1/namespaces/mlserve/pods").json()["items"]
                 for pod in pods:

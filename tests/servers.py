@@ -56,7 +56,7 @@ class Server:
         self.process = subprocess.Popen([*under, sys.executable, *program], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                         stderr=open(self.log, "wb"))
         self.under, self.url = bool(under), f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=patience(30), trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+        self.http = httpx.Client(base_url=self.url, timeout=patience(30), trust_env=False, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
         if wait:
             try:
                 self.wait_ready()

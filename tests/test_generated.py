@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from commands import EXAMPLE, ROOT, mlserve, run
+from commands import EXAMPLE, ROOT, TESTS, mlserve, run
 
 BIN = Path(sys.executable).parent
 
@@ -106,7 +106,7 @@ def test_the_reference_says_what_the_code_says(page):
 @pytest.mark.timeout(2400)
 def test_every_page_runs(copy):
     "nbdev's tests, each notebook in its own process; the package under test is this one"
-    done = run(BIN / "nbdev_test", "--n_workers", "2", "--timing", cwd=ROOT, timeout=2300, env={"MLSERVE_STATE": str(copy.parent / "state"), "MLFLOW_TRACKING_URI": None})
+    done = run(sys.executable, TESTS / "run_pages.py", cwd=ROOT, timeout=2300, env={"MLSERVE_STATE": str(copy.parent / "state"), "MLFLOW_TRACKING_URI": None})
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 

@@ -16,13 +16,19 @@ import numpy as np
 from ..errors import Refused
 
 # %% ../../nbs/package/01_environment.ipynb #d3d94be8
+def _named(distribution:importlib.metadata.Distribution)->tuple[str,str]:
+    "Name and version of an installed distribution: two lines of its head, or, where they are not plain, its parser's"
+    head = (distribution.read_text('METADATA') or '').partition('\n\n')[0]
+    lines = [re.findall(rf'(?m)^{field}: (\S+)$', head) for field in ('Name', 'Version')]
+    if all(len(found) == 1 for found in lines): return lines[0][0],lines[1][0]
+    about = distribution.metadata
+    return about['Name'],about['Version']
 def _packages()->dict[str,str]:
     "Installed distributions and their versions, names normalised; the first on the path wins, as in an import"
     versions:dict[str,str] = {}
     for distribution in importlib.metadata.distributions():
-        about = distribution.metadata # read from its file each time
-        name = about['Name']
-        if name: versions.setdefault(re.sub(r'[-_.]+', '-', name).lower(), about['Version'])
+        name,version = _named(distribution)
+        if name: versions.setdefault(re.sub(r'[-_.]+', '-', name).lower(), version)
     return dict(sorted(versions.items()))
 
 # %% ../../nbs/package/01_environment.ipynb #3c9993d1

@@ -123,7 +123,7 @@ def test_A6_the_files_of_a_class_have_the_classes_of_the_live_object(tmp_path):
         save_package(judge, **given)
 
 
-@pytest.mark.parametrize("format", ["torchscript", "export", "onnx"])
+@pytest.mark.parametrize("format", ["torchscript", pytest.param("export", marks=pytest.mark.matrix), "onnx"])
 def test_a_network_has_the_classes_that_it_was_given(format, tmp_path):
     "By argument or by attribute; no class is told where nobody said one"
     torch.manual_seed(0)

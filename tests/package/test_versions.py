@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from mlserve.errors import Refused
 from mlserve.package import load_environment, save_package
-from mlserve.package.environment import SUPPORTED, check_version
+from mlserve.package.environment import SUPPORTED, check_version, environment
 from mlserve.package.programs import read_program
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,20 @@ def installed(monkeypatch, **versions):
 
 def test_what_is_installed_here_is_tested():
     assert not any(check_version(name, importlib.metadata.version(name)) for name in SUPPORTED)
+
+
+def test_packages_are_recorded_as_their_parser_reads_them(tmp_path, monkeypatch):
+    "All of this environment, and some whose description is not plain"
+    for name, text in {"plain": "Metadata-Version: 2.1\nName: Plain_Name\nVersion: 1.0\n\nName: other\nVersion: 9\n", "folded": "Name: folded\nVersion:\n 2.0\n",
+                       "lower": "name: lower\nversion: 3.0\n", "numpy": "Name: numpy\nVersion: 0.0\n"}.items():
+        (tmp_path / f"{name}-7.dist-info").mkdir()
+        (tmp_path / f"{name}-7.dist-info/METADATA").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    read = {}
+    for d in importlib.metadata.distributions():
+        read.setdefault(re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(), d.metadata["Version"])
+    assert environment()["packages"] == read and len(read) > 100
+    assert {"plain-name": "1.0", "lower": "3.0", "numpy": "0.0"}.items() <= read.items() and read["folded"].strip() == "2.0"
 
 
 def test_the_extras_ask_for_what_the_table_takes():

@@ -131,8 +131,9 @@ def postgres(tmp_path):
         shutil.rmtree(data)
 
 
-def test_R12_of_eight_racers_one_wins_and_the_others_are_told_who(uri):
-    race(uri, 10)
+@pytest.mark.parametrize("rounds", [4, pytest.param(10, marks=pytest.mark.matrix)])
+def test_R12_of_eight_racers_one_wins_and_the_others_are_told_who(uri, rounds):
+    race(uri, rounds)
 
 
 @pytest.mark.soak
@@ -220,8 +221,11 @@ def killed_at(n, answered, deed):
     return process.exitcode != 0
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["the first of a model", "a later one"])
-@pytest.mark.parametrize("answered", [False, True], ids=["before it is sent", "when it was answered"])
+@pytest.mark.parametrize("first, answered", [
+    pytest.param(True, True, id="when it was answered-the first of a model"),
+    pytest.param(False, False, id="before it is sent-a later one"),
+    pytest.param(True, False, id="before it is sent-the first of a model", marks=pytest.mark.matrix),
+    pytest.param(False, True, id="when it was answered-a later one", marks=pytest.mark.matrix)])
 def test_R12_a_promotion_that_is_killed_at_any_write_is_completed_by_the_next(uri, first, answered):
     between = 0
     old = "" if first else "1"

@@ -94,7 +94,7 @@ class Steady:
         self.thread = threading.Thread(target=self.run)
 
     def run(self):
-        with httpx.Client(base_url=self.server.url, timeout=10, trust_env=False) as c:
+        with httpx.Client(base_url=self.server.url, timeout=10, trust_env=False, verify=False) as c:
             while not self.stop.is_set():
                 with Wire(self.server.port, timeout=10) as w:
                     self.health.add(w.send(HEALTH).answer()[0])
