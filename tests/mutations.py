@@ -1238,6 +1238,11 @@ def a_row_that_comes_alone_is_cast(put):
 
 
 @plant
+def what_bfloat16_cannot_hold_is_infinite(put):
+    put("wire.lists._over", float("inf"))
+
+
+@plant
 def bfloat16_is_cut(put):
     "Numbers are cut to bfloat16, and not rounded"
     good = now("package.axes.moved_module._wrapped")

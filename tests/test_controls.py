@@ -156,6 +156,7 @@ CONTROLS = [  # row, test, its parameters, plant, words of the failure
     ("V3", P.test_v3_a_number_is_exact_or_refused_never_wrapped, {}, "numbers_are_cast", "assert"),
     ("V3", P.test_V3_a_row_of_a_table_is_read_alone_as_in_company, {}, "a_row_that_comes_alone_is_cast", "2.5"),
     ("V3", test_bfloat16.test_V3_a_number_is_rounded_to_bfloat16_as_torch_does, {}, "bfloat16_is_cut", "assert"),
+    ("V3", test_bfloat16.test_V3_what_would_be_infinite_in_bfloat16_is_refused, {}, "what_bfloat16_cannot_hold_is_infinite", "DID NOT RAISE"),
     ("V3", test_bfloat16.test_V3_two_bytes_of_triton_s_client_are_the_upper_half, {}, "two_bytes_are_a_half", "assert"),
     ("V3", C.test_V2_V3_wrong_tensors_are_400, {"route": "/predict", "rows": [[True, 1]]}, "numbers_are_cast", "200 == 400"),
     ("V3", test_bfloat16.test_V3_the_function_of_mlflow_holds_each_number_or_refuses_it, {}, "mlflow_s_numbers_are_cast", "DID NOT RAISE"),

@@ -77,7 +77,7 @@ def check_version(
     if not _minor(known.least) <= minor < _minor(known.below):
         raise Refused(f'{name} {version} is not supported; allowed are {name} from {known.least} on and below '
             f'{known.below}, of which {tested} are tested.',
-            mend=f"pip install '{wheel or name}=={known.tested[-1]}.*'")
+            mend=f"pip install '{wheel or name}>={known.least},<{known.below}'")
     if minor in map(_minor, known.tested): return ''
     return f'{name} {version} is taken, but was not tested with mlserve; tested are {tested}.'
 

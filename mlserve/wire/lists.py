@@ -6,7 +6,7 @@
 __all__ = ['suits', 'LongList', 'to_array', 'from_flat', 'read_lists']
 
 # %% ../../nbs/wire/02_lists.ipynb #7bb59f25
-import math, secrets
+import math, secrets, sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -81,15 +81,15 @@ def _build_plain(flat, shape, spec):
     return _build_float(flat, shape, spec, dtype) if dtype.kind == 'f' else np.array(flat, dtype).reshape(shape)
 
 # %% ../../nbs/wire/02_lists.ipynb #8e914a78
+_bf16,_over = 2.**128 - 2.**120,2.**128 - 2.**119 # the largest that BF16 holds; what becomes infinite when rounded
 def _build_float(flat, shape, spec, dtype):
     "A float array in which every value is finite"
-    why = f'{spec.datatype} holds finite values up to {np.finfo(dtype).max}'
+    why = f'{spec.rounded or spec.datatype} holds finite values up to {_bf16 if spec.rounded else np.finfo(dtype).max}'
     try:
         with np.errstate(over='ignore'): array = np.array(flat, dtype)
     except OverflowError: # a whole number beyond any float
-        largest = int(np.finfo(np.float64).max)
-        _refuse(spec, flat, shape, _first(flat, lambda v: abs(v) > largest), why)
-    good = np.isfinite(array)
+        _refuse(spec, flat, shape, _first(flat, lambda v: abs(v) > sys.float_info.max), why)
+    good = np.abs(array) < _over if spec.rounded else np.isfinite(array)
     if not good.all(): _refuse(spec, flat, shape, int(good.argmin()), why)
     return array.reshape(shape)
 
@@ -132,7 +132,7 @@ def _quick(flat, shape, spec, booleans=False):
     letter,dtype = _codes[spec.datatype]
     try: a = np.frombuffer(array(letter, flat), dtype)
     except (TypeError, OverflowError): return None
-    if dtype.kind == 'f' and not finite(a): return None
+    if dtype.kind == 'f' and not finite(a) or spec.rounded and np.abs(a).max() >= _over: return None
     return a.reshape(shape)
 
 # %% ../../nbs/wire/02_lists.ipynb #10a60002

@@ -1,4 +1,6 @@
 """A model that takes bfloat16 is saved as it is: the wire has float32, or two bytes of V2's BF16, and the saved program rounds as torch does."""
+import json
+
 import httpx
 import ml_dtypes
 import numpy as np
@@ -14,6 +16,7 @@ from mlserve.package import golden, load_package, load_program, save_package
 from mlserve.package.trial.process import free_port
 from mlserve.serving.server import serve_local
 from mlserve.tensors import TensorSpec
+from mlserve.wire.predict import decode_predict
 from mlserve.wire.v2 import decode_infer
 
 HALF = ml_dtypes.bfloat16
@@ -96,6 +99,20 @@ def test_V3_a_number_is_rounded_to_bfloat16_as_torch_does(tmp_path):
     x = {"x": fine()["x"]}
     package = save_package(Through(), tmp_path / "p", "through", {"x": example()["x"]}, ["y"])
     assert np.array_equal(load_program(package).run(x, ["y"])["y"], x["x"].astype(HALF).astype("f4"))
+
+
+def test_V3_what_would_be_infinite_in_bfloat16_is_refused():
+    "The largest number that JSON may have is the last that is rounded to the largest of bfloat16; a long list as well as a short one"
+    last, first = np.nextafter(np.float32(2.0**128 - 2.0**119), np.float32(0)), np.float32(2.0**128 - 2.0**119)
+    assert torch.tensor([last, first]).to(torch.bfloat16).isinf().tolist() == [False, True]
+    for rows in (1, 8000):
+        def read(value):
+            text = json.dumps({"inputs": [[0.125] * 7 + [float(value)]] * rows}).encode()
+            return decode_predict(text, [SPEC]).inputs["x"]
+        assert (read(last)[:, 7] == last).all() and (read(-last)[:, 7] == -last).all()
+        for value in (first, -first, np.float32(3.4e38)):
+            with pytest.raises(InvalidInput, match="BF16 holds finite values up to 3.38953"):
+                read(value)
 
 
 def test_V3_two_bytes_of_triton_s_client_are_the_upper_half():

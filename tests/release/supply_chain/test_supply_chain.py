@@ -741,11 +741,13 @@ def test_R11_control_a_record_that_is_believed_renders_what_was_doctored(copied,
 
 
 def test_R11_control_what_was_not_changed_is_rendered(once, edge, environment, monkeypatch, capsys):
-    assert command(monkeypatch, capsys, environment, "render", "kubernetes", "edge", "--version", edge["version"])[0] == 0
+    code, said = command(monkeypatch, capsys, environment, "render", "kubernetes", "edge", "--version", edge["version"])
+    assert code == 0, said
 
 
 def test_R11_control_what_was_not_changed_is_promoted(once, edge, environment, monkeypatch, capsys):
-    assert command(monkeypatch, capsys, environment, "promote", "edge", "--version", edge["version"])[0] == 0
+    code, said = command(monkeypatch, capsys, environment, "promote", "edge", "--version", edge["version"])
+    assert code == 0, said
 
 
 def test_R14_a_doctored_image_with_documents_and_tags_of_its_own_is_not_promoted(once, copied, edge, tracking, environment, monkeypatch, capsys):
