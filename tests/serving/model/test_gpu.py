@@ -233,7 +233,7 @@ def test_E14_nodes_of_onnxruntime_that_fell_back_are_named(tmp_path, ran, fell_b
         return str(tmp_path / "run" / "profile.json")
     (tmp_path / "run").mkdir()
     outputs = [SimpleNamespace(name="y")]
-    session = SimpleNamespace(get_outputs=lambda: outputs, run=lambda names, feeds: [np.zeros(1) for _ in names], end_profiling=end,
+    session = SimpleNamespace(get_outputs=lambda: outputs, run=lambda names, feeds, options: [np.zeros(1) for _ in names], end_profiling=end,
                               get_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     if reason:
         with pytest.raises(GpuRefused, match="every node") as e:
