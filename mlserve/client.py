@@ -61,7 +61,7 @@ class Client:
         "The connections to the server, made when first used"
         bearer = {'Authorization': f'Bearer {self.token}'} if self.token else {}
         return httpx.Client(base_url=self.url, timeout=self.timeout, transport=self.transport, headers=bearer,
-            trust_env=False, verify=self.url.startswith('https:')) # authorities are read where they are asked
+            trust_env=False, verify=not self.url.startswith('http:')) # plain HTTP asks no authorities
 
 # %% ../nbs/04_client.ipynb #c246fc36
 @patch

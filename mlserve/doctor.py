@@ -114,8 +114,9 @@ def _containers(known:_Known)->str:
 # %% ../nbs/06_doctor.ipynb #1f81d0a9
 def _get(url:str)->httpx.Response:
     "An answer of a server; no proxy stands before one on this machine"
-    local = urlsplit(url).hostname in ('localhost','127.0.0.1','::1')
-    return httpx.get(url, timeout=5, trust_env=not local, verify=url.startswith('https:'))
+    where = urlsplit(url)
+    local = where.hostname in ('localhost','127.0.0.1','::1')
+    return httpx.get(url, timeout=5, trust_env=not local, verify=where.scheme != 'http')
 def _registry(spec:ReleaseSpec)->str:
     reach_registry(spec.repository, ca=spec.ca)
     return f'takes images at {spec.repository}'

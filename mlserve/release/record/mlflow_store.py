@@ -47,7 +47,7 @@ def ensure_reachable(
     patience = httpx.Timeout(seconds, connect=min(5, seconds))
     try:
         status = httpx.get(uri.rstrip('/') + '/health', timeout=patience, trust_env=not local,
-            verify=uri.startswith('https:')).status_code # authorities take twenty milliseconds to read
+            verify=not uri.startswith('http:')).status_code # authorities take twenty milliseconds to read
         if status < 500: return
         what = f'answered {status}'
     except httpx.ConnectTimeout: what = 'could not be reached'
