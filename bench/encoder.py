@@ -10,8 +10,6 @@ whose own work is in the server's disadvantage. Every round runs all in turn; me
 """
 import argparse
 import json
-import os
-import re
 import statistics
 import subprocess
 import sys
@@ -20,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bench" / "gpu"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / "bench" / part) for part in ("gpu", ".", "servers")]
 from large import Server, cpu  # noqa: E402
+from run import wrk  # noqa: E402
 
 SIZES, TOKENS, LAYERS, CLIENTS = (1, 4, 8, 16, 32, 64), 64, 4, 64
 LOOP = """import sys, time, torch
@@ -71,11 +70,8 @@ def served(server, folder, seconds):
     head, data = body()
     (folder / "body").write_bytes(data)
     (folder / "headers").write_text(f"content-type: application/octet-stream\ninference-header-content-length: {head}\n")
-    env = {**os.environ, "BENCH_BODY": str(folder / "body"), "BENCH_HEADERS": str(folder / "headers")}
     before = cpu(server.process.pid)
-    told = subprocess.run(["wrk", "-t1", f"-c{CLIENTS}", f"-d{seconds}s", "--latency", "-s", ROOT / "bench" / "servers" / "wrk.lua",
-                           f"http://127.0.0.1:{server.port}/v2/models/encoder/infer"], env=env, capture_output=True, text=True, check=True).stdout
-    result = json.loads(re.search(r"RESULT (\{.*\})", told)[1])
+    result = wrk(server.port, "/v2/models/encoder/infer", folder, CLIENTS, seconds)
     assert not sum(result[k] for k in result if k.startswith("err")), result
     return result["requests"] / result["seconds"], (cpu(server.process.pid) - before) / result["requests"] / 1e3, result["p99_ms"]
 

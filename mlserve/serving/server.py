@@ -6,14 +6,14 @@
 __all__ = ['raise_open_files', 'check_installed', 'run', 'main', 'serve_local']
 
 # %% ../../nbs/serving/01_server.ipynb #daa140f3
-import contextlib, gc, importlib.util, os, resource, signal, sys
+import contextlib, gc, importlib, os, resource, signal, sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from ..errors import LocalResource, MlserveError, UsageError
 from .observability.shared_memory import Board
 from .observability.logging import log
-from .process.supervisor import SIGNALS, finish, leave, listen, reserve, watch
+from .process.supervisor import SIGNALS, finish, is_installed, leave, listen, reserve, watch
 from ..settings import Settings, port_variable, read_settings, service_links
 
 # %% ../../nbs/serving/01_server.ipynb #f0f1f2f4
@@ -42,7 +42,7 @@ def _bound_maths(settings:Settings)->None:
 _libraries = ('uvloop', 'httptools', 'prometheus_client')
 def check_installed()->None: # or LocalResource
     "Refuse to serve without what the worker imports"
-    missing = [name for name in _libraries if not importlib.util.find_spec(name)]
+    missing = [name for name in _libraries if not is_installed(name)]
     if missing: raise LocalResource(f'The server needs {missing[0]}, which is not installed here.',
         mend="pip install 'mlserve[serving]'")
 

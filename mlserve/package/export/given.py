@@ -159,6 +159,8 @@ def _check_axes(axes:Any, format:str, model:Any, given:Mapping[str,Any])->None:
     if axes and format in ('export', 'tflite') and isinstance(model, (str, Path)):
         raise UsageError(f"batch_axis is given with a file of format '{format}'; it is for live modules, "
             f'and for {kinds}.')
+
+# %% ../../../nbs/package/export/05_given.ipynb #3359f270
 _kinds = 'torchscript', 'export', 'onnx', 'safetensors', 'python'
 def _check_ragged(ragged:Any, format:str, model:Any, given:Mapping[str,Any])->None:
     "Refuse ragged outputs that cannot be meant, and those of kinds of models with which nobody has tried them"

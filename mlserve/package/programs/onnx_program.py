@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import GpuRefused, InvalidInput, LocalResource
 from ...patch import patch
 from ...tensors import TensorSpec
+from ...wire.json_body import decoded
 if TYPE_CHECKING: import onnxruntime
 
 # %% ../../../nbs/package/programs/07_onnx_program.ipynb #d928f590
@@ -30,11 +31,14 @@ def _session_options(threads:int|None)->'onnxruntime.SessionOptions':
     return options
 
 # %% ../../../nbs/package/programs/07_onnx_program.ipynb #2b65d213
-_text,_encode = np.frompyfunc(bytes.decode, 1, 1),np.frompyfunc(str.encode, 1, 1)
+_encoded = np.frompyfunc(str.encode, 1, 1)
 def _decode(name:str, array:np.ndarray)->np.ndarray:
     "An array of `bytes` as one of `str`"
-    try: return _text(array)
+    try: return decoded(array)
     except UnicodeDecodeError: raise InvalidInput(f"Input '{name}' has text that is not UTF-8.") from None
+def _encode(array:np.ndarray)->np.ndarray:
+    "An array of `str` as one of `bytes`"
+    return np.asarray(_encoded(array), object)
 
 # %% ../../../nbs/package/programs/07_onnx_program.ipynb #3a7648bb
 CUDA,TENSORRT = 'CUDAExecutionProvider','TensorrtExecutionProvider'

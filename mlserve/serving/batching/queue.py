@@ -114,13 +114,6 @@ def remove_first(self:RequestQueue,
     else:
         for t in tickets: del waiting[t]
     self._left(tickets)
-@patch
-def remove_only(self:RequestQueue)->Ticket: # where it is the only one
-    "Take the ticket that waits"
-    _,tickets = self.waiting.popitem()
-    [ticket] = tickets
-    self.count,self.rows,ticket.queue = 0,0,None
-    return ticket
 
 # %% ../../../nbs/serving/batching/03_queue.ipynb #d7e93d37
 def waiting_since(
@@ -152,7 +145,8 @@ def take(
     "The next batch: of one key, oldest first, up to `max_batch` rows"
     now,rows = monotonic() if now is None else now,0
     if queue.count == 1 and not queue.delay:
-        only = queue.remove_only()
+        [[only]] = queue.waiting.values()
+        queue.remove(only)
         only.wanted = only.deadline > now
         return [only] if only.wanted else [], None
     batch: list[Ticket] = []

@@ -21,7 +21,7 @@ import pytest
 from commands import ROOT, last_json, mlserve, run
 from containers import WRONG
 from load import Load
-from servers import free_port
+from servers import free_port, until
 
 from mlserve.cli import run_command
 from mlserve.release.deploy.live import replacement
@@ -485,9 +485,7 @@ def test_L6_control_an_old_one_that_is_stopped_before_the_switch_loses_requests(
         def stopped_too_early(self):
             "What comes before the switch takes as long as it takes to lose one: within its retries the proxy saves those that the switch is quick enough for"
             self.engine.withdraw([s.id for s in self.scene.old])
-            until = time.monotonic() + 30
-            while not load.failures and time.monotonic() < until:
-                time.sleep(0.05)
+            until(lambda: load.failures, 30)
         monkeypatch.setattr(replacement.Replacement, "do_identity", stopped_too_early)
         deploy(versions["one"] if running == versions["two"] else versions["two"])
         time.sleep(0.5)
